@@ -1,0 +1,182 @@
+"""Bases: which low-dimensional subspace of the rows or columns a gradient is read in.
+
+    SVD             the leading singular vectors, exactly                                   GaLore, arXiv 2403.03507
+    PowerIteration  Y = G Gᵀ Q, Q ← orth(Y), started at the old basis: as the subspace moves slowly, one or two rounds
+                    follow it (subspace iteration: Halko, Martinsson, Tropp, arXiv 0909.4061; PowerSGD, 1905.13727)
+    Gaussian        entries N(0, 1/rank), drawn anew from a seed and never stored: Flora 2402.03293, APOLLO 2412.05270
+
+A basis is a small frozen value with ``fit``. Spectral ones are orthonormal; the sign (for ``SVD`` also the order)
+of their vectors is LAPACK's choice, so by default every new vector is flipped to agree with the old one in its
+place: a run then does not depend on the library at hand, and moments that are kept stay meaningful where the
+subspace stayed.
+
+Deviation: galore-torch decomposes in float32 and stores the basis in the gradient's dtype; we keep float32.
+
+Shape legend: G (..., rows, cols);  Q (..., side, rank) with side = rows on the left and cols on the right.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Literal, Protocol
+
+import torch
+from torch import Tensor
+
+from lowrank.infra.seeds import generator
+
+Side = Literal["left", "right"]
+
+
+class Basis(Protocol):
+    """What ``Projected`` needs of a basis: a frozen, hashable value."""
+
+    @property
+    def stored(self) -> bool:
+        """Whether the basis is state; if not, it can be made again from the seed and the shape alone."""
+        ...
+
+    @property
+    def orthonormal(self) -> bool:
+        """Whether QᵀQ = 1 at every refresh."""
+        ...
+
+    def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
+        """A basis of ``rank`` vectors for one side of ``g``. ``old`` is the present one, None at a cold start.
+
+        Raises:
+            torch.linalg.LinAlgError: the decomposition failed, for instance on a gradient that is not finite.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class SVD:
+    """The exact leading singular vectors of G, decomposed as it lies in memory (as galore-torch does).
+
+    Args:
+        align: flip each vector to agree with the old one in its place.
+    """
+
+    align: bool = True
+
+    stored = True
+    orthonormal = True
+
+    def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
+        u, _, vh = torch.linalg.svd(g, full_matrices=False)
+        new = (u if side == "left" else vh.mT)[..., :rank].contiguous()
+        return align_signs(new, old) if self.align and old is not None else new
+
+
+@dataclass(frozen=True, kw_only=True)
+class PowerIteration:
+    """Subspace iteration, started at the old basis; at a cold start at a Gaussian sketch of G.
+
+    An iteration is two products with G and one QR of (side, rank). All but the last read only every ``sample``-th
+    vector of G, since they need only come near, and from the second on they work on G Gᵀ − α with α half the last
+    eigenvalue wanted, which falls off faster outside the subspace (dashSVD, arXiv 2404.09276). Two of these cost
+    1.3 plain iterations and capture more than two plain ones. Householder QR, since gradients are so far from full
+    rank that the Gram matrix of Cholesky-QR is singular even in float64. Where G has nothing to say, the old
+    vectors stay.
+
+    Args:
+        iterations: at a refresh. ``benchmarks/results`` has the energy that one and two capture. At a cold start,
+            which every layer has in the same step, the sketch stands for the first and the last reads a third of G.
+        sample: 1 lets every iteration read all of G.
+        align: flip each vector to agree with the old one in its place.
+    """
+
+    iterations: int = 2
+    sample: int = 4
+    align: bool = True
+
+    stored = True
+    orthonormal = True
+
+    def __post_init__(self) -> None:
+        if self.iterations < 1 or self.sample < 1:
+            raise ValueError(
+                f"PowerIteration(iterations={self.iterations}, sample={self.sample}): both must be at least 1"
+            )
+
+    def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
+        oriented = g if side == "left" else g.mT
+        stride = max(1, min(self.sample, oriented.shape[-1] // rank))
+        few, shift = _every(oriented, stride), torch.zeros((), dtype=g.dtype, device=g.device)
+        if old is None:
+            new, sampled = orthonormalise(_sketch(few, rank, seed))[0], self.iterations - 2
+            third = max(1, min(3, stride, oriented.shape[-1] // (2 * rank)))
+            oriented, stride = _every(oriented, third), max(1, stride // third)
+        else:
+            new, sampled = old, self.iterations - 1
+        for _ in range(sampled):
+            new, least = orthonormalise(_iterate(few, new, shift))
+            shift = least / 2
+        new, _ = orthonormalise(_iterate(oriented, new, shift * stride))
+        return align_signs(new, old) if self.align and old is not None else new
+
+
+@dataclass(frozen=True, kw_only=True)
+class Gaussian:
+    """Random vectors with entries N(0, 1/rank), so that E|Qᵀx|² = |x|². Drawn again each time: the seed is the state.
+
+    Args:
+        seed: of the stream; parameters and refreshes have streams of their own within it.
+    """
+
+    seed: int = 0
+
+    stored = False
+    orthonormal = False
+
+    def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
+        size = g.shape[-2] if side == "left" else g.shape[-1]
+        noise = generator(g.device, "gaussian basis", self.seed, seed, side)
+        drawn = torch.randn(size, rank, generator=noise, device=g.device, dtype=g.dtype).mul_(rank**-0.5)
+        return drawn.expand(*g.shape[:-2], size, rank)
+
+
+def orthonormalise(y: Tensor) -> tuple[Tensor, Tensor]:
+    """Orthonormal columns that span those of ``y`` (..., size, rank), and the least |diagonal| of the other factor.
+
+    ``y`` is scaled first (in place), so that the squares of small gradients do not underflow; the second value is
+    (..., 1, 1).
+    """
+    scale = _largest(y)
+    q, r = torch.linalg.qr(y.div_(scale))
+    return q, r.diagonal(dim1=-2, dim2=-1).abs().amin(dim=-1)[..., None, None] * scale
+
+
+def _largest(y: Tensor) -> Tensor:
+    """The largest magnitude in each matrix (..., 1, 1), or 1 where that is 0."""
+    largest = y.abs().amax(dim=(-2, -1), keepdim=True)
+    return torch.where(largest == 0, 1, largest)
+
+
+def _every(g: Tensor, stride: int) -> Tensor:
+    """Every ``stride``-th column of ``g``; copied once where BLAS, which needs a stride of 1, would copy it often."""
+    taken = g[..., ::stride]
+    return taken if 1 in taken.stride()[-2:] else taken.contiguous()
+
+
+def _iterate(g: Tensor, q: Tensor, shift: Tensor) -> Tensor:
+    """(G Gᵀ − shift) Q, plus a trace of Q that decides where G is zero."""
+    y = g @ (g.mT @ q)
+    return y.addcmul_(q, _largest(y) * 1e-7 - shift)
+
+
+def _sketch(g: Tensor, rank: int, seed: int) -> Tensor:
+    noise = generator(g.device, "sketch", seed)
+    return g @ torch.randn(g.shape[-1], rank, generator=noise, device=g.device, dtype=g.dtype)
+
+
+def align_signs(new: Tensor, old: Tensor) -> Tensor:
+    """``new`` with each column flipped to have a non-negative product with the same column of ``old``."""
+    agreement = (new * old).sum(dim=-2, keepdim=True)
+    return torch.where(agreement < 0, -new, new)
+
+
+def captured_energy(g: Tensor, q: Tensor, side: Side) -> Tensor:
+    """‖QᵀG‖²_F (on the right ‖GQ‖²_F): how much of ‖G‖²_F an orthonormal basis keeps."""
+    return (q.mT @ g if side == "left" else g @ q).square().sum(dim=(-2, -1))

@@ -1,0 +1,78 @@
+"""A subspace of matrices, and the two products that enter and leave it.
+
+    R = Qᵀ G P        project   (a side without a basis drops out)
+    U = Q S Pᵀ        lift
+
+Shape legend: G, U (..., rows, cols);  Q = left (..., rows, rank);  P = right (..., cols, rank);  R, S (..., rank,
+cols), (..., rows, rank) or, with both bases, (..., rank, rank). No product copies a transpose: BLAS reads it in
+place.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subspace:
+    """Bases for the rows (``left``), the columns (``right``), or both."""
+
+    left: Tensor | None = None
+    right: Tensor | None = None
+
+    @property
+    def channel_dim(self) -> int | None:
+        """The dimension of R along which the rank runs: what remains are channels. None with both bases."""
+        if self.left is not None and self.right is not None:
+            return None
+        return -2 if self.left is not None else -1
+
+    def clone(self) -> Subspace:
+        """The same subspace in memory of its own."""
+        return Subspace(
+            **{side: q.clone() for side, q in (("left", self.left), ("right", self.right)) if q is not None}
+        )
+
+    def project(self, g: Tensor) -> Tensor:
+        """Qᵀ G P."""
+        if self.left is not None:
+            g = self.left.mT @ g
+        return g if self.right is None else g @ self.right
+
+    def lift(self, s: Tensor) -> Tensor:
+        """Q S Pᵀ."""
+        if self.left is not None:
+            s = self.left @ s
+        return s if self.right is None else s @ self.right.mT
+
+    def lift_into_(self, target: Tensor, s: Tensor, *, alpha: float, beta: float = 1.0) -> None:
+        """target ← β·target + α·Q S Pᵀ in one product, without a matrix of the target's size in between."""
+        if self.left is not None and self.right is not None:
+            first, second = self.left @ s, self.right.mT
+        elif self.left is not None:
+            first, second = self.left, s
+        else:
+            assert self.right is not None
+            first, second = s, self.right.mT
+        multiply_into_(target, first, second, alpha=alpha, beta=beta)
+
+
+def multiply_into_(target: Tensor, first: Tensor, second: Tensor, *, alpha: float, beta: float = 1.0) -> None:
+    """target ← β·target + α·first·second, in place, for matrices or equal stacks of them."""
+    if target.dim() == 2:
+        target.addmm_(first, second, alpha=alpha, beta=beta)
+    elif target.dim() == 3:
+        target.baddbmm_(first, second, alpha=alpha, beta=beta)
+    else:
+        for part, one, two in zip(target, first, second, strict=True):
+            multiply_into_(part, one, two, alpha=alpha, beta=beta)
+
+
+def residual(g: Tensor, r: Tensor, subspace: Subspace) -> Tensor:
+    """G − Q R Pᵀ, the part of G outside the subspace: the one gradient-sized tensor a lift may make."""
+    outside = torch.empty_like(g, memory_format=torch.contiguous_format).copy_(g)
+    subspace.lift_into_(outside, r, alpha=-1.0)
+    return outside

@@ -1,0 +1,27 @@
+"""Stochastic rounding from float32 into bfloat16.
+
+A bfloat16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the
+nearest. Rounded up with a probability equal to the discarded fraction, it survives in expectation (Gupta et al., arXiv
+1502.02551).
+bfloat16 is the upper half of a float32, so this is: add a uniform 16-bit integer to the bits, then cut the lower half
+off.
+"""
+
+import torch
+from torch import Tensor
+
+
+@torch.no_grad()
+def round_into_(target: Tensor, source: Tensor, noise: torch.Generator | None = None) -> Tensor:
+    """Write float32 ``source`` into ``target`` of the same shape, in place, and return ``target``.
+
+    bfloat16 targets are rounded stochastically with ``noise`` (the device's default generator where it is None); every
+    other dtype is rounded to the nearest. Values that are not finite are carried over as they are.
+    """
+    if target.dtype is not torch.bfloat16:
+        return target.copy_(source)
+    wide = source.to(torch.float32)
+    bits = wide.view(torch.int32)
+    uniform = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
+    rounded = (uniform.add_(bits) & -65536).view(torch.float32)
+    return target.copy_(torch.where(wide.isfinite(), rounded, wide))

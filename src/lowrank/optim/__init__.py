@@ -1,0 +1,34 @@
+"""Low-rank gradients: update rules, the subspaces they can run in, and the one optimizer that runs them."""
+
+from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
+from lowrank.optim.adafactor import Adafactor
+from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
+from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.projected import Projected
+from lowrank.optim.refresh import Lazy
+from lowrank.optim.rules import SGD, AdamW, Rule, State
+from lowrank.optim.tucker import Tucker
+
+__all__ = [
+    "SGD",
+    "SVD",
+    "Adafactor",
+    "AdamW",
+    "Basis",
+    "GaLore",
+    "GaLoreAdafactor",
+    "GaLoreAdamW",
+    "GaLoreAdamW8bit",
+    "Gaussian",
+    "Lazy",
+    "Lift",
+    "Optimizer",
+    "PowerIteration",
+    "Projected",
+    "Rescale",
+    "Residual",
+    "Rule",
+    "State",
+    "Tucker",
+]

@@ -1,0 +1,247 @@
+"""Lifts: from a direction S in the subspace back to an update U of the whole matrix.
+
+    GaLore    U = Q S                                     what lies outside the subspace is dropped        arXiv
+              2403.03507
+    Rescale   U = G · |S| / |R|                           S only says how long the step is                 arXiv
+              2412.05270 (APOLLO)
+    Residual  U = Q S + (G − Q R) · |S| / |R|             the outside too, at the subspace's step length   arXiv
+              2410.01623 (Fira)
+
+|S| / |R| is taken per channel, that is per column for a left basis and per row for a right one, or over the whole
+matrix.
+
+The norm-growth limiter of both papers: where |U_t| > γ |U_{t-1}|, U_t is scaled down to γ |U_{t-1}|; for Fira U
+stands
+for the second term alone. Its state is the last norm (one float32 a matrix), 0 before the first. As in the papers'
+codes, S is the inner rule's direction before bias correction. Deviations: a norm of 0 starts the limiter anew (in the
+codes nothing could follow it), and the 1e-8 that guards the quotients there is here a test for 0, so that small
+gradients are scaled like large ones.
+
+Shape legend: G, U (..., rows, cols);  R, S as in ``linalg.products``.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, ClassVar, Literal, Protocol, cast, get_args
+
+import torch
+from torch import Tensor
+
+from lowrank.linalg.products import Subspace, residual
+from lowrank.optim.rules import State
+
+Scope = Literal["channel", "tensor"]
+Factor = Tensor | float
+
+
+class Lift(Protocol):
+    """What ``Projected`` needs of a lift: a frozen, hashable value."""
+
+    needs_gradient: ClassVar[bool]  # whether U depends on G itself; if not, micro-batches may be kept as R
+
+    def check(self, side: str) -> None:
+        """Raises ValueError if it cannot serve this ``side`` of ``Projected``."""
+        ...
+
+    def init(self, like: Tensor) -> State:
+        """Fresh state for a gradient like this one (..., rows, cols)."""
+        ...
+
+    def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        """U, as the definition says it. Changes ``state``."""
+        ...
+
+    def add_(
+        self,
+        target: Tensor,
+        g: Tensor | None,
+        r: Tensor,
+        s: Tensor,
+        subspace: Subspace,
+        state: State,
+        *,
+        alpha: Factor,
+        beta: float,
+    ) -> None:
+        """target ← β·target + α·U, in place, equal to rounding. ``g`` is None only where it is not needed."""
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class GaLore:
+    """U = Q S: the update stays in the subspace."""
+
+    needs_gradient: ClassVar[bool] = False
+
+    def check(self, side: str) -> None:
+        pass  # every side has a basis to come back by
+
+    def init(self, like: Tensor) -> State:
+        return {}
+
+    def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        return subspace.lift(s)
+
+    def add_(
+        self,
+        target: Tensor,
+        g: Tensor | None,
+        r: Tensor,
+        s: Tensor,
+        subspace: Subspace,
+        state: State,
+        *,
+        alpha: Factor,
+        beta: float,
+    ) -> None:
+        if isinstance(alpha, Tensor):
+            s, alpha = s * alpha, 1.0
+        subspace.lift_into_(target, s, alpha=alpha, beta=beta)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale:
+    """U = G·|S|/|R| (APOLLO). The basis only estimates a step length, so a random one serves.
+
+    Args:
+        scope: one length a channel, or one for the whole tensor (APOLLO-Mini, whose scale of 128 is applied as √128).
+        limiter: γ of the norm-growth limiter, or None for none.
+    """
+
+    scope: Scope = "channel"
+    limiter: float | None = 1.01
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope)
+        _check_limiter(self.limiter)
+
+    def check(self, side: str) -> None:
+        _check_side(self, self.scope, side)
+
+    def init(self, like: Tensor) -> State:
+        return _limiter_state(like, self.limiter)
+
+    def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        u = g * _length(s, r, self.scope, subspace)
+        return u if self.limiter is None else u * _limit(torch.linalg.matrix_norm(u), self.limiter, state)
+
+    def add_(
+        self,
+        target: Tensor,
+        g: Tensor | None,
+        r: Tensor,
+        s: Tensor,
+        subspace: Subspace,
+        state: State,
+        *,
+        alpha: Factor,
+        beta: float,
+    ) -> None:
+        assert g is not None
+        length = _length(s, r, self.scope, subspace)
+        if self.limiter is not None:
+            norm = _scaled_norm(g, length, subspace.channel_dim)
+            length = length * _limit(norm, self.limiter, state)
+        _decay_(target, beta).addcmul_(g, length * alpha)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Residual:
+    """U = QS + (G − QR)·|S|/|R| (Fira): full-rank updates from low-rank state.
+
+    Args:
+        scope: the outside is scaled a channel at a time, or as a whole.
+        limiter: γ of the norm-growth limiter on the outside, or None for none.
+    """
+
+    scope: Scope = "channel"
+    limiter: float | None = 1.01
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        _check_scope(self.scope)
+        _check_limiter(self.limiter)
+
+    def check(self, side: str) -> None:
+        _check_side(self, self.scope, side)
+
+    def init(self, like: Tensor) -> State:
+        return _limiter_state(like, self.limiter)
+
+    def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        outside = (g - subspace.lift(r)) * _length(s, r, self.scope, subspace)
+        if self.limiter is not None:
+            outside = outside * _limit(torch.linalg.matrix_norm(outside), self.limiter, state)
+        return subspace.lift(s) + outside
+
+    def add_(
+        self,
+        target: Tensor,
+        g: Tensor | None,
+        r: Tensor,
+        s: Tensor,
+        subspace: Subspace,
+        state: State,
+        *,
+        alpha: Factor,
+        beta: float,
+    ) -> None:
+        assert g is not None
+        outside = residual(g, r, subspace)
+        length = _length(s, r, self.scope, subspace)
+        if self.limiter is not None:
+            norm = _scaled_norm(outside, length, subspace.channel_dim)
+            length = length * _limit(norm, self.limiter, state)
+        subspace.lift_into_(target, s * alpha, alpha=1.0, beta=beta)
+        target.addcmul_(outside, length * alpha)
+
+
+def _length(s: Tensor, r: Tensor, scope: Scope, subspace: Subspace) -> Tensor:
+    """|S| / |R|, shaped to multiply G: (..., 1, cols), (..., rows, 1) or (..., 1, 1); 0 where R is 0."""
+    dim: Any = subspace.channel_dim if scope == "channel" else (-2, -1)
+    above = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
+    below = torch.linalg.vector_norm(r, dim=dim, keepdim=True)
+    return torch.where(below > 0, above / below, 0)
+
+
+def _scaled_norm(g: Tensor, length: Tensor, channel_dim: int | None) -> Tensor:
+    """‖g·length‖_F for each matrix, without a matrix in between."""
+    dim: Any = (-2, -1) if channel_dim is None else channel_dim
+    return torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=dim, keepdim=True) * length, dim=(-2, -1))
+
+
+def _limit(norm: Tensor, growth: float, state: State) -> Tensor:
+    """The factor (..., 1, 1) that keeps ``norm`` within ``growth`` times the last one, which is replaced."""
+    last = cast(Tensor, state["norm"])
+    factor = torch.where((last > 0) & (norm > growth * last), growth * last / norm, 1)
+    last.copy_(norm * factor)
+    return factor[..., None, None]
+
+
+def _decay_(target: Tensor, beta: float) -> Tensor:
+    return target if beta == 1.0 else target.mul_(beta)
+
+
+def _limiter_state(like: Tensor, limiter: float | None) -> State:
+    if limiter is None:
+        return {}
+    return {"norm": torch.zeros(like.shape[:-2], dtype=like.dtype, device=like.device)}
+
+
+def _check_scope(scope: str) -> None:
+    if scope not in get_args(Scope):
+        raise ValueError(f"scope={scope!r} is unknown; it is one of {', '.join(get_args(Scope))}")
+
+
+def _check_limiter(limiter: float | None) -> None:
+    if limiter is not None and not limiter >= 1.0:
+        raise ValueError(f"limiter={limiter} must be at least 1 (the papers' is 1.01), or None for none")
+
+
+def _check_side(lift: object, scope: Scope, side: str) -> None:
+    if side == "both" and scope == "channel":
+        raise ValueError(f"{lift!r} scales channels, and side='both' leaves none; use scope='tensor', or another side")

@@ -1,0 +1,464 @@
+"""The one optimizer: it runs the rules, at the end of a backward pass or inside it.
+
+Every group of parameters has a rule (``rules``), a learning rate and a decay. ``step()`` is
+
+    p.grad → clip (per layer, on request) → rule → p ← p(1 − lr·decay) − lr·gain·direction → boundary(step)
+
+where ``lr = group["lr"] · group["lr_ratio"] · schedule(steps done)`` and ``boundary`` folds adapters into the weights
+when a merge is due, so that nobody can forget to.
+
+Per layer (``per_layer=True``) the same step runs in a hook as soon as a parameter's gradient is complete, which is then
+freed: only one layer's gradient exists at a time (LOMO, arXiv 2306.09782; GaLore, arXiv 2403.03507, section 4.3). The
+numbers are those of the ordinary step, bitwise. With ``accumulate=K`` the hook waits for the K-th micro-batch; a rule
+whose coming step needs the gradient only in a smaller form (``folds``) keeps that form between micro-batches, every
+other keeps ``p.grad``.
+
+Over several ranks the gradients of ``shared`` parameters are summed before the step (each rank divides its loss by the
+global batch, so that the sum is the mean's gradient): plain sums of our own gradients after the backward pass, in
+buckets, and not DDP, whose reducer knows only the parameters that it was wrapped round, sums within the backward pass
+whatever the rule, and has no place where R could stand for G. A rule that ``folds`` sends R = QᵀG, rank-sized, and the
+basis is refreshed from the one summed G. Per layer the sum is in the hook. Nothing overlaps with the backward pass.
+
+State is made when the optimizer is, so that it costs what the plan said from the first moment on. It is saved as
+tensors by parameter, each in its own dtype, and is loaded only where rules, names and shapes agree.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from lowrank.infra.ranks import Ranks
+from lowrank.infra.seeds import generator
+from lowrank.linalg.rounding import round_into_
+from lowrank.optim.rules import State, wide
+from lowrank.optim.state import check_forgets, copied, leaves, matched, zero_smallest_
+
+NARROW = (torch.bfloat16, torch.float16)
+_HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: it is stepped by one per-layer optimizer, the last made
+
+
+def constant(step: int) -> float:
+    """The schedule that changes nothing."""
+    return 1.0
+
+
+class Optimizer(torch.optim.Optimizer):
+    """Runs one rule per parameter group; ``plan.optimizer(...)`` makes it for a bound method.
+
+    Args:
+        groups: dicts with ``params`` (a list of (name, parameter) pairs), ``rule``, ``lr``, and optionally ``lr_ratio``
+            (1.0) and ``decay`` (0.0).
+        per_layer: step each parameter inside the backward pass and free its gradient.
+        accumulate: micro-batches to one step; only ``per_layer`` needs to know.
+        clip_per_layer: scale each parameter's gradient so that its norm is at most this.
+        scaler: with ``per_layer`` under float16, the ``torch.amp.GradScaler``; ``step()`` then updates it, and a layer
+            whose gradient overflows skips that step. Call neither ``scaler.step`` nor ``scaler.update``. Without
+            ``per_layer`` use the scaler as with any optimizer.
+        schedule: a further factor on every learning rate, as a function of the steps done.
+        boundary: called with the number of completed steps after each step (merging).
+        expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
+            called in the forward pass is found by this.
+        seed: of the rounding noise for bfloat16 parameters.
+        ranks: the processes that train together, and ``shared`` the parameters whose gradients they sum; each other
+            parameter is its rank's own business. The loss must be divided by the global batch.
+
+    Raises:
+        ValueError: no parameters, a parameter given twice, a frozen one, sizes that are not positive.
+    """
+
+    def __init__(
+        self,
+        groups: Iterable[dict[str, Any]],
+        *,
+        per_layer: bool = False,
+        accumulate: int = 1,
+        clip_per_layer: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        schedule: Callable[[int], float] = constant,
+        boundary: Callable[[int], None] | None = None,
+        expect: Mapping[nn.Parameter, str] | None = None,
+        seed: int = 0,
+        ranks: Ranks | None = None,
+        shared: Iterable[nn.Parameter] = (),
+    ):
+        if ranks is not None and scaler is not None and scaler.is_enabled():
+            raise ValueError("float16 scales the loss of each rank by itself: use bfloat16 with several ranks")
+        if accumulate < 1:
+            raise ValueError(f"accumulate={accumulate} must be at least 1")
+        if clip_per_layer is not None and not clip_per_layer > 0:
+            raise ValueError(f"clip_per_layer={clip_per_layer} must be above 0 (None for no clipping)")
+        if scaler is not None and not per_layer:
+            raise ValueError("scaler= is for per_layer=True; otherwise call scaler.step(optimizer) as usual")
+        self.per_layer, self.accumulate, self.clip_per_layer = per_layer, accumulate, clip_per_layer
+        self.schedule, self.boundary, self.seed = schedule, boundary, seed
+        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
+        self._scale_age = 0
+        self._expect = dict(expect or {})
+        self._micro: dict[nn.Parameter, int] = {}
+        self._folded: dict[nn.Parameter, Tensor] = {}
+        self._overflowed: list[Tensor] = []
+        self._stepped: set[nn.Parameter] = set()
+        self._inverse_scale: Tensor | None = None
+        self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
+        self._ranks, self._shared = ranks, dict.fromkeys(shared if ranks is not None else ())
+        self._synchronised = False
+        super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
+
+    def add_param_group(self, param_group: dict[str, Any]) -> None:
+        """As in torch; the group needs a ``rule``, and its parameters join at the step that the others are at."""
+        if "rule" not in param_group:
+            raise ValueError("every parameter group of lowrank.Optimizer needs a rule, such as lowrank.optim.AdamW()")
+        super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
+        group = self.param_groups[-1]
+        try:
+            for p in group["params"]:
+                if not p.requires_grad:
+                    raise ValueError("a frozen parameter (requires_grad=False) was given to the optimizer")
+                if not p.is_floating_point():
+                    raise ValueError(f"parameters must be floating point, not {p.dtype}")
+        except ValueError:
+            self.param_groups.pop()
+            raise
+        for p in group["params"]:
+            index = len(self._place)
+            self._place[p] = (index, group)
+            self._start_state(p, index, group)
+            if p in _HOOKS:  # of an earlier optimizer, which this one replaces
+                _HOOKS.pop(p).remove()
+            if self.per_layer:
+                _HOOKS[p] = p.register_post_accumulate_grad_hook(self._on_gradient)
+
+    # --- what there is -------------------------------------------------------------------------------------------
+
+    @property
+    def steps(self) -> int:
+        """Completed steps."""
+        return self.param_groups[0]["steps"]
+
+    def name_of(self, p: nn.Parameter) -> str:
+        group = self._place[p][1]
+        names = group.get("param_names")
+        index = next(i for i, q in enumerate(group["params"]) if q is p)
+        return names[index] if names else f"parameter {self._place[p][0]}"
+
+    def state_bytes(self) -> int:
+        """Bytes of state held now, kept micro-batch gradients included."""
+        tensors = [t for p in self._place for _, t in leaves(self.state[p])]
+        return sum(t.numel() * t.element_size() for t in [*tensors, *self._folded.values()])
+
+    def _start_state(self, p: nn.Parameter, index: int, group: dict[str, Any]) -> None:
+        self.state[p] = group["rule"].init(p)
+        if hasattr(group["rule"], "place_"):
+            group["rule"].place_(self.state[p], index)
+
+    # --- the step ------------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def step(self, closure: Callable[[], Any] | None = None) -> Any:
+        """One step; then the boundary. With ``per_layer`` the parameters have been stepped by the backward pass
+        already."""
+        loss = None
+        if closure is not None:
+            with torch.enable_grad():
+                loss = closure()
+        if self.steps == 0:
+            self._check_expected()
+        if self.per_layer:
+            self._finish_backward()
+        else:
+            self.synchronise_()
+            for group in self.param_groups:
+                self._step_group(group)
+        for group in self.param_groups:
+            group["steps"] += 1
+        self._synchronised = False
+        if self.boundary is not None:
+            self.boundary(self.steps)
+        return loss
+
+    @torch.no_grad()
+    def synchronise_(self, *, whole: bool = False) -> None:
+        """Sum the gradients of shared parameters over the ranks; ``step()`` does it where it has not been done.
+
+        Afterwards ``grad`` is the same on all ranks, or None where a rule needs only R = QᵀG, which then was sent;
+        ``whole=True`` sends G all the same, for who needs its norm. A parameter without a gradient on some ranks counts
+        as zero there. Nothing to do in one process, and with ``per_layer``.
+        """
+        if not self._shared or self._ranks is None or self.per_layer or self._synchronised:
+            return
+        self._synchronised = True
+        sent: list[Tensor] = []
+        device = next(iter(self._shared)).device
+        present = torch.tensor([float(p.grad is not None) for p in self._shared], device=device)
+        for p in self._shared:
+            g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
+            if not whole and self._folds(p):
+                self._folded[p], p.grad = self._place[p][1]["rule"].fold(g, self.state[p]), None
+            else:
+                p.grad = g
+            sent.append(self._folded.get(p, g))
+        self._ranks.sum_([present, *sent])
+        for p, holders in zip(self._shared, present.tolist(), strict=True):
+            if not holders:
+                p.grad = None
+                self._folded.pop(p, None)
+
+    @property
+    def holds_projections(self) -> bool:
+        """Whether some gradients are known only as R = QᵀG, so that their norm is not."""
+        return bool(self._folded)
+
+    def _folds(self, p: nn.Parameter) -> bool:
+        """Whether the coming step needs the gradient of ``p`` only in its smaller form."""
+        rule = self._place[p][1]["rule"]
+        return self.clip_per_layer is None and hasattr(rule, "folds") and rule.folds(self.state[p])
+
+    def _step_group(self, group: dict[str, Any]) -> None:
+        for p in [p for p in group["params"] if p in self._folded]:
+            self._step_folded(p, group, self._folded.pop(p))
+        ready = [p for p in group["params"] if p.grad is not None]
+        if not ready:
+            return
+        apply_ = getattr(group["rule"], "apply_", None)
+        plain = (
+            [p for p in ready if p.dtype not in NARROW] if apply_ is not None and self.clip_per_layer is None else []
+        )
+        if plain:
+            grads, states = [_dense(p.grad) for p in plain], [self.state[p] for p in plain]
+            apply_([p.detach() for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
+        done = set(map(id, plain))
+        for p in ready:
+            if id(p) not in done:
+                self._step_one(p, group, _dense(p.grad))
+
+    def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
+        """One parameter, widened to float32 if it is narrower and then rounded stochastically."""
+        if self.clip_per_layer is not None:
+            g = _clip(g, self.clip_per_layer)
+        self._write(p, lambda target: self._advance(target, g.to(target.dtype), self.state[p], group))
+
+    def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
+        if p.dtype not in NARROW:
+            return change_(p.detach())
+        target = p.detach().float()
+        change_(target)
+        round_into_(p, target, generator(p.device, "rounding", self.seed, self._place[p][0], self.steps))
+
+    def _advance(self, target: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> None:
+        rule, lr, decay = group["rule"], self._lr(group), group["decay"]
+        if hasattr(rule, "apply_"):
+            rule.apply_([target], [g], [state], lr=lr, decay=decay)
+        else:
+            direction, gain = rule.update(g, state)
+            target.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+
+    def _lr(self, group: dict[str, Any]) -> float:
+        return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
+
+    def _check_expected(self) -> None:
+        """An adapter whose layer never ran would stay as it is for ever; better to hear of it at the first step."""
+        seen = self._stepped if self.per_layer else {p for p in self._expect if p.grad is not None}
+        missing = sorted({label for p, label in self._expect.items() if p not in seen and p not in self._micro})
+        if missing:
+            raise RuntimeError(
+                f"adapters of {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} were never called in the "
+                "first training forward: the model reads their weights without calling the layer, so they would do "
+                "nothing. Leave these layers out with exclude_modules=, or train them with a method without adapters."
+            )
+        self._expect.clear()
+
+    # --- inside the backward pass --------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def _on_gradient(self, p: nn.Parameter) -> None:
+        """A parameter's gradient for one micro-batch is complete."""
+        if p.grad is None:
+            raise RuntimeError(
+                f"the gradient of {self.name_of(p)} was taken by another hook before the step: only one can free it"
+            )
+        if p in self._stepped:
+            raise RuntimeError(
+                f"{self.name_of(p)} was stepped by an earlier backward pass of this step already; call step() after "
+                f"every {self.accumulate} backward passes, or make the optimizer with the accumulate= of your loop"
+            )
+        count = self._micro[p] = self._micro.get(p, 0) + 1
+        rule, state = self._place[p][1]["rule"], self.state[p]
+        if self.accumulate > 1 and self._folds(p):
+            small = rule.fold(_dense(p.grad), state)
+            self._folded[p] = self._folded[p].add_(small) if p in self._folded else small
+            p.grad = None
+        if count == self.accumulate:
+            self._complete(p)
+
+    def _complete(self, p: nn.Parameter) -> None:
+        """All micro-batches that reach this parameter have: step it, and free its gradient."""
+        group = self._place[p][1]
+        del self._micro[p]
+        self._stepped.add(p)
+        folded = p in self._folded
+        g = self._unscaled(self._folded.pop(p) if folded else _dense(p.grad))
+        p.grad = None
+        if g is None:
+            return
+        if p in self._shared and self._ranks is not None:
+            if not folded and self._folds(p):
+                g, folded = group["rule"].fold(g, self.state[p]), True
+            self._ranks.sum_([g])
+        if folded:
+            self._step_folded(p, group, g)
+        else:
+            self._step_one(p, group, g)
+
+    def _step_folded(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
+        rule, lr, decay = group["rule"], self._lr(group), group["decay"]
+        self._write(p, lambda target: rule.apply_folded_(target, r, self.state[p], lr=lr, decay=decay))
+
+    def _unscaled(self, g: Tensor) -> Tensor | None:
+        """The gradient without the scaler's factor; None where it overflowed and this layer must skip."""
+        if self._scaler is None:
+            return g
+        if self._inverse_scale is None:
+            self._inverse_scale = torch.full((), 1.0 / self._scaler.get_scale(), device=g.device)
+        finite = g.isfinite().all()
+        self._overflowed.append(~finite)
+        return g.to(wide(g.dtype)).mul_(self._inverse_scale) if finite else None
+
+    def _finish_backward(self) -> None:
+        if self._stepped:  # so K backward passes have run, and who is still waiting was not reached by all of them
+            for p in list(self._micro):
+                self._complete(p)
+        if self._micro:
+            waiting = self.name_of(next(iter(self._micro)))
+            raise RuntimeError(
+                f"step() was called after {next(iter(self._micro.values()))} of accumulate={self.accumulate} backward "
+                f"passes (seen at {waiting}); run all of them first, or make the optimizer with your loop's accumulate="
+            )
+        if not self._stepped:
+            warnings.warn("step() was called without a backward pass: nothing was updated", stacklevel=3)
+        self._stepped.clear()
+        if self._scaler is not None and self._overflowed:
+            self._update_scale(bool(torch.stack(self._overflowed).any()))
+        self._overflowed, self._inverse_scale = [], None
+
+    def _update_scale(self, overflowed: bool) -> None:
+        """GradScaler's own policy, through its public interface: it has seen no gradient, since none is left to see."""
+        assert self._scaler is not None
+        scale = self._scaler.get_scale()
+        self._scale_age = 0 if overflowed else self._scale_age + 1
+        if overflowed:
+            self._scaler.update(scale * self._scaler.get_backoff_factor())
+        elif self._scale_age >= self._scaler.get_growth_interval():
+            self._scaler.update(scale * self._scaler.get_growth_factor())
+            self._scale_age = 0
+
+    def zero_grad(self, set_to_none: bool = True) -> None:
+        """As in torch. With ``per_layer`` it also drops what earlier micro-batches of an unfinished step have left."""
+        super().zero_grad(set_to_none)
+        self._micro.clear()
+        self._folded.clear()
+        self._synchronised = False
+
+    # --- boundaries ----------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def forget(self, params: Iterable[nn.Parameter], share: float) -> None:
+        """Drop the ``share`` of the smallest numbers in the moments of ``params`` (ReLoRA's partial reset, arXiv
+        2307.05695).
+
+        By magnitude, in each tensor of state, and there in each head apart; ``share=1`` starts the state anew, its step
+        count included.
+        """
+        if not 0.0 <= share <= 1.0:
+            raise ValueError(f"share={share} must lie in [0, 1]")
+        params = list(params)
+        for p in params:
+            if 0.0 < share < 1.0:
+                check_forgets(self._place[p][1]["rule"], p, self.name_of(p))
+        for p in params:
+            if share == 1.0:
+                self._start_state(p, *self._place[p])
+            elif share > 0.0:
+                for _, tensor in leaves(self.state[p]):
+                    if tensor.is_floating_point() and tensor.numel() > 1:
+                        zero_smallest_(tensor, share)
+
+    # --- saving and loading --------------------------------------------------------------------------------------
+
+    def state_dict(self) -> dict[str, Any]:
+        """``{"state": {i: nested dict of tensors}, "param_groups": [...]}``, torch's form; rules are given as their
+        text."""
+        number = {p: index for p, (index, _) in self._place.items()}
+        groups = []
+        for group in self.param_groups:
+            plain = {k: v for k, v in group.items() if k not in ("params", "rule")}
+            groups.append({**plain, "rule": repr(group["rule"]), "params": [number[p] for p in group["params"]]})
+        extra = {"scale_age": self._scale_age} if self._scaler is not None else {}
+        return {"state": {number[p]: copied(self.state[p]) for p in self._place}, "param_groups": groups, **extra}
+
+    @torch.no_grad()
+    def load_state_dict(self, state_dict: dict[str, Any]) -> None:
+        """Load what ``state_dict`` gave, matched by parameter name where both have names, else by position.
+
+        Nothing is changed unless everything fits. Raises ValueError naming the first parameter whose rule, name, shape
+        or dtype differs.
+        """
+        saved = self._saved_by_key(state_dict)
+        pairs: list[tuple[Tensor, Tensor]] = []
+        for p, (index, group) in self._place.items():
+            key = self.name_of(p) if group.get("param_names") else index
+            if key not in saved:
+                raise ValueError(
+                    f"the saved optimizer state has no parameter {key!r}: it is of another model or method"
+                )
+            state, saved_group = saved[key]
+            if saved_group["rule"] != repr(group["rule"]):
+                raise ValueError(
+                    f"the saved state of {key!r} is of rule {saved_group['rule']}, the optimizer's is "
+                    f"{group['rule']!r}; resume with the method that the run was started with"
+                )
+            pairs += matched(self.state[p], state, str(key))
+        if len(saved) != len(self._place):
+            raise ValueError(f"the saved state has {len(saved)} parameters, the optimizer {len(self._place)}")
+        for target, source in pairs:
+            target.copy_(source)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved_group.items() if k not in ("params", "rule", "param_names")})
+        self._scale_age = state_dict.get("scale_age", 0)
+        self._expect.clear()
+        self.zero_grad()
+        self._stepped.clear()
+
+    def _saved_by_key(self, state_dict: dict[str, Any]) -> dict[str | int, tuple[State, dict[str, Any]]]:
+        groups = state_dict["param_groups"]
+        if len(groups) != len(self.param_groups):
+            raise ValueError(
+                f"the saved state has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
+            )
+        named = all(group.get("param_names") for group in [*groups, *self.param_groups])
+        saved: dict[str | int, tuple[State, dict[str, Any]]] = {}
+        for group in groups:
+            keys = group["param_names"] if named else group["params"]
+            for key, index in zip(keys, group["params"], strict=True):
+                saved[key] = (state_dict["state"].get(index, {}), group)
+        return saved
+
+
+# --- small helpers ---------------------------------------------------------------------------------------------------
+
+
+def _dense(g: Tensor | None) -> Tensor:
+    assert g is not None
+    if g.is_sparse:
+        raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
+    return g
+
+
+def _clip(g: Tensor, limit: float) -> Tensor:
+    g = g.to(wide(g.dtype))
+    return g * (limit / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1.0)

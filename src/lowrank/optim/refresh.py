@@ -1,0 +1,161 @@
+"""When and how a projected rule's basis changes: the clock, the fit, and what becomes of the moments.
+
+    due at steps 0, T − phase, 2T − phase, …     phase = frac(index·φ)·T spreads any number of layers over the interval
+    M ← C M,  V ← (C∘C) V,  C = Qₙᵀ Qₒ           moments carried into the new basis (arXiv 2410.16103)
+
+The clock is five int64 scalars on the CPU, so that an ordinary step on a GPU never waits for it:
+
+    step        steps done                      index      which parameter this is (phase, random streams)
+    due         the step of the next refresh    refreshes  done so far
+    failures    matrices that had to keep their old basis
+
+Shape legend: G (..., rows, cols);  Q (..., side, rank);  M, V as R in ``linalg.products``.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor
+
+from lowrank.infra.seeds import generator, stable_seed
+from lowrank.linalg.basis import Basis, Side, orthonormalise
+from lowrank.linalg.products import Subspace
+from lowrank.optim.rules import Move, State
+
+GOLDEN = (math.sqrt(5) - 1) / 2
+
+
+@dataclass(frozen=True, kw_only=True)
+class Lazy:
+    """Q-GaLore's lazy refresh (arXiv 2407.08296): where the subspace has stopped moving, look at it less often.
+
+    After a refresh the |cosine| between the old and the new leading vector is noted (absolute, as signs are
+    arbitrary). Once the last ``window`` of them average at least ``threshold``, the interval of this matrix is
+    multiplied by ``factor`` and the window starts anew.
+    """
+
+    threshold: float = 0.4
+    factor: float = 2.0
+    window: int = 5
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.threshold <= 1.0 or not self.factor > 1.0 or self.window < 1:
+            raise ValueError(f"{self!r}: threshold must lie in (0, 1], factor be above 1 and window at least 1")
+
+    def init(self, interval: int) -> State:
+        return {
+            "interval": torch.tensor(interval, dtype=torch.int64, device="cpu"),
+            "cosines": torch.full((self.window,), -1.0, dtype=torch.float32, device="cpu"),
+        }
+
+    def note_(self, state: State, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
+        """Note how far the leading vectors have moved, and widen the interval if that was little for long."""
+        moved = [(a[..., 0] * b[..., 0]).sum(dim=-1).abs().mean() for a, b in zip(old, new, strict=True)]
+        cosine = torch.stack(moved).mean().float().cpu()
+        window, interval = cast(Tensor, state["cosines"]), cast(Tensor, state["interval"])
+        window.copy_(torch.cat((window[1:], cosine[None])))
+        if bool((window >= 0).all()) and float(window.mean()) >= self.threshold:
+            interval.fill_(int(int(interval) * self.factor))
+            window.fill_(-1.0)
+
+
+def new_clock() -> State:
+    names = ("step", "due", "index", "refreshes", "failures")
+    return {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in names}
+
+
+def is_due(clock: State) -> bool:
+    return count(clock, "step") >= count(clock, "due")
+
+
+def count(clock: State, name: str) -> int:
+    return int(cast(Tensor, clock[name]))
+
+
+def advance_(clock: State, name: str, by: int = 1) -> None:
+    cast(Tensor, clock[name]).add_(by)
+
+
+def schedule_next_(clock: State, interval: int, *, stagger: bool) -> None:
+    """Set the step of the next refresh; the first interval is shortened by the phase."""
+    first = count(clock, "step") == 0
+    phase = int(count(clock, "index") * GOLDEN % 1.0 * interval) if stagger and first else 0
+    cast(Tensor, clock["due"]).fill_(count(clock, "step") + interval - phase)
+
+
+def stream(clock: State) -> int:
+    """The seed of what is random in the present refresh of this parameter."""
+    return stable_seed(count(clock, "index"), count(clock, "refreshes"))
+
+
+def fit(
+    basis: Basis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
+) -> tuple[Subspace, int]:
+    """New bases, and how many matrices failed and kept the old ones (at a cold start: got a random one)."""
+    found: dict[str, Tensor] = {}
+    failed = ~g.sum(dim=(-2, -1)).isfinite()
+    for side in sides:
+        before = getattr(old, side) if old is not None else None
+        new = _fit_each(basis, g, side, rank, before, seed)
+        bad = failed | ~new.isfinite().all(dim=-1).all(dim=-1)
+        if bool(bad.any()):
+            stay = _random_like(new, seed) if before is None else before
+            new = torch.where(bad[..., None, None], stay, new)
+        failed = bad
+        found[side] = new
+    return Subspace(**found), int(failed.sum())
+
+
+def rotation(old: Subspace, new: Subspace) -> Move:
+    """(M, power) → C M with the entries of C to that power, from the right M Cᵀ: the moment in the new basis."""
+    left = None if old.left is None or new.left is None else new.left.mT @ old.left
+    right = None if old.right is None or new.right is None else new.right.mT @ old.right
+
+    def move(moment: Tensor, power: int) -> Tensor:
+        if left is not None:
+            moment = left.pow(power) @ moment
+        return moment if right is None else moment @ right.pow(power).mT
+
+    return move
+
+
+def copy_into_(state: State, fresh: State) -> None:
+    """Overwrite a state by another of the same form, tensor by tensor, each staying in its dtype and on its device.
+
+    Raises ValueError, before any change to the tensor concerned, where keys, shapes or dtypes differ.
+    """
+    if state.keys() != fresh.keys():
+        raise ValueError(f"the state given holds {sorted(fresh)}, expected {sorted(state)}")
+    for key, mine in state.items():
+        value = fresh[key]
+        if isinstance(mine, Tensor) and isinstance(value, Tensor):
+            if (mine.shape, mine.dtype) != (value.shape, value.dtype):
+                given, wanted = f"{value.dtype} {tuple(value.shape)}", f"{mine.dtype} {tuple(mine.shape)}"
+                raise ValueError(f"{key} of the state given is {given}, expected {wanted}")
+            mine.copy_(value)
+        elif isinstance(mine, dict) and isinstance(value, dict):
+            copy_into_(mine, value)
+        else:
+            raise ValueError(f"{key} of the state given is a {type(value).__name__}, expected a {type(mine).__name__}")
+
+
+def _fit_each(basis: Basis, g: Tensor, side: Side, rank: int, old: Tensor | None, seed: int) -> Tensor:
+    """``basis.fit``, where it fails NaN: for the one matrix of a stack that it fails for, not for all."""
+    try:
+        return basis.fit(g, side, rank, old=old, seed=seed)
+    except torch.linalg.LinAlgError:
+        if g.dim() == 2:
+            return g.new_full((g.shape[-2] if side == "left" else g.shape[-1], rank), math.nan)
+        olds: Iterable[Tensor | None] = [None] * len(g) if old is None else old
+        parts = [_fit_each(basis, part, side, rank, before, seed) for part, before in zip(g, olds, strict=True)]
+        return torch.stack(parts)
+
+
+def _random_like(q: Tensor, seed: int) -> Tensor:
+    noise = generator(q.device, "random basis", seed)
+    return orthonormalise(torch.randn(q.shape[-2:], generator=noise, device=q.device, dtype=q.dtype))[0].expand_as(q)

@@ -1,0 +1,194 @@
+"""Update rules: how a gradient becomes a step.
+
+A rule is hyper-parameters only (frozen, hashable, printable) and two functions, after optax: ``init`` makes the state
+of one parameter, ``update`` turns a gradient into a direction U and a gain c, and changes the state in place. The
+optimizer then does, for a learning rate η and a decay λ,
+
+    p ← p·(1 − η·λ) − η·c·U
+
+so that no rule ever sees the parameter, the learning rate or the decay. ``update`` is the definition; a rule may also
+give ``apply_``, the same step in place for many parameters at once, equal to rounding, which the optimizer prefers.
+
+State is a nested dict of tensors whose keys, shapes and dtypes are fixed by ``init``. It is float32 (float64 for
+float64 parameters) whatever the parameter's own dtype: arithmetic is never narrower.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Protocol, cast, runtime_checkable
+
+import torch
+from torch import Tensor
+from torch.optim.adamw import adamw
+
+from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
+
+State = dict[str, "Tensor | State"]
+Move = Callable[[Tensor, int], Tensor]  # (a moment, its power of the gradient) -> that moment in another basis
+
+
+@runtime_checkable
+class Rule(Protocol):
+    """What the optimizer needs of an update rule. Beside these two, it uses where present:
+
+    ``apply_(params, grads, states, *, lr, decay)``  the whole step in place, for float32 or float64 parameters
+    ``place_(state, index)``                         told once which parameter a state is for (to stagger, to seed)
+    ``folds / fold / apply_folded_``                 micro-batch gradients kept in a smaller form (``projected``)
+
+    and ``Projected``, of a rule inside it:
+
+    ``transport_(state, like, move)``                the basis has changed: pass every moment through ``move``
+    ``observe_(param, state)``                       shown the parameter before a step (Adafactor's parameter scale)
+    """
+
+    def init(self, like: Tensor) -> State:
+        """A fresh state for a parameter like this one (its shape, dtype and device; the values are not read)."""
+        ...
+
+    def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
+        """(direction, gain) for gradient ``g``; ``state`` is changed in place."""
+        ...
+
+
+def step_(
+    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
+) -> None:
+    """p ← p·(1 − lr·decay) − lr·gain·direction for float32 or float64 parameters, by ``apply_`` where there is one."""
+    if hasattr(rule, "apply_"):
+        rule.apply_(params, grads, states, lr=lr, decay=decay)
+        return
+    for p, g, state in zip(params, grads, states, strict=True):
+        direction, gain = rule.update(g, state)
+        p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+
+
+@dataclass(frozen=True)
+class AdamW:
+    """Adam with decoupled weight decay (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it.
+
+    ``storage`` says how the moments are kept (``optim.storage``). State: ``exp_avg``, ``exp_avg_sq`` (the parameter's
+    shape) and ``step`` (one float32): 8 bytes a number, and 4; as int8, 2 bytes a number and 8 a block of 256.
+    """
+
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    storage: Storage = "float32"
+
+    def __post_init__(self) -> None:
+        if not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must both lie in [0, 1)")
+        if self.eps < 0:
+            raise ValueError(f"eps={self.eps} must not be negative")
+        check_storage("storage", self.storage)
+
+    def init(self, like: Tensor) -> State:
+        return {
+            "exp_avg": allocate(like, self.storage, FIRST),
+            "exp_avg_sq": allocate(like, self.storage, SECOND),
+            "step": torch.zeros((), dtype=torch.float32, device=like.device),
+        }
+
+    def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
+        """Direction m / (√v + ε√c₂) and gain √c₂ / c₁, with c = 1 − βᵗ: bias correction is all in the gain."""
+        beta1, beta2 = self.betas
+        g = g.to(wide(g.dtype))
+        m, v = self._read(state, g)
+        step = cast(Tensor, state["step"])
+        step += 1
+        m.lerp_(g, 1 - beta1)
+        v.mul_(beta2).addcmul_(g, g, value=1 - beta2)
+        write_(state["exp_avg"], m, FIRST, step)
+        write_(state["exp_avg_sq"], v, SECOND, step)
+        count = step.double()
+        correction = (1 - beta2**count).sqrt()
+        direction = m / v.sqrt().add_((self.eps * correction).to(v.dtype))
+        return direction, (correction / (1 - beta1**count)).to(m.dtype)
+
+    def apply_(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
+    ) -> None:
+        fused: list[tuple[Tensor, Tensor, State]] = []
+        for p, g, state in zip(params, grads, states, strict=True):
+            if self.storage == "float32" and _laid_out_alike(p, g, state["exp_avg"]):
+                fused.append((p, g, state))
+            else:
+                direction, gain = self.update(g, state)
+                p.mul_(1 - lr * decay).sub_(direction.mul_(lr * gain))
+        if not fused:
+            return
+        adamw(
+            [p for p, _, _ in fused],
+            [g for _, g, _ in fused],
+            [state["exp_avg"] for _, _, state in fused],  # type: ignore[misc]
+            [state["exp_avg_sq"] for _, _, state in fused],  # type: ignore[misc]
+            [],
+            [state["step"] for _, _, state in fused],  # type: ignore[misc]
+            fused=True,
+            amsgrad=False,
+            beta1=self.betas[0],
+            beta2=self.betas[1],
+            lr=lr,
+            weight_decay=decay,
+            eps=self.eps,
+            maximize=False,
+        )
+
+    def transport_(self, state: State, like: Tensor, move: Move) -> None:
+        m, v = self._read(state, like)
+        write_(state["exp_avg"], move(m, 1), FIRST, None)
+        write_(state["exp_avg_sq"], move(v, 2), SECOND, None)
+
+    def _read(self, state: State, g: Tensor) -> tuple[Tensor, Tensor]:
+        return read(state["exp_avg"], FIRST, g.shape, wide(g.dtype)), read(
+            state["exp_avg_sq"], SECOND, g.shape, wide(g.dtype)
+        )
+
+
+def _laid_out_alike(p: Tensor, *others: object) -> bool:
+    """Whether the fused kernel may be used, which walks all its tensors as if they had the strides of the first."""
+    strides = p.stride()
+    for other in others:
+        assert isinstance(other, Tensor)
+        if other.stride() != strides and any(
+            n > 1 and a != b for n, a, b in zip(p.shape, strides, other.stride(), strict=True)
+        ):
+            return False
+    return True
+
+
+@dataclass(frozen=True)
+class SGD:
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it, the decay decoupled.
+
+    State: ``momentum_buffer`` (the parameter's shape) where ``momentum`` is not 0, else nothing.
+    """
+
+    momentum: float = 0.0
+    nesterov: bool = False
+
+    def __post_init__(self) -> None:
+        if not 0.0 <= self.momentum < 1.0:
+            raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
+        if self.nesterov and self.momentum == 0.0:
+            raise ValueError("nesterov=True needs a momentum above 0")
+
+    def init(self, like: Tensor) -> State:
+        if self.momentum == 0.0:
+            return {}
+        return {"momentum_buffer": torch.zeros_like(like, dtype=wide(like.dtype))}
+
+    def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
+        g = g.to(wide(g.dtype))
+        if self.momentum == 0.0:
+            return g, 1.0
+        buffer = state["momentum_buffer"]
+        assert isinstance(buffer, Tensor)
+        buffer.mul_(self.momentum).add_(g)
+        return (g + self.momentum * buffer if self.nesterov else buffer.clone()), 1.0
+
+    def transport_(self, state: State, like: Tensor, move: Move) -> None:
+        if state:
+            buffer = cast(Tensor, state["momentum_buffer"])
+            buffer.copy_(move(buffer, 1))

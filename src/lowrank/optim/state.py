@@ -1,0 +1,58 @@
+"""What can be done with any rule's state, a nested dict of tensors: walk, copy and compare it, forget a part of it."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+
+import torch
+from torch import Tensor
+
+from lowrank.optim.rules import Rule, State
+
+
+def check_forgets(rule: Rule, like: Tensor, name: str) -> None:
+    """Raise ValueError unless all that the rule keeps for a parameter like this is moments of its shape: what drops the
+    smallest of those would spoil a basis, or codes."""
+    state = rule.init(torch.empty_like(like, device="meta"))
+    if any(t.numel() > 1 and (t.shape != like.shape or not t.is_floating_point()) for _, t in leaves(state)):
+        raise ValueError(
+            f"a share of the state of {name} cannot be forgotten, since {rule!r} keeps more than moments of its shape; "
+            "use forget=0 or forget=1, or AdamW with storage='float32' for the factors"
+        )
+
+
+def zero_smallest_(tensor: Tensor, share: float) -> None:
+    """Zero the ``share`` of the smallest numbers, in each matrix apart: what one head forgets is its own business."""
+    rows = tensor.flatten(-2) if tensor.dim() > 2 else tensor.flatten()
+    smallest = rows.abs().topk(int(rows.shape[-1] * share), largest=False, sorted=False).indices
+    dropped = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, smallest, True)
+    tensor.masked_fill_(dropped.view(tensor.shape), 0)
+
+
+def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
+    """(dotted path, tensor) of every tensor in a state."""
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            yield prefix + key, value
+        else:
+            yield from leaves(value, f"{prefix}{key}.")
+
+
+def copied(state: State) -> State:
+    """The state with tensors of its own."""
+    return {k: v.detach().clone() if isinstance(v, Tensor) else copied(v) for k, v in state.items()}
+
+
+def matched(ours: State, saved: State, label: str) -> list[tuple[Tensor, Tensor]]:
+    """(our tensor, the saved one) for every tensor of a state; ValueError where key, shape or dtype differ."""
+    mine, theirs = dict(leaves(ours)), dict(leaves(saved))
+    if mine.keys() != theirs.keys():
+        raise ValueError(f"the saved state of {label!r} holds {sorted(theirs)}, its rule needs {sorted(mine)}")
+    for key, tensor in mine.items():
+        other = theirs[key]
+        if tensor.shape != other.shape or tensor.dtype != other.dtype:
+            raise ValueError(
+                f"the saved state {key} of {label!r} is {other.dtype} {tuple(other.shape)}, "
+                f"expected {tensor.dtype} {tuple(tensor.shape)}"
+            )
+    return [(tensor, theirs[key]) for key, tensor in mine.items()]

@@ -1,0 +1,69 @@
+"""How a tensor of state is kept: float32, bfloat16, or block-wise int8 (a basis in int4 too).
+
+Storage is not another optimizer: a rule reads its moments as float32, computes, and writes them back. What is kept is
+plain tensors (``codes`` and ``scales``), so that it loads with ``weights_only=True`` and fits in safetensors, which
+torchao's quantised tensor does not. bfloat16 and int8 moments are written with dithered rounding (``linalg.blocks``),
+since a second moment changes by 0.1 % a step and a code is coarser than that.
+
+Bytes for n numbers in b = ceil(n/256) blocks: float32 4n (float64 8n for float64 parameters), bfloat16 2n, int8 n +
+4b, int4 n/2 + 4b, with n rounded up to a multiple of b (int4: of 2b).
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from lowrank.linalg.blocks import Code, round_bfloat16
+
+Storage = Literal["float32", "bfloat16", "int8"]
+BasisStorage = Literal["float32", "bfloat16", "int8", "int4"]
+Stored = Any  # Tensor | dict[str, Tensor]; a nested State does not say which to the type checker
+
+FIRST = Code(power=2)  # a first moment: signed
+SECOND = Code(signed=False, power=4)  # a second moment: not negative, and never rounded to 0 beside a large one
+
+
+def basis_code(storage: str) -> Code:
+    """How a basis is coded: uniformly."""
+    return Code(bits=4 if storage == "int4" else 8)
+
+
+def check_storage(name: str, value: str, allowed: Any = Storage) -> None:
+    """Raises ValueError unless ``value`` is one of the kinds of storage."""
+    kinds = get_args(allowed)
+    if value not in kinds:
+        raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(kinds)}")
+
+
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for numbers of ``dtype``: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
+def allocate(like: Tensor, storage: str, code: Code) -> Stored:
+    """Zeros for a tensor of this shape and device, kept as ``storage``; float32 is float64 where ``like`` is."""
+    if storage == "float32":
+        return torch.zeros_like(like, dtype=wide(like.dtype))
+    if storage == "bfloat16":
+        return torch.zeros_like(like, dtype=torch.bfloat16)
+    return code.allocate(like)
+
+
+def read(stored: Stored, code: Code, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The tensor in ``dtype``. A tensor kept in that dtype is returned itself: what is done to it in place is kept."""
+    if isinstance(stored, Tensor):
+        return stored.to(dtype)
+    return code.decode(stored, shape, dtype)
+
+
+def write_(stored: Stored, value: Tensor, code: Code, tick: Tensor | int | None) -> None:
+    """Keep ``value``; narrower storage is dithered by ``tick``, or rounded to the nearest where it is None."""
+    if not isinstance(stored, Tensor):
+        code.encode_(stored, value, tick)
+    elif stored.dtype is torch.bfloat16 and tick is not None:
+        stored.copy_(round_bfloat16(value, tick))
+    elif stored is not value:
+        stored.copy_(value)
