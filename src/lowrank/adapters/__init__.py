@@ -1,0 +1,29 @@
+"""Low-rank weights: trainable changes to frozen matrices, and when they are folded in."""
+
+from lowrank.adapters.adapter import Adapter, Additive, Site
+from lowrank.adapters.dense import Dense, DenseAdapter
+from lowrank.adapters.dora import DoRA, DoRAAdapter
+from lowrank.adapters.layer import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
+from lowrank.adapters.lora import LoRA, LoRAAdapter
+from lowrank.adapters.merge import Merge, merge_adapters_, merge_and_unload
+from lowrank.adapters.unchanged import Unchanged, UnchangedAdapter
+
+__all__ = [
+    "AdaptedEmbedding",
+    "AdaptedLayer",
+    "AdaptedLinear",
+    "Adapter",
+    "Additive",
+    "Dense",
+    "DenseAdapter",
+    "DoRA",
+    "DoRAAdapter",
+    "LoRA",
+    "LoRAAdapter",
+    "Merge",
+    "Site",
+    "Unchanged",
+    "UnchangedAdapter",
+    "merge_adapters_",
+    "merge_and_unload",
+]

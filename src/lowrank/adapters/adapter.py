@@ -1,0 +1,136 @@
+"""What an adapter is: a trainable change to a frozen weight matrix W (out, in); a fresh one changes nothing.
+
+An adapter never holds W. It is given W at each call, so that one W can serve several adapters, and an adapter does not
+care how its layer stores the weight (transformers' ``Conv1D`` keeps it transposed, a fused projection three in one).
+
+Several *heads* are several changes at once. When they share the batch, the layer computes ``W x + (1/N) Σ_h Δ_h x``.
+When the batch is *split* (LoRA-the-Explorer, arXiv 2402.16828), head h sees only shard h and trains its own local model
+``(W + Δ_h) x_h``; in evaluation, and after a merge, the model is the mean of the local ones, ``W + (1/N) Σ_h Δ_h``.
+
+Shapes: W (out, in), x (batch, ..., in), y (batch, ..., out), A (heads, rank, in), B (heads, out, rank). The batch is
+the first dimension of x.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from dataclasses import dataclass
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.infra.ranks import share
+
+
+@dataclass(frozen=True)
+class Site:
+    """Where an adapter goes: it looks like a linear layer, and tells what the adapter must know of its place.
+
+    ``weight`` is (out, in) whatever the layer's own orientation; ``seed`` and ``name`` fix the random stream of new
+    factors; ``keep`` says whether merges will keep the factors (and subtract them) or restart them. Heads that split
+    the batch are divided between ``ranks`` processes, of which this is ``rank``.
+    """
+
+    name: str
+    weight: Tensor
+    seed: int = 0
+    keep: bool = False
+    rank: int = 0
+    ranks: int = 1
+
+    @staticmethod
+    def of(linear: Site | nn.Module) -> Site:
+        """The site of a plain ``nn.Linear``; a site is returned as it is."""
+        if isinstance(linear, Site):
+            return linear
+        if isinstance(linear, nn.Linear):
+            return Site("", linear.weight)
+        raise TypeError(f"adapters are made for linear layers, not for {type(linear).__name__}")
+
+    def own_heads(self, heads: int) -> range:
+        """Which of ``heads`` this process trains: consecutive, as even as it goes.
+
+        Raises:
+            ValueError: fewer heads than processes.
+        """
+        if heads < self.ranks:
+            raise ValueError(
+                f"heads={heads} on {self.ranks} ranks: a rank without a head would train nothing here; give at least "
+                f"{self.ranks} heads, or start at most {heads} ranks"
+            )
+        return share(heads, self.rank, self.ranks)
+
+    @property
+    def out_features(self) -> int:
+        return self.weight.shape[0]
+
+    @property
+    def in_features(self) -> int:
+        return self.weight.shape[1]
+
+
+class Adapter(nn.Module, ABC):
+    """A trainable change to a frozen W. Laws: a fresh one changes nothing; in evaluation ``adapter(x, W) == linear(x,
+    merged(W))``; after ``W ← merged(W); settle_()`` again ``merged(W) == W``."""
+
+    heads: int = 1
+    split: bool = False
+    all_heads: int = 1  # with those on other ranks
+    first_head: int = 0  # the number of the first head here, among all
+
+    @abstractmethod
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        """x (batch, ..., in), W (out, in) → y (batch, ..., out), the bias excluded."""
+
+    @abstractmethod
+    def merged(self, W: Tensor) -> Tensor:
+        """The dense matrix "W with me" (out, in), in W's dtype: the mean over the heads."""
+
+    @abstractmethod
+    def settle_(self) -> None:
+        """Called after W became ``merged(W)``: restart, or keep the factors and subtract them from now on."""
+
+    def row_norms(self, W: Tensor) -> Tensor:
+        """‖merged(W)‖ of each row, (out,), in float32 or wider."""
+        return self.merged(W.to(wide_dtype(W.dtype))).norm(dim=1)
+
+    def rows(self, ids: Tensor, W: Tensor) -> Tensor:
+        """Rows ``ids`` (batch, ...) of "W with me" → (batch, ..., in): the adapter on an embedding whose table is W."""
+        return F.embedding(ids, self.merged(W))
+
+    def kept_bytes(self) -> int:
+        """Bytes held beside the trainable parameters."""
+        return sum(b.numel() * b.element_size() for b in self.buffers())
+
+
+class Additive(Adapter):
+    """An adapter whose change is added to the layer's own output, so that it can join a product already made."""
+
+    @abstractmethod
+    def add_(self, y: Tensor, x: Tensor, start: int = 0) -> Tensor:
+        """Add the change for x to ``y[..., start : start + out]`` in place, and return y."""
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        return self.add_(F.linear(x, W), x)
+
+
+def shard_sizes(batch: int, heads: int) -> list[int]:
+    """How a batch is split between heads: as evenly as it goes, the first heads one more.
+
+    >>> shard_sizes(10, 4)
+    [3, 3, 2, 2]
+    """
+    return [batch // heads + (h < batch % heads) for h in range(heads)]
+
+
+def check_whole(name: str, value: object, least: int = 1) -> int:
+    """``value`` as an int, or a ValueError that names it."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < least:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+    return value
+
+
+def wide_dtype(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of factors and of merging for a weight of ``dtype``: never narrower than float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32

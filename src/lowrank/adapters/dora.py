@@ -1,0 +1,76 @@
+"""DoRA (arXiv 2402.09353): magnitude and direction apart.
+
+    W' = m · V / ‖V‖,   V = W + Δ,   ‖V‖ the norm of each row (each output's weights), m (out,) trained
+
+As in the paper (section 4.3), ‖V‖ is a constant in the backward pass. Δ is any adapter that shares the batch; for LoRA
+the norms come from the factors, so that no matrix of W's size is made in a step.
+
+Shapes: W, V (out, in), m (out,), x (batch, ..., in), y (batch, ..., out).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.adapters.adapter import Adapter, Site
+from lowrank.adapters.lora import LoRA
+
+
+@dataclass(frozen=True)
+class DoRA:
+    """Makes a :class:`DoRAAdapter`: a trained magnitude round the direction that ``inner`` changes."""
+
+    inner: Callable[[Site], Adapter] = field(default_factory=LoRA)
+
+    def __post_init__(self) -> None:
+        if getattr(self.inner, "split", False):
+            raise ValueError(
+                "DoRA has one magnitude for all heads, so its heads cannot train on different data: use split=False"
+            )
+
+    def __call__(self, linear: Site | nn.Module) -> DoRAAdapter:
+        return DoRAAdapter(self, Site.of(linear))
+
+
+class DoRAAdapter(Adapter):
+    """Parameters: ``magnitude`` (out,) and those of the inner adapter."""
+
+    def __init__(self, config: DoRA, site: Site):
+        super().__init__()
+        self.config = config
+        self.inner = config.inner(site)
+        self.heads, self.name, self.seed = self.inner.heads, site.name, site.seed
+        with torch.no_grad():
+            self.magnitude = nn.Parameter(self.inner.row_norms(site.weight))
+
+    @property
+    def merges(self) -> int | Tensor:
+        """How often it was merged, as the inner adapter counts it."""
+        return getattr(self.inner, "merges", 0)
+
+    def _gain(self, W: Tensor) -> Tensor:
+        """m / ‖V‖, (out,); exactly 1 for a fresh adapter, and 0 for a row of zeros, which has no direction."""
+        norms = self.inner.row_norms(W).detach()
+        return torch.where(norms > 0, self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+
+    def forward(self, x: Tensor, W: Tensor) -> Tensor:
+        y = self.inner(x, W)
+        return torch.addcmul(y, y, (self._gain(W) - 1).to(y.dtype))  # near 1 bfloat16 is coarse, near 0 it is not
+
+    def rows(self, ids: Tensor, W: Tensor) -> Tensor:
+        y = self.inner.rows(ids, W)
+        return torch.addcmul(y, y, F.embedding(ids, (self._gain(W) - 1)[:, None]).to(y.dtype))
+
+    def merged(self, W: Tensor) -> Tensor:
+        V = self.inner.merged(W.to(self.magnitude.dtype))
+        return (V * self._gain(W)[:, None]).to(W.dtype)
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        self.inner.settle_()
+        self.magnitude.abs_()  # W' has rows of norm |m|: a negative m is in its direction now

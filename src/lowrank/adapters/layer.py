@@ -1,0 +1,237 @@
+"""Layers that carry adapters, and how they take the place of the originals.
+
+An :class:`AdaptedLinear` takes over the very ``weight`` and ``bias`` parameters of the layer that it replaces, under
+the same names, so that a state dict keeps its keys (adapters only add ``<layer>.adapters.<part>.…``) and tied
+parameters stay tied. It stands for ``nn.Linear``, for transformers' ``Conv1D`` (weight (in, out)), as
+:class:`AdaptedPatches` for a ViT's convolutional patch embedding, and as :class:`AdaptedEmbedding` for the embedding
+whose table is tied to an adapted output layer.
+
+Parts: a fused projection (GPT-2's ``c_attn``, timm's ``qkv``) holds several matrices in one. Adapters on parts join the
+one fused product; the parts without adapter cost nothing.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.adapters.adapter import Adapter, Additive, wide_dtype
+from lowrank.infra.seeds import generator
+from lowrank.linalg.rounding import round_into_
+
+WHOLE = "all"  # the part that is the whole matrix
+HOOKS = (
+    "_forward_hooks",
+    "_forward_hooks_with_kwargs",
+    "_forward_hooks_always_called",
+    "_forward_pre_hooks",
+    "_forward_pre_hooks_with_kwargs",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+)
+
+
+def is_conv1d(module: nn.Module) -> bool:
+    """transformers' ``Conv1D``, a linear layer with its weight transposed; told by name, to import no transformers."""
+    return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
+
+
+def is_patch_embedding(module: nn.Module) -> bool:
+    """Whether a convolution is a linear map of patches without overlap or gaps, as a ViT's first layer is."""
+    if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
+        return False
+    whole = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
+    return whole and module.stride == module.kernel_size and module.weight.is_contiguous()
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Whether adapters can replace this module: it computes what ``nn.Linear`` or ``Conv1D`` does (a subclass with its
+    own ``forward`` may not), or embeds patches, with a weight of its own (a parametrised one is made anew at each
+    call)."""
+    plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
+    owned = module._parameters.get("weight") is not None
+    return owned and (plain or is_conv1d(module) or is_patch_embedding(module))
+
+
+def matrix_of(module: nn.Module) -> Tensor:
+    """The weight as (out, in), a view of the parameter."""
+    weight = module.weight
+    assert isinstance(weight, Tensor)
+    if isinstance(module, nn.Conv2d):
+        return weight.view(weight.shape[0], -1)
+    return weight.mT if is_conv1d(module) else weight
+
+
+class AdaptedLayer(nn.Module):
+    """What adapted linear layers and embeddings share: the original's parameters, and adapters by part of it."""
+
+    def __init__(self, original: nn.Module, adapters: dict[str, Adapter], parts: dict[str, slice]):
+        super().__init__()
+        for name, parameter in original.named_parameters(recurse=False):
+            self.register_parameter(name, parameter)
+        if isinstance(original, (nn.Linear, nn.Conv2d)) and original.bias is None:
+            self.register_parameter("bias", None)
+        self.transposed = is_conv1d(original)
+        for hooks in HOOKS:  # the very dicts, so that their handles go on working
+            self.__dict__[hooks] = original.__dict__[hooks]
+        self._is_full_backward_hook = original._is_full_backward_hook
+        self.adapters = nn.ModuleDict(adapters)
+        self.adapters.register_forward_pre_hook(_keep_off_the_fast_path)
+        self.parts = {part: parts[part] for part in adapters}
+        self._original = [original]  # in a list, so that it is no submodule; it answers for what is not here
+        self.train(original.training)
+
+    @property
+    def matrix(self) -> Tensor:
+        """The weight as (out, in), a view of the parameter."""
+        return self.weight.mT if self.transposed else self.weight
+
+    def pieces(self) -> Iterator[tuple[str, Adapter, Tensor]]:
+        """(part, adapter, its rows of the matrix as a view)."""
+        for part, adapter in self.adapters.items():
+            yield part, adapter, self.matrix[self.parts[part]]  # type: ignore[misc]
+
+    def original(self) -> nn.Module:
+        """The layer that this one replaced, with the parameters as they are now."""
+        module = self._original[0]
+        for name in list(module._parameters):
+            module._parameters[name] = self._parameters[name]
+        return module.train(self.training)
+
+    def __getattr__(self, name: str) -> Any:
+        """Whatever else is asked of the layer (``in_features``, ``nf``, …) the original answers."""
+        try:
+            return super().__getattr__(name)
+        except AttributeError:
+            original = self.__dict__.get("_original")
+            if original is None or name.startswith("_"):
+                raise
+            return getattr(original[0], name)
+
+
+def _keep_off_the_fast_path(module: nn.Module, args: object) -> None:
+    """Never called, since an ``nn.ModuleDict`` is not. In evaluation ``nn.TransformerEncoderLayer`` reads the weights
+    of its layers without calling them, and would miss their adapters, unless some module in it has a hook."""
+
+
+class AdaptedLinear(AdaptedLayer):
+    """A linear layer with adapters: y = x Wᵀ + bias, each adapter adding its change to its rows."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return self.forward(x[None])[0]
+        W = self.matrix
+        if all(isinstance(adapter, Additive) for adapter in self.adapters.values()):
+            y = F.linear(x, W, self.bias)
+            for part, adapter in self.adapters.items():
+                y = adapter.add_(y, x, self.parts[part].start)  # type: ignore[operator]
+            return y
+        if WHOLE in self.adapters:
+            y = self.adapters[WHOLE](x, W)
+        else:
+            y = torch.cat([self._rows(x, rows, part) for part, rows in self._covering(W.shape[0])], dim=-1)
+        return y if self.bias is None else y + self.bias.to(y.dtype)
+
+    def _covering(self, width: int) -> Iterator[tuple[str | None, slice]]:
+        """All rows in order: those of each adapted part, and the stretches between them (part None)."""
+        at = 0
+        for part, rows in sorted(self.parts.items(), key=lambda item: item[1].start):
+            if rows.start > at:
+                yield None, slice(at, rows.start)
+            yield part, rows
+            at = rows.stop
+        if at < width:
+            yield None, slice(at, width)
+
+    def _rows(self, x: Tensor, rows: slice, part: str | None) -> Tensor:
+        W = self.matrix[rows]
+        return F.linear(x, W) if part is None else self.adapters[part](x, W)
+
+    def extra_repr(self) -> str:
+        return f"{self.matrix.shape[1]} → {self.matrix.shape[0]}, bias={self.bias is not None}"
+
+
+class AdaptedPatches(AdaptedLinear):
+    """A patch embedding (see :func:`is_patch_embedding`) as the linear layer that it is, on patches as rows.
+
+    x (batch, channels, h, w) → (batch, out, h/p, w/q); W (out, channels·p·q) is a view of the convolution's weight.
+    """
+
+    @property
+    def matrix(self) -> Tensor:
+        return self.weight.view(self.weight.shape[0], -1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 3:
+            return self.forward(x[None])[0]
+        p, q = self.weight.shape[2:]
+        rows, columns = x.shape[2] // p, x.shape[3] // q  # a border that is no whole patch is not seen, as in Conv2d
+        patches = x[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
+        return super().forward(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
+
+
+def adapted(module: nn.Module, adapters: dict[str, Adapter], parts: dict[str, slice]) -> AdaptedLayer:
+    """The layer that takes the place of ``module``."""
+    if isinstance(module, nn.Embedding):
+        return AdaptedEmbedding(module, adapters, parts)
+    kind = AdaptedPatches if isinstance(module, nn.Conv2d) else AdaptedLinear
+    return kind(module, adapters, parts)
+
+
+class AdaptedEmbedding(AdaptedLayer):
+    """An embedding tied to an adapted output layer: it looks up rows of the adapted matrix, with the same adapter."""
+
+    def forward(self, ids: Tensor) -> Tensor:
+        return self.adapters[WHOLE].rows(ids, self.weight)  # type: ignore[operator]
+
+
+def check_embedding(module: nn.Embedding, name: str) -> None:
+    """Refuse the options of an embedding that its adapted form would not honour."""
+    if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
+        raise ValueError(
+            f"{name} is tied to an adapted layer and uses max_norm, scale_grad_by_freq or sparse, which an adapted "
+            "embedding cannot: make it without them, or use ties='leave' or ties='untie'"
+        )
+
+
+@torch.no_grad()
+def fold_(layer: AdaptedLayer, skip: set[int]) -> None:
+    """W ← merged(W) for every adapter of ``layer`` not in ``skip`` (tied layers share one), which then settles.
+
+    Extends ``skip``. The arithmetic is float32 or wider; into a bfloat16 weight it is rounded stochastically.
+    """
+    for part, adapter, W in layer.pieces():
+        if id(adapter) in skip:
+            continue
+        skip.add(id(adapter))
+        write_merged_(W, adapter.merged(W.to(wide_dtype(W.dtype))), adapter, part)
+        adapter.settle_()
+
+
+@torch.no_grad()
+def write_merged_(W: Tensor, merged: Tensor, adapter: Adapter, part: str) -> None:
+    """W ← merged, which is wide, before ``adapter`` settles."""
+    if not torch.isfinite(merged).all():
+        raise FloatingPointError(
+            f"the adapter on part {part!r} of a layer has grown to values that are not finite; nothing was merged "
+            "into it. Resume from the last checkpoint with a smaller learning rate"
+        )
+    stream = (getattr(adapter, "seed", 0), getattr(adapter, "name", ""), int(getattr(adapter, "merges", 0)))
+    round_into_(W, merged, generator(W.device, "merge", *stream))
+
+
+def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:
+    """(name, layer) of every adapted layer of ``model``."""
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedLayer):
+            yield name, module
+
+
+def replace(model: nn.Module, name: str, new: nn.Module) -> None:
+    """Put ``new`` in the place of the submodule ``name``."""
+    parent, _, child = name.rpartition(".")
+    setattr(model.get_submodule(parent), child, new)

@@ -1,0 +1,236 @@
+"""LoRA (arXiv 2106.09685), with one head or many: W + (s/N) Σ_h B_h A_h.
+
+* scale s = alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732). True division: alpha below the rank is allowed.
+* heads share the batch (multi-head LoRA) or split it (LTE, arXiv 2402.16828); the mean over heads is the paper's s/N.
+* A starts as ``init`` says, B at zero:
+  ``kaiming``     U(−1/√in, 1/√in), the reference code of LoRA
+  ``orthogonal``  semi-orthogonal rows times √(out/in), the LTE paper's
+  ``reference``   semi-orthogonal rows times √(in/rank), the LTE code's, which goes with its alpha of 4096
+  ``pissa``       the leading singular vectors of W (arXiv 2404.02948), and B not zero. PiSSA puts W − B⁰A⁰ in
+                  the place of W; here W stays and B⁰A⁰ is kept and subtracted: the same function, W untouched.
+* reset-less merging (LTE): the factors go on; the copy (A⁰, B⁰) kept at the merge is subtracted, W x + s(B A − B⁰A⁰) x,
+  as one product of twice the rank, B A − B⁰A⁰ = (B − B⁰) A + B⁰ (A − A⁰). So written it is exactly zero right after a
+  merge, and loses nothing in bfloat16 to the cancellation of two large products. With a restart, A is drawn anew and B
+  is zero.
+
+New factors come from the stream (seed, layer, head, merge count): they do not depend on which rank draws them. Under
+several ranks (``adapters.exchange``) split heads are divided between them, and ``heads`` counts those here.
+
+Shapes: W (out, in), A (heads, rank, in), B (heads, out, rank), x (batch, ..., in).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, get_args
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes, wide_dtype
+from lowrank.adapters.product import add_low_rank_
+from lowrank.infra.ranks import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.infra.seeds import draw_normal, generator
+
+Init = Literal["kaiming", "orthogonal", "reference", "pissa"]
+
+
+@dataclass(frozen=True)
+class LoRA:
+    """Makes a :class:`LoRAAdapter` for a linear layer; the hyper-parameters of LoRA and its relatives.
+
+    Args:
+        rank: of each head; at most the smaller side of the matrix.
+        alpha: the scale is alpha / rank; None means alpha = rank.
+        heads: how many pairs of factors; their changes are averaged.
+        split: the heads split the batch between them (LTE) instead of all seeing it.
+        rank_stabilised: scale alpha / √rank (rsLoRA).
+        init: how A starts (module docstring).
+        dropout: on the adapter's input, in training.
+    """
+
+    rank: int = 8
+    alpha: float | None = None
+    heads: int = 1
+    split: bool = False
+    rank_stabilised: bool = False
+    init: Init = "kaiming"
+    dropout: float = 0.0
+
+    def __post_init__(self) -> None:
+        check_whole("rank", self.rank)
+        check_whole("heads", self.heads)
+        if self.init not in get_args(Init):
+            raise ValueError(f"init={self.init!r} is unknown; it is one of {', '.join(get_args(Init))}")
+        if not 0.0 <= self.dropout < 1.0:
+            raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
+        if self.alpha is not None and not self.alpha > 0:
+            raise ValueError(f"alpha={self.alpha} must be above 0: at 0 the adapter would add and learn nothing")
+        if self.init == "pissa" and self.heads > 1:
+            raise ValueError("init='pissa' gives every head the same start; use heads=1, or another init")
+
+    @property
+    def scale(self) -> float:
+        alpha = self.rank if self.alpha is None else self.alpha
+        return alpha / (self.rank**0.5 if self.rank_stabilised else self.rank)
+
+    def __call__(self, linear: Site | nn.Module) -> LoRAAdapter:
+        return LoRAAdapter(self, Site.of(linear))
+
+
+class LoRAAdapter(Additive):
+    """The factors of :class:`LoRA` on one matrix: parameters A (heads, rank, in) and B (heads, out, rank)."""
+
+    merges: Tensor
+    kept_A: Tensor
+    kept_B: Tensor
+
+    def __init__(self, config: LoRA, site: Site):
+        super().__init__()
+        smaller = min(site.in_features, site.out_features)
+        if config.rank > smaller:
+            raise ValueError(
+                f"rank={config.rank} is above the smaller side of {site.name or 'the matrix'} "
+                f"({site.out_features} × {site.in_features}); use a rank of at most {smaller}"
+            )
+        self.config, self.name, self.seed, self.keep = config, site.name, site.seed, site.keep
+        own = site.own_heads(config.heads) if config.split else range(config.heads)
+        self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
+        self.split = config.split
+        self.sends_factors = factors_are_fewer(config.heads, config.rank, tuple(site.weight.shape), site.ranks)
+        kind: dict[str, Any] = {"dtype": wide_dtype(site.weight.dtype), "device": site.weight.device}
+        self.A = nn.Parameter(torch.empty(self.heads, config.rank, site.in_features, **kind))
+        self.B = nn.Parameter(torch.zeros(self.heads, site.out_features, config.rank, **kind))
+        self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
+        self.subtracts = config.init == "pissa"
+        if self.keep or self.subtracts:
+            # Where factors travel, what all heads have merged is kept here, so that it need never travel.
+            kept = config.heads if self.sends_factors else self.heads
+            self.register_buffer("kept_A", self.A.new_zeros(kept, *self.A.shape[1:]))
+            self.register_buffer("kept_B", self.B.new_zeros(kept, *self.B.shape[1:]))
+        if not site.weight.is_meta:
+            self._start(site.weight)
+
+    @torch.no_grad()
+    def _start(self, W: Tensor) -> None:
+        if self.config.init == "pissa":
+            U, S, Vh = torch.linalg.svd(W.detach().to(self.A.dtype), full_matrices=False)
+            root, r = (S[: self.config.rank] / self.config.scale).sqrt(), self.config.rank
+            self.A.copy_((root[:, None] * Vh[:r])[None])
+            self.B.copy_((U[:, :r] * root)[None])
+            self._keep()
+        else:
+            self._draw()
+
+    @torch.no_grad()
+    def _draw(self) -> None:
+        """A anew for every head, B to zero."""
+        count = int(self.merges)
+        for h in range(self.heads):
+            self.A[h].copy_(self._draw_head(self.first_head + h, count))
+        self.B.zero_()
+
+    def _draw_head(self, head: int, count: int) -> Tensor:
+        rank, inputs, outputs = self.config.rank, self.A.shape[2], self.B.shape[1]
+        stream = (self.seed, self.name, head, count)
+        if self.config.init in ("kaiming", "pissa"):
+            bound = inputs**-0.5
+            return torch.empty(rank, inputs).uniform_(-bound, bound, generator=generator("cpu", *stream))
+        Q, R = torch.linalg.qr(draw_normal((inputs, rank), *stream))
+        Q = Q * torch.where(R.diagonal() < 0, -1.0, 1.0)  # the factor is unique only up to these signs
+        factor = (outputs / inputs) if self.config.init == "orthogonal" else (inputs / rank)
+        return Q.mT * factor**0.5
+
+    # --- forward -------------------------------------------------------------------------------------------------
+
+    def add_(self, y: Tensor, x: Tensor, start: int = 0) -> Tensor:
+        if self.training and self.config.dropout > 0:
+            x = F.dropout(x, self.config.dropout)
+        A, B = self._factors()
+        if self.training and self.split and self.heads > 1:
+            return add_low_rank_(y, x, A, B, self.config.scale, shard_sizes(x.shape[0], self.heads), start)
+        A, B = A.flatten(0, 1)[None], B.transpose(0, 1).flatten(1)[None]
+        return add_low_rank_(y, x, A, B, self.config.scale / self.heads, [x.shape[0]], start)
+
+    def _factors(self) -> tuple[Tensor, Tensor]:
+        """Of what the change Σ_h B_h A_h is made: (heads, R, in), (heads, out, R) with R = rank, or 2·rank where kept
+        factors are subtracted."""
+        if not self.subtracts:
+            return self.A, self.B
+        kept_A, kept_B = self.kept_A[self._own], self.kept_B[self._own]
+        A, B = self.A - kept_A, self.B - kept_B
+        return torch.cat([self.A, A], dim=1), torch.cat([B, kept_B], dim=2)
+
+    @property
+    def _own(self) -> slice:
+        """Where the heads here stand among the kept factors."""
+        first = self.first_head if len(self.kept_A) == self.all_heads else 0
+        return slice(first, first + self.heads)
+
+    def rows(self, ids: Tensor, W: Tensor) -> Tensor:
+        A, B = self._factors()
+        base = F.embedding(ids, W)
+        if self.training and self.split and self.heads > 1:
+            shards = ids.split(shard_sizes(ids.shape[0], self.heads))
+            change = torch.cat([F.embedding(shard, B[h]) @ A[h] for h, shard in enumerate(shards)])
+            return base + (self.config.scale * change).to(base.dtype)
+        change = F.embedding(ids, B.transpose(0, 1).flatten(1)) @ A.flatten(0, 1)
+        return base + (self.config.scale / self.heads * change).to(base.dtype)
+
+    # --- merging -------------------------------------------------------------------------------------------------
+
+    def delta(self) -> Tensor:
+        """(s/N) Σ_h (B_h A_h − B⁰_h A⁰_h) of the N heads here, (out, in), in the factors' dtype: exactly zero right
+        after a kept merge."""
+        A, B = self._factors()
+        return B.transpose(0, 1).flatten(1) @ A.flatten(0, 1) * (self.config.scale / self.heads)
+
+    def merged(self, W: Tensor) -> Tensor:
+        return (W.to(self.A.dtype) + self.delta()).to(W.dtype)
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        self.merges += 1
+        if self.keep:
+            self._keep()
+        else:
+            self._draw()
+            self.subtracts = False
+
+    def _keep(self) -> None:
+        self.kept_A[self._own].copy_(self.A)
+        self.kept_B[self._own].copy_(self.B)
+        self.subtracts = True
+
+    @torch.no_grad()
+    def restart_(self) -> None:
+        """The heads here begin anew, as if they had just been merged and nothing of them taken."""
+        self._draw()
+        if self.keep:
+            self.kept_A[self._own].copy_(self.A)
+            self.kept_B[self._own].copy_(self.B)
+
+    def row_norms(self, W: Tensor) -> Tensor:
+        """From the factors, without a matrix of W's size: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², row by row."""
+        W = W.to(self.A.dtype)
+        A, B = self._factors()
+        A, B = A.flatten(0, 1), B.transpose(0, 1).flatten(1) * (self.config.scale / self.heads)
+        cross = ((W @ A.mT) * B).sum(dim=1)
+        own = ((B @ (A @ A.mT)) * B).sum(dim=1)
+        return (W.square().sum(dim=1) + 2 * cross + own).clamp_min(0).sqrt()
+
+    def _load_from_state_dict(self, *args, **kwargs) -> None:
+        super()._load_from_state_dict(*args, **kwargs)
+        self.subtracts = self.config.init == "pissa" and not (int(self.merges) and not self.keep)
+        self.subtracts |= self.keep and int(self.merges) > 0
+
+    def extra_repr(self) -> str:
+        return f"{self.config}, out={self.B.shape[1]}, in={self.A.shape[2]}"
+
+
+def factors_are_fewer(heads: int, rank: int, shape: tuple[int, ...], ranks: int) -> bool:
+    """Whether at a merge of ``ranks`` processes everyone's factors to everyone are no more bytes than a sum of dense
+    changes of this shape (out, in)."""
+    factors = largest_share(heads, ranks) * rank * sum(shape)
+    return ring_gather_bytes(factors, ranks) <= ring_sum_bytes(shape[0] * shape[1], ranks)

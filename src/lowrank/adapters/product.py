@@ -1,0 +1,88 @@
+"""The thin product y += s · B A x, in place and with no more kept for backward than it needs.
+
+One autograd function for every case: G shards of the batch, each with its own factors. Heads that share the batch are
+one shard of G·rank stacked rows. Written by hand because autograd would keep or copy tensors of y's size: it keeps x
+once (the layer's frozen W keeps nothing), z = A x (rank-sized) and the factors.
+
+    z = A x        y += s·B z        dz = s·Bᵀ dy        dB = s·dy zᵀ        dA = dz xᵀ        dx += Aᵀ dz
+
+Shapes: y (rows, width), x (rows, in), A (G, R, in), B (G, out, R), z (rows, R); the change goes to
+columns start : start + out of y.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+
+def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int = 0) -> Tensor:
+    """``y[..., start : start + out] += scale · x_g A_gᵀ B_gᵀ`` for each shard g of the first dimension, in place.
+
+    y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R); ``sizes`` are the G shard sizes, summing to
+    batch.
+    """
+    A, B = A.to(y.dtype), B.to(y.dtype)
+    if torch.compiler.is_compiling():
+        return _add_plainly(y, x.to(y.dtype), A, B, scale, sizes, start)
+    return _AddLowRank.apply(y, x.to(y.dtype), A, B, scale, sizes, start)
+
+
+def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:
+    """The same in ordinary operations, which the compiler fuses by itself."""
+    parts = [part @ A[g].mT @ B[g].mT for g, part in enumerate(x.split(sizes))]
+    change = scale * torch.cat(parts)
+    if change.shape == y.shape:
+        return y + change
+    left, right = y[..., :start], y[..., start + B.shape[1] :]
+    return torch.cat([left, y[..., start : start + B.shape[1]] + change, right], dim=-1)
+
+
+class _AddLowRank(torch.autograd.Function):
+    @staticmethod
+    def forward(
+        ctx: Any, y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int
+    ) -> Tensor:
+        rows, target = x.reshape(-1, x.shape[-1]), y.view(-1, y.shape[-1])[:, start : start + B.shape[1]]
+        spans = _spans(sizes, rows.shape[0])
+        z = rows.new_empty(rows.shape[0], A.shape[1])
+        for g, (i, j) in enumerate(spans):
+            torch.mm(rows[i:j], A[g].mT, out=z[i:j])
+            target[i:j].addmm_(z[i:j], B[g].mT, alpha=scale)
+        ctx.mark_dirty(y)
+        ctx.save_for_backward(x, z, A, B)
+        ctx.scale, ctx.spans, ctx.start = scale, spans, start
+        return y
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        x, z, A, B = ctx.saved_tensors
+        _, need_x, need_A, need_B = ctx.needs_input_grad[:4]
+        rows = x.reshape(-1, x.shape[-1])
+        d = dy.reshape(-1, dy.shape[-1])[:, ctx.start : ctx.start + B.shape[1]]
+        dx = torch.empty_like(rows) if need_x else None
+        dA = torch.empty_like(A) if need_A else None
+        dB = torch.empty_like(B) if need_B else None
+        for g, (i, j) in enumerate(ctx.spans):
+            if dB is not None:
+                torch.mm(d[i:j].mT, z[i:j], out=dB[g])
+            dz = (d[i:j] @ B[g]).mul_(ctx.scale)
+            if dA is not None:
+                torch.mm(dz.mT, rows[i:j], out=dA[g])
+            if dx is not None:
+                torch.mm(dz, A[g], out=dx[i:j])
+        if dB is not None:
+            dB.mul_(ctx.scale)
+        return dy, None if dx is None else dx.view_as(x), dA, dB, None, None, None
+
+
+def _spans(sizes: list[int], rows: int) -> list[tuple[int, int]]:
+    """First and last row of each shard, for ``sizes`` examples of equally many rows each."""
+    each, spans, at = rows // max(sum(sizes), 1), [], 0
+    for size in sizes:
+        spans.append((at, at + size * each))
+        at += size * each
+    return spans

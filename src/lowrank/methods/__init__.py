@@ -1,0 +1,93 @@
+"""What we offer: the catalogue of the field's methods, each a value of one type.
+
+    A method is what we add to the weights (adapt), how we turn gradients into steps (rules), and when the first is
+    folded into the weights (merge).
+
+Each function here returns the :class:`Method` of one paper with that paper's defaults; its docstring cites it and says
+where the defaults differ. Arguments mean the same everywhere:
+
+* ``target_modules``, ``exclude_modules``: which linear layers (``lowrank.targets`` lists the groups and forms);
+* ``rank``, ``alpha``, ``heads``, ``dropout``: of the adapters; the scale is alpha / rank, heads are averaged;
+* ``merge_every``: steps between two merges;
+* ``rest``: every parameter that was not chosen: ``"train"``, ``"freeze"``, or ``"auto"``: train what was initialised at
+  random, freeze what was loaded. Over several ranks ``"train"`` sums its gradients every step; ``"local"`` trains it on
+  each rank by itself and averages it every ``rest_every`` steps (four merge intervals), which is what ``"auto"`` does
+  for methods whose heads split the batch;
+* ``freeze``: patterns frozen in any case, such as ``"*.bias"``, ``"wte"`` or ``"first:4"`` (the first four blocks);
+* ``ties``: a chosen layer whose weight is tied to another's (GPT-2's ``lm_head`` and ``wte``): ``"adapt"`` both as the
+  one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first.
+"""
+
+import inspect
+from collections.abc import Callable
+
+from lowrank.methods.both import lte_galore
+from lowrank.methods.gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+from lowrank.methods.method import Adapt, Method, Use
+from lowrank.methods.weights import (
+    dora,
+    frozen,
+    full,
+    linear_probe,
+    lora,
+    lora_plus,
+    lte,
+    multihead_lora,
+    pissa,
+    relora,
+    rslora,
+)
+
+_ALL: tuple[Callable[..., Method], ...] = (
+    full,
+    frozen,
+    linear_probe,
+    lora,
+    rslora,
+    dora,
+    pissa,
+    lora_plus,
+    multihead_lora,
+    lte,
+    relora,
+    galore,
+    galore_8bit,
+    galore_adafactor,
+    apollo,
+    apollo_mini,
+    fira,
+    lte_galore,
+)
+METHODS: dict[str, Callable[..., Method]] = {function.__name__: function for function in _ALL}
+
+
+def summary(name: str) -> str:
+    """The first line of a method's docstring."""
+    return (inspect.getdoc(METHODS[name]) or "").partition("\n")[0]
+
+
+__all__ = [
+    "METHODS",
+    "Adapt",
+    "Method",
+    "Use",
+    "apollo",
+    "apollo_mini",
+    "dora",
+    "fira",
+    "frozen",
+    "full",
+    "galore",
+    "galore_8bit",
+    "galore_adafactor",
+    "linear_probe",
+    "lora",
+    "lora_plus",
+    "lte",
+    "lte_galore",
+    "multihead_lora",
+    "pissa",
+    "relora",
+    "rslora",
+    "summary",
+]

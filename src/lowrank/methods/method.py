@@ -1,0 +1,101 @@
+"""A training method as a value.
+
+A method is what we add to the weights (adapt), how we turn gradients into steps (rules), and when the first is
+folded into the weights (merge).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Literal, get_args
+
+from lowrank.adapters import Adapter, Merge, Site
+from lowrank.infra.schedule import Schedule, constant
+from lowrank.optim.rules import AdamW, Rule
+from lowrank.targets import Targets, as_list
+
+Rest = Literal["auto", "train", "freeze", "local"]
+Ties = Literal["adapt", "leave", "untie"]
+FACTORS = ("*.adapters.*",)
+FACTOR_B = ("*.adapters.*.B",)
+
+
+@dataclass(frozen=True)
+class Adapt:
+    """Which linear layers get which adapter; ``make(linear) -> Adapter``."""
+
+    target_modules: Targets
+    make: Callable[[Site], Adapter]
+    exclude_modules: Targets = ()
+
+
+@dataclass(frozen=True)
+class Use:
+    """Which parameters follow which rule, at ``lr`` times the run's learning rate.
+
+    ``decay``: whether the run's weight decay applies. The catch-all ``"*"`` spares adapter factors all the same, since
+    what decays on them is merged into W; a Use that names them decides for itself.
+    """
+
+    target_modules: Targets
+    rule: Rule
+    lr: float = 1.0
+    decay: bool = True
+    exclude_modules: Targets = ()
+
+    def __post_init__(self) -> None:
+        if not self.lr > 0:
+            raise ValueError(
+                f"Use(lr={self.lr}) multiplies the learning rate and must be above 0; freeze= freezes parameters"
+            )
+
+    @property
+    def is_catch_all(self) -> bool:
+        return as_list(self.target_modules) == ["*"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Method:
+    """A training method: adapters (first match wins), rules (first match wins), merging, and what becomes of the
+    rest.
+
+    ``rest_every`` is for several ranks, where the rest may train locally: steps between two averages of it; None: four
+    merge intervals, or 40 steps without merges.
+    """
+
+    adapt: tuple[Adapt, ...] = ()
+    rules: tuple[Use, ...] = field(default_factory=lambda: (Use("*", AdamW()),))
+    merge: Merge | None = None
+    lr: Schedule = constant
+    rest: Rest = "auto"
+    rest_every: int | None = None
+    ties: Ties = "adapt"
+    freeze: Targets = ()
+    name: str = "method"
+
+    def __post_init__(self) -> None:
+        for option, allowed in (("rest", get_args(Rest)), ("ties", get_args(Ties))):
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"{option}={getattr(self, option)!r} is unknown; it is one of {', '.join(allowed)}")
+        if self.rest_every is not None and self.rest_every < 1:
+            raise ValueError(f"rest_every={self.rest_every} must be at least 1 step")
+        if self.rest_every is not None and self.rest in ("train", "freeze"):
+            raise ValueError(
+                f"rest_every={self.rest_every} averages a rest that trains on each rank by itself, and not "
+                f"rest={self.rest!r}: use rest='local', or leave rest_every out"
+            )
+        if self.merge is not None and not self.adapt:
+            raise ValueError("merge= folds adapters into the weights, and this method has no adapters (adapt=())")
+
+    @property
+    def rest_interval(self) -> int:
+        """Steps between two averages of a rest that trains locally."""
+        if self.rest_every is not None:
+            return self.rest_every
+        return 4 * (self.merge.merge_every if self.merge is not None else 10)
+
+    @property
+    def splits(self) -> bool:
+        """Whether some adapters have heads that split the batch, which several ranks divide between them."""
+        return any(getattr(adapt.make, "split", False) for adapt in self.adapt)

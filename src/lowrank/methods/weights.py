@@ -1,0 +1,230 @@
+"""Full training, the controls, and the methods with low-rank weights: LoRA and its relatives, LTE, ReLoRA."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
+from lowrank.infra.schedule import Rewarm
+from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
+from lowrank.optim.rules import AdamW
+from lowrank.targets import Targets
+
+
+def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
+    """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    return Method(name="full", rest=rest, freeze=freeze)
+
+
+def frozen(
+    target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
+) -> Method:
+    """The control of every comparison: the targets frozen as they are, no adapter, everything else trained.
+
+    What an adapter method gains over this is what its adapters did. Not from a paper.
+    """
+    return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
+
+
+def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
+    """Linear probing: the output layer alone (``classifier`` or ``lm_head``), everything else frozen (Alain and Bengio,
+    arXiv 1610.01644)."""
+    return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
+
+
+def lora(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha/rank)·B A, on q and v as in the paper; A Kaiming-uniform, B
+    zero."""
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def rslora(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """Rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732): the scale is alpha/√rank, so that high ranks learn as
+    fast as low ones."""
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout, rank_stabilised=True)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def dora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """DoRA (Liu et al., arXiv 2402.09353): the weight's magnitude and direction apart, LoRA on the direction."""
+    make = DoRA(LoRA(rank=rank, alpha=alpha, dropout=dropout))
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="dora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def pissa(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts from the leading singular vectors of W, at scale 1 (alpha
+    = rank)."""
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout, init="pissa")
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def lora_plus(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    ratio: float = 16.0,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA+ (Hayou et al., arXiv 2402.12354): LoRA with ``ratio`` times the learning rate for B (the paper's λ =
+    16)."""
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
+    return Method(
+        name="lora_plus",
+        adapt=(Adapt(target_modules, make, exclude_modules),),
+        rules=(Use(FACTOR_B, AdamW(), lr=ratio, decay=False), Use("*", AdamW())),
+        rest=rest,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def multihead_lora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 4,
+    heads: int = 4,
+    alpha: float | None = None,
+    init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """Multi-head LoRA (Huh et al., arXiv 2402.16828, section 3.2): W + (s/N) Σ_h B_h A_h, all heads on every batch.
+
+    The mean over N heads makes a step N times smaller than that of one LoRA of rank N·rank, so ``alpha`` defaults to
+    4·rank, as for ``lte``.
+    """
+    make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, init=init, dropout=dropout)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="multihead_lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def lte(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 4,
+    heads: int = 4,
+    alpha: float | None = None,
+    merge_every: int = 10,
+    keep: bool = True,
+    forget: float = 0.0,
+    init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    rest_every: int | None = None,
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged every
+    ``merge_every`` steps.
+
+    Reset-less by default (``keep=True``): the factors go on, and what they had added at the merge is subtracted. The
+    paper's ViT-S runs use 32 heads of rank 64 at T = 10 and advise heads·rank of at least the largest side; the small
+    default here suits small models. ``alpha`` is 4·rank, by our own measurement; with ``init="reference"`` (A times
+    √(in/rank)) the reference's alpha of 4096.
+
+    Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and they talk only at merges;
+    ``rest_every``: steps between two averages of the rest of the model, where that trains locally (four merge
+    intervals).
+    """
+    make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
+    return Method(
+        name="lte",
+        adapt=(Adapt(target_modules, make, exclude_modules),),
+        merge=Merge(merge_every, keep=keep, forget=forget),
+        rest=rest,
+        rest_every=rest_every,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def relora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    alpha: float | None = 32,
+    merge_every: int = 1000,
+    forget: float = 0.9,
+    restart_warmup: int | None = None,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """ReLoRA (Lialin et al., arXiv 2307.05695): LoRA merged and restarted every ``merge_every`` steps.
+
+    At a restart the factors are drawn anew, ``forget`` of their moments (the smallest) is dropped, and the learning
+    rate ramps up again over
+    ``restart_warmup`` steps: 100 where that fits, else a tenth of ``merge_every``. The paper's 5000 steps of full
+    training before the first LoRA (its greatest single gain) are a run of their own: ``--method full``, then
+    ``--init-from`` that run.
+    """
+    warmup = min(100, merge_every // 10) if restart_warmup is None else restart_warmup
+    return Method(
+        name="relora",
+        adapt=(Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),),
+        merge=Merge(merge_every, keep=False, forget=forget),
+        lr=Rewarm(every=merge_every, warmup=warmup),
+        rest=rest,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def _four_times(alpha: float | None, rank: int) -> float:
+    return 4.0 * rank if alpha is None else alpha

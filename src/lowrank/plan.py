@@ -1,0 +1,200 @@
+"""Binds a method to a model, and shows what came of it.
+
+    plan = apply_(model, method)    in place; what would silently not happen is an error before anything is changed
+    print(plan)                     the table: layer, adapter, rule, what trains, and why not
+    opt = plan.optimizer(lr=…)      the one optimizer, with merges at their time
+
+``binding`` decides which parameter trains, and documents how.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lowrank.adapters import Adapter
+from lowrank.adapters.exchange import SplitAdapter
+from lowrank.adapters.layer import adapted_layers
+from lowrank.binding import Across, Binding, Row
+from lowrank.boundary import boundary_, meet_
+from lowrank.infra.ranks import Ranks
+from lowrank.memory import Ledger, ledger, table
+from lowrank.methods import Method
+from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.state import check_forgets
+
+
+@dataclass
+class Plan:
+    """A model bound to a method. ``rows`` holds every parameter once; ``notes`` what a reader should know; ``ranks``
+    the processes that train it together, None for one; ``left_out`` a rank's number for each time it was left out of
+    a merge because its numbers were not finite."""
+
+    model: nn.Module
+    method: Method
+    seed: int
+    rows: list[Row]
+    adapters: dict[str, Adapter]
+    notes: list[str] = field(default_factory=list)
+    ranks: Ranks | None = None
+    left_out: list[int] = field(default_factory=list)
+
+    @cached_property
+    def shared(self) -> list[nn.Parameter]:
+        """Trained parameters whose gradients the ranks sum; empty in one process, as the next two are."""
+        return self._across("shared")
+
+    @cached_property
+    def own(self) -> list[nn.Parameter]:
+        """Heads that this rank alone trains."""
+        return self._across("own")
+
+    @cached_property
+    def own_adapters(self) -> list[SplitAdapter]:
+        """The adapter of each of ``own``."""
+        owner = {id(p): a for a in self.adapters.values() if isinstance(a, SplitAdapter) for p in a.parameters()}
+        return [owner[id(p)] for p in self.own]
+
+    @cached_property
+    def local(self) -> list[nn.Parameter]:
+        """Parameters that each rank trains by itself, averaged every ``method.rest_interval`` steps."""
+        return self._across("local")
+
+    def _across(self, which: Across) -> list[nn.Parameter]:
+        parameters = dict(self.model.named_parameters())
+        chosen = [row.name for row in self.rows if row.rule is not None and row.across == which]
+        return [parameters[name] for name in chosen] if self.ranks is not None else []
+
+    @property
+    def parameters_total(self) -> int:
+        """Parameters of the model and its adapters; tied ones count once."""
+        return sum(row.numel for row in self.rows)
+
+    @property
+    def parameters_trained(self) -> int:
+        return sum(row.numel for row in self.rows if row.rule is not None)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes of weights, gradients, optimizer state and kept copies, before the first step."""
+        return ledger(self)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, exact."""
+        return self.ledger.state
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that adapters keep beside their trainable factors."""
+        return self.ledger.kept
+
+    def __str__(self) -> str:
+        return table(self)
+
+    def optimizer(
+        self,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        per_layer: bool = False,
+        accumulate: int = 1,
+        clip_per_layer: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        merge: Literal["auto", "manual"] = "auto",
+    ) -> Optimizer:
+        """The optimizer of this plan: every trained parameter in one group with its rule.
+
+        Args:
+            lr: learning rate; a ``Use`` may multiply it.
+            weight_decay: decoupled decay, for every trained parameter but adapter factors (unless a ``Use`` names
+                those).
+            per_layer, accumulate, clip_per_layer, scaler: see :class:`lowrank.optim.Optimizer`.
+            merge: ``"auto"``: ``step()`` merges when it is due; ``"manual"``: you call ``lowrank.merge_(plan, opt)``.
+
+        Raises:
+            ValueError: a negative or not finite ``lr`` or ``weight_decay``, or an unknown ``merge``.
+        """
+        if not 0 <= lr < float("inf") or not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be finite and not negative")
+        if self.method.merge is not None and 0 < self.method.merge.forget < 1:
+            for row in self.rows:
+                if row.is_factor and row.rule is not None:
+                    check_forgets(row.rule, torch.empty(row.shape, dtype=row.dtype, device="meta"), row.name)
+        if merge not in ("auto", "manual"):
+            raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
+        optimizer: Optimizer
+
+        optimizer = Optimizer(
+            self._groups(lr, weight_decay),
+            per_layer=per_layer,
+            accumulate=accumulate,
+            clip_per_layer=clip_per_layer,
+            scaler=scaler,
+            schedule=self.method.lr,
+            boundary=lambda steps: boundary_(self, optimizer, steps, merge=merge == "auto"),
+            expect={p: name for name, adapter in self.adapters.items() for p in list(adapter.parameters())[:1]},
+            seed=self.seed,
+            ranks=self.ranks,
+            shared=self.shared,
+        )
+        return optimizer
+
+    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        parameters = dict(self.model.named_parameters())
+        groups: dict[tuple[Any, float, float], list[tuple[str, nn.Parameter]]] = {}
+        for row in self.rows:
+            if row.use is None:
+                continue
+            spared = not row.use.decay or (row.use.is_catch_all and row.is_factor)
+            key = (row.rule, row.use.lr, 0.0 if spared else weight_decay)
+            groups.setdefault(key, []).append((row.name, parameters[row.name]))
+        return [
+            {"params": params, "rule": rule, "lr": lr, "lr_ratio": ratio, "decay": decay}
+            for (rule, ratio, decay), params in groups.items()
+        ]
+
+
+def apply_(model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None) -> Plan:
+    """Bind ``method`` to ``model`` in place, and return the plan.
+
+    Args:
+        model: any module with linear layers; it is changed: layers get adapters, ``requires_grad`` is set.
+        method: from ``lowrank.methods``, or your own :class:`~lowrank.methods.Method`.
+        seed: of the factors' random streams.
+        ranks: the processes that train it together (``lowrank.infra.ranks.joined``); each gets its share of the heads
+            that split the batch. Every rank divides its loss by the global batch.
+
+    Raises:
+        ValueError: targets that match no linear layer, a rank above a matrix, nothing left to train, a parameter
+            without a rule; in each case the model is as it was.
+    """
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("the model carries adapters already; lowrank.merge_and_unload(model) takes them off first")
+    if next(model.parameters(), None) is None:
+        raise ValueError("the model has no parameters")
+    binding = Binding(model, method, seed, ranks)
+    binding.check_rest()
+    try:
+        binding.place_adapters()
+        rows = binding.rows()
+    except Exception:
+        binding.undo()
+        raise
+    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, ranks)
+    parameters = dict(model.named_parameters())
+    for row in rows:
+        parameters[row.name].requires_grad_(row.rule is not None)
+    return plan
+
+
+def merge_(plan: Plan, opt: Optimizer | None = None) -> None:
+    """Fold the adapters into the weights now; with ``opt``, its state forgets as the method's ``Merge.forget`` says.
+
+    An optimizer made with ``merge="auto"`` does this by itself when a merge is due. Of several ranks all must call it.
+    """
+    meet_(plan, opt, merging=True, averaging=False)
