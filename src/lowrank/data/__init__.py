@@ -1,0 +1,34 @@
+"""Side room: data. Text becomes token files once (``prepare``), token files become batches (``Windows``,
+``Documents``).
+
+Nothing here knows a method or a model; what leaves is tensors of ids and labels.
+"""
+
+from lowrank.data.catalogue import DATA
+from lowrank.data.documents import Documents, EvaluationDocuments, Streamed
+from lowrank.data.prepare import prepare
+from lowrank.data.source import Piece, Source
+from lowrank.data.text import SourceInfo, list_sources, open_source
+from lowrank.data.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from lowrank.data.tokens import Tokens, check_vocabulary
+from lowrank.data.windows import Windows, evaluation_batches
+
+__all__ = [
+    "DATA",
+    "Documents",
+    "EvaluationDocuments",
+    "Piece",
+    "Source",
+    "SourceInfo",
+    "Streamed",
+    "Tokenizer",
+    "Tokens",
+    "Windows",
+    "check_vocabulary",
+    "evaluation_batches",
+    "list_sources",
+    "load_tokenizer",
+    "open_source",
+    "open_tokenizer",
+    "prepare",
+]

@@ -1,0 +1,94 @@
+"""Where prepared data lives, and how a folder appears there whole or not at all.
+
+Data is prepared once into ``$LOWRANK_CACHE`` (default ``~/.cache/lowrank``), never beside the originals. A folder is
+written under a temporary name in the same place and renamed when it is complete, so a reader sees all of it or none of
+it; a process that is killed leaves only a temporary folder, which the next one removes. A lock file makes a second
+process wait for the first instead of doing the work again; where the file system offers no locks the rename alone keeps
+the result correct.
+"""
+
+import os
+import shutil
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+try:
+    import fcntl
+except ImportError:  # Windows: the rename alone keeps the result correct
+    fcntl = None  # type: ignore[assignment]
+
+
+def cache_root() -> Path:
+    """The folder for prepared data: ``$LOWRANK_CACHE``, or ``~/.cache/lowrank``."""
+    told = os.environ.get("LOWRANK_CACHE")
+    return Path(told).expanduser() if told else Path.home() / ".cache" / "lowrank"
+
+
+@contextmanager
+def locked(final: Path) -> Iterator[bool]:
+    """Hold the lock that belongs to the folder ``final`` (``.<name>.lock`` beside it), waiting for whoever holds it.
+
+    Yields True if the lock is held and False where locks are not to be had. The lock goes with the process, however it
+    ends; the empty lock file stays, because removing it would let two processes lock two different files of the same
+    name.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    if fcntl is None:
+        yield False
+        return
+    with open(final.parent / f".{final.name}.lock", "w") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            print(f"waiting for another process that prepares {final}", file=sys.stderr, flush=True)
+            fcntl.flock(file, fcntl.LOCK_EX)
+        except OSError:
+            yield False
+            return
+        yield True
+
+
+def remove_leftovers(final: Path) -> None:
+    """Delete temporary folders of processes that died while writing ``final``. Only for the holder of the lock."""
+    for leftover in final.parent.glob(f".{final.name}.*.part"):
+        shutil.rmtree(leftover, ignore_errors=True)
+
+
+@contextmanager
+def published(final: Path) -> Iterator[Path]:
+    """A new folder to write into that becomes ``final`` when the block ends well and disappears when it does not.
+
+    A ``final`` that exists by then (another process was faster) is left as it is: both were made from the same
+    description.
+    """
+    final.parent.mkdir(parents=True, exist_ok=True)
+    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
+    try:
+        yield folder
+        for path in folder.rglob("*"):
+            if path.is_file():
+                _flush(path)
+        folder.chmod(0o777 & ~_umask())
+        try:
+            os.rename(folder, final)
+        except OSError:
+            if not final.is_dir():
+                raise
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    """Wait until a file is on the disk: a rename may otherwise survive a power cut that its contents do not."""
+    with open(path, "rb+") as file:
+        os.fsync(file.fileno())
+
+
+def _umask() -> int:
+    """The process's umask; ``mkdtemp`` ignores it, which would hide a shared cache from its other users."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    return mask

@@ -1,0 +1,206 @@
+"""Language models, through transformers: GPT-2 shapes from scratch, and any causal model from a folder or the hub.
+
+Functions here are what a run's model can be; their keyword arguments are the run's ``--model.…`` options. The first
+argument is the data, which gives the vocabulary and the context where they are left open.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from lowrank.data.corpora import Corpus
+from lowrank.infra.loaded import mark_loaded_
+
+# Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.
+CHUNK_ABOVE = 1 << 26
+CHUNKED_MODELS = ("gpt2", "llama", "mistral", "qwen2")  # whose logits are lm_head(hidden) and nothing more
+
+
+def gpt2(
+    data: Corpus,
+    *,
+    n_layer: int = 12,
+    n_head: int = 12,
+    n_embd: int = 768,
+    vocab_size: int | Literal["auto"] = "auto",
+    context: int | Literal["auto"] = "auto",
+    dropout: float = 0.0,
+) -> nn.Module:
+    """A GPT-2 of this shape with random weights (Radford et al., 2019); the defaults are the 124M model's.
+
+    Args:
+        n_layer, n_head, n_embd: blocks, attention heads, width.
+        vocab_size: ``auto`` takes the tokens'.
+        context: positions; ``auto`` takes the data's.
+        dropout: of embeddings, attention and residuals; 0 is right for training from scratch.
+    """
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    if n_embd % n_head:
+        raise ValueError(f"model.n_embd={n_embd} must be a multiple of model.n_head={n_head}")
+    positions = data.context if context == "auto" else context
+    if data.context > positions:
+        raise ValueError(f"data.context={data.context} is beyond the model's context={positions}")
+    vocabulary = data.vocab_size if vocab_size == "auto" else vocab_size
+    data.check_vocabulary(vocabulary)
+    end = data.end_of_document
+    config = GPT2Config(
+        n_layer=n_layer,
+        n_head=n_head,
+        n_embd=n_embd,
+        vocab_size=vocabulary,
+        n_positions=positions,
+        resid_pdrop=dropout,
+        embd_pdrop=dropout,
+        attn_pdrop=dropout,
+        bos_token_id=end,
+        eos_token_id=end,
+    )
+    return GPT2LMHeadModel(config)
+
+
+# GaLore's shapes (arXiv 2403.03507): hidden, feed-forward, heads, layers. Untied, 32,000 tokens, RMSNorm eps 1e-6.
+LLAMA_SHAPES = {
+    "9m": (128, 352, 4, 4),
+    "20m": (256, 688, 4, 4),
+    "35m": (384, 1024, 8, 6),
+    "40m": (416, 1024, 8, 8),
+    "60m": (512, 1376, 8, 8),
+    "71m": (512, 1368, 8, 12),
+    "100m": (640, 1708, 10, 12),
+    "130m": (768, 2048, 12, 12),
+    "250m": (768, 2560, 16, 24),
+    "350m": (1024, 2736, 16, 24),
+    "1b": (2048, 5461, 32, 24),
+    "3b": (2560, 6848, 32, 32),
+    "7b": (4096, 11008, 32, 32),
+}
+LlamaSize = Literal["9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b"]
+
+
+def llama(
+    data: Corpus,
+    *,
+    size: LlamaSize | None = None,
+    hidden: int = 128,
+    feed_forward: int = 352,
+    n_head: int = 4,
+    n_layer: int = 4,
+    vocab_size: int | Literal["auto"] = "auto",
+    context: int | Literal["auto"] = "auto",
+) -> nn.Module:
+    """A LLaMA with random weights (Touvron et al., arXiv 2302.13971), of one of GaLore's sizes or your own shape.
+
+    Args:
+        size: ``9m`` to ``7b``; gives the next four where it is set.
+        hidden, feed_forward, n_head, n_layer: the shape.
+        vocab_size: ``auto`` takes the tokens'; the papers' configurations say 32,000.
+        context: positions; ``auto`` takes the data's.
+    """
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    if size is not None:
+        hidden, feed_forward, n_head, n_layer = LLAMA_SHAPES[size]
+    if hidden % n_head:
+        raise ValueError(f"model.hidden={hidden} must be a multiple of model.n_head={n_head}")
+    positions = data.context if context == "auto" else context
+    if data.context > positions:
+        raise ValueError(f"data.context={data.context} is beyond the model's context={positions}")
+    vocabulary = data.vocab_size if vocab_size == "auto" else vocab_size
+    data.check_vocabulary(vocabulary)
+    config = LlamaConfig(
+        hidden_size=hidden,
+        intermediate_size=feed_forward,
+        num_attention_heads=n_head,
+        num_hidden_layers=n_layer,
+        vocab_size=vocabulary,
+        max_position_embeddings=positions,
+        rms_norm_eps=1e-6,
+        tie_word_embeddings=False,
+        bos_token_id=None,
+        eos_token_id=data.end_of_document,
+        pad_token_id=None,
+    )
+    return LlamaForCausalLM(config)
+
+
+def pretrained(data: Corpus, *, path: str = "gpt2", dtype: str = "float32") -> nn.Module:
+    """Any causal language model of transformers, from a local folder or by its name on the hub.
+
+    Args:
+        path: the folder, or the name.
+        dtype: of the weights: float32 unless told.
+    """
+    return _checked(load_pretrained(path, dtype=dtype), data, path)
+
+
+def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
+    """A causal language model from a folder or the hub, its loaded parameters known as such (``rest="auto"``)."""
+    import transformers
+
+    if _looks_local(path) and not Path(path).expanduser().is_dir():
+        raise FileNotFoundError(
+            f"model.path={path!r} is no folder; give a folder with config.json, or a name on the hub"
+        )
+    place = Path(path).expanduser() if _looks_local(path) else path
+    auto: Any = transformers.AutoModelForCausalLM
+    model, info = auto.from_pretrained(place, dtype=_dtype(dtype), output_loading_info=True)
+    missing = set(info["missing_keys"])
+    mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
+    return model
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"gpt2": gpt2, "llama": llama, "pretrained": pretrained}
+
+
+def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
+    """The sum of the cross-entropy, in nats, over the labels that count.
+
+    ``batch``: input_ids, labels (batch, context) int64, the labels shifted already, −100 not counted. The sum is
+    float32 whatever the model's dtype. Where the logits would outweigh everything else, they are made in chunks and
+    made again in the backward pass.
+    """
+    ids, labels = batch["input_ids"], batch["labels"]
+    config: Any = getattr(model, "config", None)
+    vocabulary = getattr(config, "vocab_size", 0)
+    if labels.numel() * vocabulary <= CHUNK_ABOVE or getattr(config, "model_type", "") not in CHUNKED_MODELS:
+        return _cross_entropy(model(input_ids=ids, use_cache=False).logits, labels)
+    body: Any = getattr(model, str(model.base_model_prefix))
+    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    head: Any = model.get_output_embeddings()  # type: ignore[operator]
+    width = max(1, CHUNK_ABOVE // (labels.shape[0] * vocabulary))
+    total = hidden.new_zeros((), dtype=torch.float32)
+    for part, wanted in zip(hidden.split(width, dim=1), labels.split(width, dim=1), strict=True):
+        total = total + checkpoint(lambda h, y: _cross_entropy(head(h), y), part, wanted, use_reentrant=False)
+    return total
+
+
+def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
+    return F.cross_entropy(logits.flatten(0, -2).float(), labels.flatten(), ignore_index=-100, reduction="sum")
+
+
+def _checked(model: nn.Module, data: Corpus, path: str) -> nn.Module:
+    config: Any = model.config
+    data.check_vocabulary(config.vocab_size)
+    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    if positions and data.context > positions:
+        raise ValueError(f"data.context={data.context} is beyond the {positions} positions of {path}")
+    return model
+
+
+def _looks_local(path: str) -> bool:
+    return path.startswith((".", "/", "~")) or Path(path).exists()
+
+
+def _dtype(name: str) -> torch.dtype:
+    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+    if name not in allowed:
+        raise ValueError(f"model.dtype={name!r} is unknown; it is one of {', '.join(allowed)}")
+    return allowed[name]

@@ -1,0 +1,354 @@
+"""Vision transformers, through timm and transformers: ``vit-mini`` for small images, any timm ViT by name, a folder of
+transformers'.
+
+Functions here are what a run's model can be; their keyword arguments are the run's ``--model.…`` options. The first
+argument is the data, which gives the number of outputs. A model says how it wants its images in ``image_spec``. The
+head is always made anew for the task and counts as initialised at random; position embeddings are resized to the image.
+"""
+
+from __future__ import annotations
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.data.images import ImageData
+from lowrank.data.images_set import ImageSpec
+from lowrank.infra.convert import nearest
+from lowrank.infra.loaded import mark_loaded_
+
+
+def vit_mini(
+    data: ImageData,
+    *,
+    image_size: int = 28,
+    patch_size: int = 4,
+    width: int = 96,
+    depth: int = 4,
+    heads: int = 4,
+    mlp_ratio: float = 4.0,
+    dropout: float = 0.0,
+    weights: str | None = None,
+) -> nn.Module:
+    """A small ViT (Dosovitskiy et al., arXiv 2010.11929) for images of 28 pixels, 0.46 M parameters by default.
+
+    Args:
+        image_size: images of any size are resized to it.
+        patch_size: pixels of a patch's side.
+        width, depth, heads, mlp_ratio: of the transformer.
+        dropout: in attention, MLPs and on the positions.
+        weights: a file, or a folder with one, to start from (``lowrank export RUN OUT`` writes such a folder); the head
+            is not taken from it.
+    """
+    _need_images(data, "vit-mini")
+    _check_shape(image_size, patch_size, width, heads)
+    from timm.models.vision_transformer import VisionTransformer
+
+    model: Any = VisionTransformer(
+        img_size=image_size,
+        patch_size=patch_size,
+        embed_dim=width,
+        depth=depth,
+        num_heads=heads,
+        mlp_ratio=mlp_ratio,
+        num_classes=len(data.classes),
+        pos_drop_rate=dropout,
+        proj_drop_rate=dropout,
+        attn_drop_rate=dropout,
+    )
+    model.image_spec = ImageSpec(size=image_size)
+    if weights is not None:
+        load_timm_(model, weights)
+    return _as_module(model)
+
+
+def vit(
+    data: ImageData,
+    *,
+    name: str = "vit_base_patch16_224",
+    weights: str | None = None,
+    image_size: int | None = None,
+    patch_size: int | None = None,
+    width: int | None = None,
+    depth: int | None = None,
+    heads: int | None = None,
+    dropout: float = 0.0,
+    drop_path: float = 0.0,
+) -> nn.Module:
+    """Any ViT of timm by its name, with random weights, the hub's, or those of a local file.
+
+    Args:
+        name: timm's, such as ``vit_base_patch16_224`` or ``vit_small_patch16_224.augreg_in21k``.
+        weights: ``hub`` downloads the pre-trained ones; otherwise a file (``.safetensors``, ``.pth``, Google's
+            ``.npz``) or a folder with one; none: at random.
+        image_size: by default the model's own; another one resizes the position embeddings.
+        patch_size, width, depth, heads: by default the name's.
+        dropout: before the head. drop_path: stochastic depth.
+    """
+    _need_images(data, "vit")
+    import timm
+
+    base = name.partition(".")[0]
+    if base not in timm.list_models():
+        raise ValueError(f"timm has no model {name!r}{nearest(base, timm.list_models('*vit*'))}")
+    shape = {"img_size": image_size, "patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    given: dict[str, Any] = {option: value for option, value in shape.items() if value is not None}
+    try:
+        model: Any = timm.create_model(
+            name,
+            pretrained=weights == "hub",
+            num_classes=len(data.classes),
+            drop_rate=dropout,
+            drop_path_rate=drop_path,
+            **given,
+        )
+    except (TypeError, AssertionError) as error:
+        raise ValueError(f"{name} cannot be made with {given}: {error}") from error
+    except (OSError, RuntimeError) as error:
+        raise _not_made(name, weights, error) from error
+    config = model.pretrained_cfg
+    own = image_size or _pixels(model) or config["input_size"][-1]
+    _check_patches(own, getattr(model, "patch_embed", None))
+    mode = "bicubic" if config.get("interpolation") == "bicubic" else "bilinear"
+    mean, std = (tuple(map(float, config.get(key, (0.5,) * 3))) for key in ("mean", "std"))
+    model.image_spec = ImageSpec(size=own, mean=mean, std=std, interpolation=mode)  # type: ignore[arg-type]
+    if weights == "hub":
+        _mark_all_but_head_(model, _timm_heads(model))
+    elif weights is not None:
+        load_timm_(model, weights)
+    return _as_module(model)
+
+
+def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) -> nn.Module:
+    """transformers' ViT (or another of its image classifiers) from a local folder, or by its name on the hub.
+
+    Args:
+        path: the folder with ``config.json``, or the name.
+        image_size: by default the model's own; another one resizes a ViT's position embeddings.
+    """
+    _need_images(data, "hf-vit")
+    import transformers
+
+    folder = Path(path).expanduser()
+    if not path or (path.startswith((".", "/", "~")) and not (folder / "config.json").is_file()):
+        raise FileNotFoundError(f"model.path={path!r} is no folder with config.json; give one, or a name on the hub")
+    level = transformers.logging.get_verbosity()
+    transformers.logging.set_verbosity_error()  # it would report the new head, which is meant
+    try:
+        model, info = transformers.AutoModelForImageClassification.from_pretrained(
+            folder if folder.is_dir() else path,
+            num_labels=len(data.classes),
+            ignore_mismatched_sizes=True,
+            output_loading_info=True,
+            dtype=torch.float32,
+        )
+    finally:
+        transformers.logging.set_verbosity(level)
+    head = [name for name, _ in model.named_parameters() if name.startswith(("classifier", "score"))]
+    new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
+    if new - set(head):
+        raise ValueError(f"the weights of {path} do not fit the model: {_some(sorted(new - set(head)))}")
+    _fresh_(model, head)
+    _mark_all_but_head_(model, head)
+    if image_size is not None and image_size != model.config.image_size:
+        _resize_positions_(model, image_size)
+    model.image_spec = _spec_of_folder(folder, _side(model.config.image_size))
+    return _as_module(model)
+
+
+MODELS: dict[str, Callable[..., nn.Module]] = {"vit-mini": vit_mini, "vit": vit, "hf-vit": hf_vit}
+
+
+def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:
+    """(batch, 3, h, w) → (batch, classes) float32, whatever the model wraps them in."""
+    if isinstance(model, nn.Module) and (narrow := next(model.parameters()).dtype) in (torch.bfloat16, torch.float16):
+        images = images.to(narrow)
+    out = model(images)
+    logits: Tensor = out if isinstance(out, Tensor) else out.logits
+    return logits.float()
+
+
+# --- weights ---------------------------------------------------------------------------------------------------------
+
+
+def load_timm_(model: nn.Module, source: str) -> None:
+    """Start a timm model from a local file, all but the head, and mark what was loaded.
+
+    Raises:
+        FileNotFoundError: there is no such file. ValueError: the weights do not fit; the keys are named.
+    """
+    file = _weights_file(source)
+    heads = _timm_heads(model)
+    if file.suffix == ".npz":
+        model.load_pretrained(str(file))  # type: ignore[operator]
+        _fresh_(model, heads)
+        _mark_all_but_head_(model, heads)
+        return
+    state = _converted(read_weights(file), model)
+    ours = {name: tensor for name, tensor in model.state_dict().items() if name not in heads}
+    state = {name: tensor for name, tensor in state.items() if name not in heads and not name.startswith("head.")}
+    missing, foreign = [n for n in ours if n not in state], [n for n in state if n not in ours]
+    shapes = [
+        f"{n} {tuple(state[n].shape)} where {tuple(ours[n].shape)} is wanted"
+        for n in ours
+        if n in state and state[n].shape != ours[n].shape
+    ]
+    if missing or foreign or shapes:
+        parts = [("it lacks", missing), ("the model has no", foreign), ("shapes differ:", shapes)]
+        raise ValueError(
+            f"the weights of {file} do not fit the model: "
+            + "; ".join(f"{what} {_some(names)}" for what, names in parts if names)
+        )
+    model.load_state_dict(state, strict=False)
+    _mark_all_but_head_(model, heads)
+
+
+def read_weights(file: Path) -> dict[str, Tensor]:
+    """A state dict from ``.safetensors`` or torch's own format (tensors only, never code)."""
+    if file.suffix == ".safetensors":
+        from safetensors.torch import load_file
+
+        return load_file(file)
+    try:
+        found: Any = torch.load(file, map_location="cpu", weights_only=True)
+    except Exception as error:
+        raise ValueError(f"{file} holds no weights that can be read safely: {error}") from error
+    for key in ("model", "state_dict"):
+        if isinstance(found, Mapping) and isinstance(found.get(key), Mapping):
+            found = found[key]
+    return dict(found)
+
+
+def _weights_file(source: str) -> Path:
+    path = Path(source).expanduser()
+    if path.is_dir():
+        for name in ("model.safetensors", "pytorch_model.bin"):
+            if (path / name).is_file():
+                return path / name
+        if (path / "run.json").is_file():
+            raise ValueError(f"{source} is a run: lowrank export {source} OUT writes its merged weights, then give OUT")
+        raise FileNotFoundError(f"{source} holds no model.safetensors")
+    if not path.is_file():
+        raise FileNotFoundError(f"model.weights={source!r} is no file; give one, hub for timm's own weights, or none")
+    return path
+
+
+def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
+    """The keys as timm has them now, positions and patches resized to the model's."""
+    convert = getattr(sys.modules[type(model).__module__], "checkpoint_filter_fn", None)
+    return state if convert is None else dict(convert(state, model))
+
+
+def _timm_heads(model: nn.Module) -> list[str]:
+    """Names of the parameters of the output layers."""
+    config = getattr(model, "pretrained_cfg", None) or {}
+    told = config.get("classifier") or "head"
+    layers = (told,) if isinstance(told, str) else tuple(told)
+    return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
+
+
+def _mark_all_but_head_(model: nn.Module, heads: list[str]) -> None:
+    mark_loaded_(model, [n for n, _ in model.named_parameters() if n not in heads])
+
+
+@torch.no_grad()
+def _fresh_(model: nn.Module, heads: list[str]) -> None:
+    """Draw the head anew, also where one of the right size was loaded: its classes were others."""
+    parameters = dict(model.named_parameters())
+    for name in heads:
+        p = parameters[name]
+        p.zero_() if p.dim() == 1 else nn.init.trunc_normal_(p, std=0.02)
+        p._is_hf_initialized = False  # type: ignore[attr-defined]
+
+
+def _resize_positions_(model: Any, image_size: int) -> None:
+    """Give a transformers ViT another image size: positions are interpolated, the patches stay."""
+    embeddings = getattr(getattr(model, "vit", None), "embeddings", None)
+    if embeddings is None:
+        raise ValueError(f"{type(model).__name__} cannot take another image size; leave model.image_size out")
+    patch = _side(model.config.patch_size)
+    _check_patches(image_size, patch)
+    old: Tensor = embeddings.position_embeddings
+    side, new = round((old.shape[1] - 1) ** 0.5), image_size // patch
+    grid = old[:, 1:].detach().unflatten(1, (side, side)).permute(0, 3, 1, 2)
+    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
+    embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1].detach(), grid], dim=1))
+    mark_loaded_(model, ["vit.embeddings.position_embeddings"])
+    for holder in (embeddings, embeddings.patch_embeddings):
+        if hasattr(holder, "image_size"):
+            holder.image_size = (image_size, image_size)
+    embeddings.patch_embeddings.num_patches = new * new
+    model.config.image_size = image_size
+
+
+def _spec_of_folder(folder: Path, size: int) -> ImageSpec:
+    """Mean and deviation as the folder's processor says, a half each where it does not."""
+    file = folder / "preprocessor_config.json"
+    told = json.loads(file.read_text()) if file.is_file() else {}
+    mean, std = (tuple(map(float, told.get(key, (0.5,) * 3))) for key in ("image_mean", "image_std"))
+    mode: Literal["bilinear", "bicubic"] = "bicubic" if told.get("resample") == 3 else "bilinear"
+    return ImageSpec(size=size, mean=mean, std=std, interpolation=mode)  # type: ignore[arg-type]
+
+
+# --- checks ----------------------------------------------------------------------------------------------------------
+
+
+def _need_images(data: object, name: str) -> None:
+    if not isinstance(data, ImageData):
+        raise ValueError(
+            f"the model {name} looks at images, and the data is {type(data).__name__}; see lowrank recipes"
+        )
+
+
+def _check_shape(image_size: int, patch_size: int, width: int, heads: int) -> None:
+    if patch_size < 1 or width < 1 or heads < 1:
+        raise ValueError(
+            f"model.patch_size={patch_size}, model.width={width} and model.heads={heads} must be at least 1"
+        )
+    if width % heads:
+        raise ValueError(f"model.width={width} must be a multiple of model.heads={heads}")
+    _check_patches(image_size, patch_size)
+
+
+def _check_patches(image_size: int, patches: Any) -> None:
+    """An image must be whole patches: what is over at its border would silently not be seen."""
+    patch = patches if isinstance(patches, int) else _side(getattr(patches, "patch_size", 1))
+    if image_size < patch or image_size % patch:
+        below = max(patch, image_size // patch * patch)
+        raise ValueError(
+            f"model.image_size={image_size} is not a multiple of the patch, {patch}; {below} and {below + patch} are"
+        )
+
+
+def _pixels(model: Any) -> int | None:
+    """The image size that a timm model was made for, where it is fixed."""
+    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
+    return _side(size) if size else None
+
+
+def _side(size: Any) -> int:
+    return int(size[0]) if isinstance(size, (tuple, list)) else int(size)
+
+
+def _not_made(name: str, weights: str | None, error: Exception) -> Exception:
+    if weights != "hub":
+        return ValueError(f"{name} cannot be made: {error}")
+    return OSError(
+        f"the weights of {name} could not be had from the hub ({type(error).__name__}: {error}); give a local "
+        "file with --model.weights FILE, or none to start at random"
+    )
+
+
+def _as_module(model: Any) -> nn.Module:
+    module: nn.Module = model
+    return module
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
