@@ -1,0 +1,33 @@
+"""Low-rank training of neural networks: adapters, projected optimizers, merging, and an honest comparison.
+
+method = lowrank.methods.lte(target_modules="attention", rank=4, heads=4, merge_every=10)
+plan = lowrank.apply_(model, method)
+opt = plan.optimizer(lr=6e-4, weight_decay=0.1)
+...                                              # loss.backward(); opt.step(); opt.zero_grad()
+lowrank.merge_and_unload(model)
+"""
+
+from lowrank import adapters, methods, optim
+from lowrank.adapters import merge_and_unload
+from lowrank.infra.loaded import mark_loaded_
+from lowrank.methods import METHODS, Adapt, Method, Use
+from lowrank.optim.optimizer import Optimizer
+from lowrank.plan import Plan, apply_, merge_
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "METHODS",
+    "Adapt",
+    "Method",
+    "Optimizer",
+    "Plan",
+    "Use",
+    "adapters",
+    "apply_",
+    "mark_loaded_",
+    "merge_",
+    "merge_and_unload",
+    "methods",
+    "optim",
+]

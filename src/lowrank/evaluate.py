@@ -1,0 +1,95 @@
+"""The one evaluator: exact, over every prediction once, always on the merged weights.
+
+In evaluation mode an adapter computes with ``merged(W)``, the mean of its heads, so the model that is scored is the one
+that ``merge_and_unload`` would give, whatever has happened since the last merge. Sums are taken over predictions and
+not over batches, so the result does not depend on the batch size, nor on how many ranks share the batches: rank r of R
+scores the batches r, r + R, …, and what all have counted is put together.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, nullcontext
+from itertools import islice
+from typing import Any
+
+import torch
+from torch import nn
+
+from lowrank.infra.ranks import Ranks
+from lowrank.tasks import Batch, Tally, Task, to_device
+
+
+def evaluate(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+    ranks: Ranks | None = None,
+) -> dict[str, float]:
+    """Metrics of ``model`` over ``batches``, the same on all ``ranks``; the model's mode is put back afterwards.
+
+    Raises:
+        ValueError: there was nothing to score.
+    """
+    if ranks is not None:
+        batches = _share(batches, ranks.rank, ranks.count)
+    tally, seen = _count(model, batches, task, torch.device(device), autocast)
+    if ranks is not None:
+        everyone = ranks.gather_objects((tally, seen))
+        tally, seen = task.tally(), sum(n for _, n in everyone)
+        for other, n in everyone:
+            if n:
+                tally.absorb(other)
+    _check_seen(seen)
+    return tally.result()
+
+
+def tallied(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    *,
+    device: torch.device | str = "cpu",
+    autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
+) -> Tally:
+    """What :func:`evaluate` takes its metrics from, for those who want the single answers too."""
+    tally, seen = _count(model, batches, task, torch.device(device), autocast)
+    _check_seen(seen)
+    return tally
+
+
+@torch.no_grad()
+def _count(
+    model: nn.Module,
+    batches: Iterable[Batch],
+    task: Task,
+    device: torch.device,
+    autocast: Callable[[], AbstractContextManager[object]],
+) -> tuple[Tally, int]:
+    """The tally, and how many batches it has seen."""
+    training, tally, seen = model.training, task.tally(), 0
+    model.eval()
+    try:
+        for batch in batches:
+            with autocast():
+                tally.add(model, to_device(batch, device))
+            seen += 1
+    finally:
+        model.train(training)
+    return tally, seen
+
+
+def _check_seen(seen: int) -> None:
+    if not seen:
+        raise ValueError("there is nothing to evaluate: the split is empty")
+
+
+def _share(batches: Iterable[Batch], rank: int, ranks: int) -> Iterable[Batch]:
+    """The batches rank, rank + ranks, …; the others are not made where batches can be asked for by number."""
+    if hasattr(batches, "batch") and hasattr(batches, "__len__"):
+        by_number: Any = batches
+        return (by_number.batch(n) for n in range(rank, len(by_number), ranks))
+    return islice(batches, rank, None, ranks)

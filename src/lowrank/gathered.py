@@ -1,0 +1,93 @@
+"""Checkpoints of several ranks: what one process with all the heads would have saved, so that any number can go on.
+
+    save    inside ``boundary.whole``: the model's own ``state_dict``, and here the optimizer's, all heads gathered
+    load    each rank takes its heads out of it; one process takes it as it is
+
+State of a rest that trains locally is rank 0's, as its weights are the ranks' mean: such a run goes on as if it had
+just been averaged. All else goes on bitwise with as many ranks as it was saved by.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any
+
+from torch import Tensor, nn
+
+from lowrank.adapters.exchange import SplitAdapter, gather_heads, own_part
+from lowrank.optim.optimizer import Optimizer
+from lowrank.plan import Plan
+
+
+def split_names(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:
+    """By name in the ``state_dict`` the tensors that have the heads first: (adapter, name in it)."""
+    found: dict[str, tuple[SplitAdapter, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SplitAdapter) and module.split:
+            tensors = [*module.named_parameters(), *module.named_buffers()]
+            found |= {f"{prefix}.{name}": (module, name) for name, tensor in tensors if tensor.dim()}
+    return found
+
+
+def check_state(plan: Plan, opt: Optimizer) -> None:
+    """Refuse, before any work, heads whose optimizer state is not kept head by head.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for p in plan.own:
+        for tensor in _leaves(opt.state[p]):
+            if tensor.dim() and len(tensor) != len(p):
+                raise ValueError(
+                    f"the optimizer state of {opt.name_of(p)} is not kept head by head and cannot be put together from "
+                    "several ranks: use storage='float32' for the heads' rule"
+                )
+
+
+def whole_optimizer_state(plan: Plan, opt: Optimizer) -> dict[str, Any]:
+    """``opt.state_dict()`` of one process with all heads. Every rank must call it."""
+    state = opt.state_dict()
+    if plan.ranks is None or not plan.own:
+        return state
+    by_name = _by_name(state)
+    own = [(adapter, by_name[opt.name_of(p)]) for p, adapter in zip(plan.own, plan.own_adapters, strict=True)]
+    flat = [{str(i): t for i, t in enumerate(_leaves(nest)) if t.dim()} for _, nest in own]
+    gathered = gather_heads(flat, [adapter for adapter, _ in own], plan.ranks)
+    for (_, nest), mine, everyone in zip(own, flat, gathered, strict=True):
+        whole = {id(mine[key]): everyone[key] for key in mine}
+        _replace_(nest, lambda t, whole=whole: whole.get(id(t), t))  # type: ignore[misc]
+    return state
+
+
+def own_model_state(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """Of a checkpoint's tensors what this rank's model holds."""
+    split = split_names(plan.model)
+    return {name: own_part(*split[name], t) if name in split else t for name, t in tensors.items()}
+
+
+def own_optimizer_state(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
+    """Of a checkpoint's optimizer state what this rank's optimizer holds; ``saved`` is changed."""
+    by_name = _by_name(saved)
+    for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
+        if (nest := by_name.get(opt.name_of(p))) is not None:
+            _replace_(nest, lambda t, a=adapter: own_part(a, "", t) if t.dim() else t)  # type: ignore[misc]
+    return saved
+
+
+def _by_name(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
+    """Each parameter's state by the parameter's name."""
+    groups = state["param_groups"]
+    pairs = [pair for g in groups for pair in zip(g.get("param_names", []), g["params"], strict=False)]
+    return {name: state["state"][index] for name, index in pairs if index in state["state"]}
+
+
+def _leaves(nest: Mapping[str, Any]) -> list[Tensor]:
+    return [t for v in nest.values() for t in ([v] if isinstance(v, Tensor) else _leaves(v))]
+
+
+def _replace_(nest: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
+    for key, value in nest.items():
+        if isinstance(value, Tensor):
+            nest[key] = change(value)
+        else:
+            _replace_(value, change)

@@ -1,0 +1,189 @@
+"""A command line as data: commands with options, parsed and explained.
+
+Written by hand rather than with argparse because a run's options are open (`--method.rank`, `--model.n_layer`): they
+are collected here as text and checked where the signature they reach is known.
+"""
+
+from __future__ import annotations
+
+import textwrap
+from collections.abc import Callable, Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
+from typing import Any, get_args, get_origin
+
+from lowrank.infra.convert import nearest, settable
+
+_WIDTH = 100
+
+
+class UsageError(ValueError):
+    """The command line itself is wrong; the message says how it should be."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class Option:
+    """`--name VALUE`, or a switch where `value` is empty (`--name`, `--name false`)."""
+
+    name: str
+    value: str = ""
+    help: str
+    group: str = "Options"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Parsed:
+    """What was typed: positions in order, options by name with underscores, their values still text."""
+
+    positions: Sequence[str] = ()
+    options: Mapping[str, str] = field(default_factory=dict)
+
+    def only(self, names: Iterable[str]) -> dict[str, str]:
+        """The options among `names`."""
+        return {name: self.options[name] for name in names if name in self.options}
+
+    def without(self, names: Iterable[str]) -> dict[str, str]:
+        """The options that are not among `names`."""
+        dropped = set(names)
+        return {name: value for name, value in self.options.items() if name not in dropped}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Command:
+    """A subcommand.
+
+    Attributes:
+        name, usage: "train", "train RECIPE [options]".
+        summary: one line, for the list of commands.
+        about: paragraphs and examples, for the command's own help.
+        options: what it takes.
+        prefixes: openings of further options that it takes ("method."), checked by whom they concern.
+        positions: fewest and most words beside the options.
+        call: does it, and returns the exit status.
+    """
+
+    name: str
+    usage: str
+    summary: str
+    about: str
+    options: Sequence[Option] = ()
+    prefixes: Sequence[str] = ()
+    positions: tuple[int, int | None] = (0, 0)
+    call: Callable[[Parsed], int]
+
+
+def parse(words: Sequence[str], command: Command) -> Parsed:
+    """Split a command's words into positions and options.
+
+    Raises:
+        UsageError: an unknown option (the nearest is named), one without its value or given twice, too few or too many
+            positions.
+    """
+    known = {option.name: option for option in command.options}
+    positions: list[str] = []
+    options: dict[str, str] = {}
+    rest = list(words)
+    while rest:
+        word = rest.pop(0)
+        if word == "--":
+            positions += rest
+            break
+        if not word.startswith("--"):
+            positions.append(word)
+            continue
+        flag, equals, value = word.partition("=")
+        name = flag[2:].replace("-", "_")
+        if name not in known and not name.startswith(tuple(command.prefixes)):
+            flags = [_flag(option.name) for option in command.options]
+            raise UsageError(
+                f"{command.name} has no option {flag}{nearest(flag, flags)}; see: lowrank {command.name} --help"
+            )
+        if not equals:
+            value = _value(flag, known.get(name), rest)
+        if name in options:
+            raise UsageError(f"{flag} is given twice")
+        options[name] = value
+    fewest, most = command.positions
+    if len(positions) < fewest or (most is not None and len(positions) > most):
+        what = (
+            f"unexpected {positions[most]!r}" if most is not None and len(positions) > most else "something is missing"
+        )
+        raise UsageError(f"{what}; usage: lowrank {command.usage}")
+    return Parsed(positions=positions, options=options)
+
+
+def explain(command: Command) -> str:
+    """The help of a command."""
+    lines = [f"usage: lowrank {command.usage}", "", command.about.strip(), ""]
+    for group in dict.fromkeys(option.group for option in command.options):
+        lines.append(f"{group}:")
+        lines += [_row(option) for option in command.options if option.group == group]
+        lines.append("")
+    return "\n".join(lines).rstrip()
+
+
+def overview(program: str, about: str, commands: Sequence[Command], closing: str) -> str:
+    """The help of the whole program."""
+    width = max(len(command.name) for command in commands)
+    rows = [f"  {command.name.ljust(width)}  {command.summary}" for command in commands]
+    return "\n".join([f"usage: {program} COMMAND …", "", about.strip(), "", "Commands:", *rows, "", closing.strip()])
+
+
+def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+    """Options from a function's signature and the `Args:` of its docstring, without the first, which is a position."""
+    about = _argument_help(function.__doc__ or "")
+    kinds = list(settable(function).items())[1:]
+    return tuple(
+        Option(name=name, value=placeholder(kind), help=about.get(name, "").rstrip(".")) for name, kind in kinds
+    )
+
+
+def placeholder(annotation: Any) -> str:
+    """What to write after an option: a word for its kind, its choices, or nothing for a switch."""
+    members = [member for member in (get_args(annotation) or (annotation,)) if member is not type(None)]
+    if get_origin(annotation) is not None and all(isinstance(member, str) for member in members):
+        return "|".join(members)
+    if bool in members:
+        return ""
+    if int in members:
+        return "N"
+    return "X" if float in members else "TEXT"
+
+
+def _argument_help(docstring: str) -> dict[str, str]:
+    """name -> text of the entries under `Args:`; an entry may name several, and go on over lines."""
+    found: dict[str, str] = {}
+    names: list[str] = []
+    inside = False
+    for line in docstring.splitlines():
+        if line.strip() in ("Args:", "Raises:", "Returns:"):
+            inside = line.strip() == "Args:"
+        elif inside and line.strip():
+            head, colon, text = line.strip().partition(": ")
+            if colon and all(part.strip().isidentifier() for part in head.split(",")):
+                names = [part.strip() for part in head.split(",")]
+                found |= dict.fromkeys(names, text)
+            else:
+                found |= {name: f"{found[name]} {line.strip()}" for name in names}
+    return found
+
+
+def _value(flag: str, option: Option | None, rest: list[str]) -> str:
+    """The word after an option; a switch takes "true" or "false" and needs neither."""
+    if option is not None and not option.value:
+        return rest.pop(0) if rest and rest[0].lower() in ("true", "false") else "true"
+    if not rest or rest[0].startswith("--"):
+        raise UsageError(f"{flag} needs a value")
+    return rest.pop(0)
+
+
+def _flag(name: str) -> str:
+    return "--" + name.replace("_", "-")
+
+
+def _row(option: Option) -> str:
+    left = f"  {_flag(option.name)} {option.value}".rstrip()
+    indent = 30
+    lines = textwrap.wrap(option.help, _WIDTH - indent) or [""]
+    if len(left) >= indent - 1:
+        return "\n".join([left, *(" " * indent + line for line in lines)])
+    return "\n".join([left.ljust(indent) + lines[0], *(" " * indent + line for line in lines[1:])])

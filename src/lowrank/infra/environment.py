@@ -1,0 +1,86 @@
+"""What a run ran on: versions, hardware, the source's commit, the command line. Written to `env.json`."""
+
+from __future__ import annotations
+
+import os
+import platform
+import subprocess
+import sys
+from datetime import datetime, timezone
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+_PACKAGES = (
+    "lowrank-training",
+    "torch",
+    "numpy",
+    "safetensors",
+    "transformers",
+    "tokenizers",
+    "datasets",
+    "timm",
+    "torchvision",
+    "medmnist",
+)
+
+
+def environment() -> dict[str, Any]:
+    """Everything about this process that a run's numbers or speed may depend on, as JSON."""
+    return {
+        "time": datetime.now(timezone.utc).isoformat(timespec="seconds"),
+        "command": sys.argv,
+        "python": platform.python_version(),
+        "packages": {name: version for name in _PACKAGES if (version := _version(name))},
+        "platform": platform.platform(),
+        "processor": _processor(),
+        "cores": os.cpu_count(),
+        "threads": torch.get_num_threads(),
+        "devices": _devices(),
+        "cuda": torch.version.cuda,
+        "commit": _commit(Path(__file__).resolve().parent),
+    }
+
+
+def _version(package: str) -> str | None:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return None
+
+
+def _processor() -> str:
+    """The processor's model; Linux tells it only in /proc/cpuinfo."""
+    try:
+        lines = Path("/proc/cpuinfo").read_text().splitlines()
+    except OSError:
+        lines = []
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.processor() or platform.machine()
+
+
+def _devices() -> list[dict[str, Any]]:
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(torch.cuda.device_count())]
+    return [
+        {"name": each.name, "bytes": each.total_memory, "capability": f"{each.major}.{each.minor}"} for each in found
+    ]
+
+
+def _commit(folder: Path) -> str | None:
+    """Commit of the checkout that tracks this very file, with "+changes" where the sources differ from it."""
+    if _git(folder, "ls-files", "--error-unmatch", "environment.py") is None:
+        return None
+    commit = _git(folder, "rev-parse", "HEAD")
+    return f"{commit}+changes" if commit and _git(folder.parent, "status", "--porcelain", "--", ".") else commit
+
+
+def _git(folder: Path, *arguments: str) -> str | None:
+    try:
+        result = subprocess.run(["git", "-C", str(folder), *arguments], capture_output=True, text=True, timeout=10)
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return result.stdout.strip() if result.returncode == 0 else None

@@ -1,0 +1,177 @@
+"""GPT-2 shapes: from minutes on a laptop's processor to the 124M model.
+
+Learning rates differ by method: what each one also sets stands in `per_method`, in the words of the command line, and
+goes into `run.json` with the rest. From scratch the rest of the model (embeddings, norms, biases) trains under every
+method; fine-tuning freezes it.
+"""
+
+from __future__ import annotations
+
+from lowrank.run import Call, Run, Settings
+
+# What adapters and periodic merges want in a run of a few hundred steps.
+_MINI: dict[str, Settings] = {
+    "*": {"lr": 2e-3},
+    "frozen": {"method.target_modules": "all-linear"},
+    "lora": {"lr": 4e-3, "method.target_modules": "all-linear", "method.rank": 8},
+    "rslora": {"lr": 2e-3, "method.target_modules": "all-linear", "method.rank": 8},
+    "dora": {"lr": 4e-3, "method.target_modules": "all-linear", "method.rank": 8},
+    "pissa": {"lr": 2e-3, "method.target_modules": "all-linear", "method.rank": 8},
+    "lora_plus": {"lr": 1e-3, "method.target_modules": "all-linear", "method.rank": 8},
+    "multihead_lora": {"lr": 4e-3, "method.target_modules": "all-linear", "method.rank": 4, "method.heads": 4},
+    "lte": {
+        "lr": 4e-3,
+        "method.target_modules": "all-linear",
+        "method.rank": 4,
+        "method.heads": 4,
+        "method.merge_every": 10,
+    },
+    "relora": {"lr": 4e-3, "method.target_modules": "all-linear", "method.rank": 8, "method.merge_every": 100},
+}
+
+
+def gpt_mini() -> Run:
+    """Four layers 128 wide on bytes of Python's own documentation: offline, minutes on two cores.
+
+    Command:  lowrank train gpt-mini --method lte
+    Time:     about half a minute on 2 cores, 400 steps of 16 × 128 bytes
+    Expected: validation loss about 2.3 nats a byte with full training; the unigram entropy is 3.3
+    """
+    return Run(
+        recipe="gpt-mini",
+        task="text",
+        model=Call(name="gpt2", args=_shape(layers=4, heads=4, width=128)),
+        data=Call(name="text", args={"source": "builtin", "tokenizer": "bytes", "context": 128}),
+        method=Call(name="full"),
+        steps=400,
+        lr=2e-3,
+        batch_size=16,
+        eval_every=100,
+        eval_batches=32,
+        per_method=_MINI,
+    )
+
+
+def shakespeare_char() -> Run:
+    """nanoGPT's tiny Shakespeare by characters on a processor: 4 layers 128 wide, context 64.
+
+    Command:  lowrank train shakespeare-char
+    Time:     a few minutes on 2 cores, 2,000 steps of 12 × 64 characters
+    Expected: validation loss about 1.9 nats a character (nanoGPT reports 1.88 for the same shape and budget)
+    """
+    return Run(
+        recipe="shakespeare-char",
+        task="text",
+        model=Call(name="gpt2", args=_shape(layers=4, heads=4, width=128)),
+        data=Call(
+            name="text",
+            args={"source": "tiny-shakespeare", "tokenizer": "chars", "context": 64, "val_fraction": 0.1},
+        ),
+        method=Call(name="full"),
+        steps=2000,
+        lr=1e-3,
+        warmup=100,
+        batch_size=12,
+        eval_every=250,
+        eval_batches=20,
+        checkpoint_every=500,
+        per_method={**_MINI, "*": {"lr": 1e-3}},
+    )
+
+
+def babygpt() -> Run:
+    """nanoGPT's baby GPT, 6 layers × 6 heads × 384, on tiny Shakespeare by characters.
+
+    Command:  lowrank train babygpt --device cuda --precision bf16
+    Time:     a few minutes on one GPU, 5,000 steps of 64 × 256 characters; hours on a processor
+    Expected: best validation loss about 1.47 nats a character (nanoGPT's figure), after which it overfits
+    """
+    return Run(
+        recipe="babygpt",
+        task="text",
+        model=Call(name="gpt2", args=_shape(layers=6, heads=6, width=384) | {"dropout": 0.2}),
+        data=Call(
+            name="text",
+            args={"source": "tiny-shakespeare", "tokenizer": "chars", "context": 256, "val_fraction": 0.1},
+        ),
+        method=Call(name="full"),
+        steps=5000,
+        lr=1e-3,
+        warmup=100,
+        batch_size=64,
+        eval_every=250,
+        eval_batches=50,
+        checkpoint_every=500,
+        per_method={**_MINI, "*": {"lr": 1e-3}},
+    )
+
+
+def gpt2_pretrain() -> Run:
+    """GPT-2 124M from scratch on CNN/DailyMail with LTE on the attention layers, 4 heads of rank 4, merged every 10.
+
+    Command:  lowrank train gpt2-pretrain --device cuda --precision bf16
+    Time:     minutes on one recent GPU, 500 steps of 8 × 512 tokens; `lowrank plan gpt2-pretrain` costs nothing
+    Expected: 96.619 M of 124.083 M parameters train with the attention biases frozen, and the loss falls from 10.9
+              towards 6.5 (a budget for comparing methods, not a finished model)
+    """
+    return Run(
+        recipe="gpt2-pretrain",
+        task="text",
+        model=Call(name="gpt2", args=_shape(layers=12, heads=12, width=768) | {"vocab_size": 50304}),
+        data=Call(name="text", args={"source": "cnn_dailymail", "tokenizer": "gpt2", "context": 512}),
+        method=Call(name="lte", args={"target_modules": "attention", "rank": 4, "heads": 4, "merge_every": 10}),
+        steps=500,
+        lr=6e-4,
+        weight_decay=0.1,
+        batch_size=8,
+        eval_every=100,
+        eval_batches=50,
+        checkpoint_every=250,
+        per_method={
+            "*": {"lr": 6e-4},
+            "frozen": {"method.target_modules": "attention"},
+            "lora": {"method.target_modules": "attention", "method.rank": 4},
+            "multihead_lora": {"method.target_modules": "attention", "method.rank": 4, "method.heads": 4},
+            "lte": {
+                "method.target_modules": "attention",
+                "method.rank": 4,
+                "method.heads": 4,
+                "method.merge_every": 10,
+            },
+            "relora": {"method.target_modules": "attention", "method.rank": 4, "method.merge_every": 100},
+        },
+    )
+
+
+def gpt2_finetune() -> Run:
+    """Pre-trained GPT-2 (the hub's, or any causal LM in a folder) with LoRA of rank 8 on CNN/DailyMail.
+
+    Command:  lowrank train gpt2-finetune --model.path FOLDER --data articles.csv --device cuda --precision bf16
+    Time:     minutes on one GPU, 500 steps of 8 × 512 tokens
+    Expected: validation loss a little below the untouched model's (`lowrank eval gpt2 --data articles.csv`)
+    """
+    return Run(
+        recipe="gpt2-finetune",
+        task="text",
+        model=Call(name="pretrained", args={"path": "gpt2"}),
+        data=Call(name="text", args={"source": "cnn_dailymail", "tokenizer": "gpt2", "context": 512}),
+        method=Call(name="lora", args={"target_modules": "attention", "rank": 8}),
+        steps=500,
+        lr=2e-4,
+        weight_decay=0.0,
+        batch_size=8,
+        eval_every=100,
+        eval_batches=50,
+        checkpoint_every=250,
+        per_method={
+            "*": {"lr": 2e-4},
+            "full": {"lr": 2e-5},
+            "lora": {"method.target_modules": "attention", "method.rank": 8},
+            "dora": {"method.target_modules": "attention", "method.rank": 8},
+            "relora": {"method.target_modules": "attention", "method.rank": 8, "method.merge_every": 100},
+        },
+    )
+
+
+def _shape(*, layers: int, heads: int, width: int) -> dict[str, int]:
+    return {"n_layer": layers, "n_head": heads, "n_embd": width}

@@ -1,0 +1,181 @@
+"""What the loop asks about the ranks; in one process every answer is the plain one and costs nothing.
+
+Three ways to divide the loss, by what the ranks do with its gradients:
+
+    summed every step (some parameters are shared)   by the predictions of all ranks, which they tell each other
+    heads alone, the rest frozen                     the same, estimated from this rank's rows: nothing is said
+    the rest trains locally                          by this rank's own: each rank is a run of its own between averages
+
+So the logged loss and norm are those of the whole batch in the first case, and this rank's own in the others. Clipping
+goes by that norm.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.boundary import talks
+from lowrank.gathered import check_state
+from lowrank.infra.progress import short_bytes
+from lowrank.infra.ranks import Ranks, Traffic, code_version, digest
+from lowrank.infra.seeds import stable_seed
+from lowrank.optim.optimizer import Optimizer
+from lowrank.plan import Plan
+from lowrank.run import Run
+from lowrank.tasks import Batch, Task
+from lowrank.traffic import Forecast, forecast
+
+T = TypeVar("T")
+
+
+class Team:
+    """This process and those it trains with, if any."""
+
+    def __init__(self, plan: Plan, run: Run):
+        self.plan, self.run = plan, run
+        self.ranks: Ranks | None = plan.ranks
+        self.first = self.ranks is None or self.ranks.rank == 0
+        self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
+        self._told = Traffic()
+
+    def check(self, optimizer: Optimizer, *, needs_scaler: bool) -> None:
+        """Refuse, before any work, what several ranks cannot do.
+
+        Raises:
+            ValueError: float16, batch statistics, heads whose optimizer state has no heads.
+        """
+        if self.ranks is None:
+            return
+        if needs_scaler:
+            raise ValueError("float16 scales the loss of each rank by itself: use --precision bf16 with several ranks")
+        _refuse_batch_statistics(self.plan.model)
+        check_state(self.plan, optimizer)
+        every = self.plan.method.rest_every
+        if self.plan.local and every is not None and self.run.steps is not None and every > self.run.steps:
+            raise ValueError(
+                f"--method.rest_every {every} is longer than the run, --steps {self.run.steps}: the rest would be "
+                f"averaged only at its end; use at most {self.run.steps}"
+            )
+
+    def notes(self) -> list[str]:
+        """What a reader should know before the first step; nothing in one process."""
+        if self.ranks is None:
+            return []
+        found = self.forecast(self.ranks)
+        told = f"a step sends {short_bytes(found.per_step)} on average; DDP would send {short_bytes(found.ddp)}"
+        clipped = self.run.max_grad_norm is not None and any(hasattr(row.rule, "fold") for row in self.plan.rows)
+        why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
+        return [*self.plan.notes, told, *([why] if clipped else [])]
+
+    def forecast(self, ranks: Ranks) -> Forecast:
+        """What a rank of this run will send."""
+        return forecast(self.plan, ranks.count, whole=self.run.max_grad_norm is not None and not self.run.per_layer)
+
+    def wait(self) -> None:
+        """Until all ranks have come here."""
+        if self.ranks is not None:
+            self.ranks.total(0.0)
+
+    def everyones(self, value: T) -> list[T]:
+        """Everyone's value in the order of the ranks."""
+        return [value] if self.ranks is None else self.ranks.gather_objects(value)
+
+    @property
+    def together(self) -> bool:
+        """Whether every step is one step of all ranks."""
+        return self.ranks is not None and bool(self.plan.shared)
+
+    def agree(self, version: str, step: int) -> None:
+        """Refuse ranks that differ in weights, settings, code or step; then give each its own stream of dropout."""
+        if self.ranks is None:
+            return
+        own = {id(p) for p in self.plan.own}
+        model = self.plan.model
+        named = [*model.named_parameters(), *model.named_buffers()]
+        same = {name: t for name, t in named if id(t) not in own and ".adapters." not in name}
+        self.ranks.agree({"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)})
+        torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
+        self._told = Traffic(**vars(self.ranks.traffic))
+
+    def whole_rows(self, batches: Sequence[Batch]) -> float:
+        """How many times this rank's rows the whole batch has."""
+        own = sum(len(batch["labels"]) for batch in batches)
+        return self.run.batch_size * len(batches) / own if self.ranks is not None else 1.0
+
+    def divisor(self, batches: Sequence[Batch], task: Task) -> float:
+        """What this rank divides the sum of its losses by."""
+        own = sum(task.count(batch) for batch in batches)
+        if self.together and self.ranks is not None:
+            own = round(self.ranks.total(own)[0])
+        elif self.ranks is not None and not self.plan.local:
+            return max(1.0, own * self.whole_rows(batches))
+        return max(1, own)
+
+    def norm(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+        """The norm of all gradients, of all ranks where they step together; None where only projections are known."""
+        if optimizer.holds_projections:
+            return None
+        if not self.together or self.ranks is None or not (self.plan.own or self.plan.local):
+            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        shared = set(self.plan.shared)
+        both = [[p.grad for p in parameters if p.grad is not None and (p in shared) == flag] for flag in (True, False)]
+        ours, mine = (float(torch.nn.utils.get_total_norm(grads)) ** 2 for grads in both)
+        return torch.tensor((ours + self.ranks.total(mine)[0]) ** 0.5, device=self.ranks.device)
+
+    def after_step(self, record: Mapping[str, Any], stop: bool, steps: int) -> tuple[Tensor, bool]:
+        """(the loss to log, whether to stop): agreed wherever the ranks have something to say anyway."""
+        loss: Tensor = record["loss"]
+        if self.ranks is None:
+            return loss, stop
+        if self.together:
+            total, wishes = self.ranks.total(float(loss), float(stop))
+            return torch.tensor(total), wishes > 0
+        own = loss if self.plan.local else loss * record["rows"]
+        return own, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
+
+    def traffic(self) -> dict[str, int]:
+        """Bytes sent and received since the last time of asking; empty in one process."""
+        if self.ranks is None:
+            return {}
+        now, before = self.ranks.traffic, self._told
+        self._told = Traffic(**vars(now))
+        return {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
+
+    def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
+        """How many ranks there were, what one of them sent in the logged steps and would send in a step of DDP, and how
+        often one was left out."""
+        if self.ranks is None:
+            return {}
+        sent = sum(record.get("bytes_sent", 0) for record in records)
+        return {
+            "ranks": self.ranks.count,
+            "bytes_sent": sent,
+            "ddp_bytes_per_step": self.forecast(self.ranks).ddp,
+            "ranks_left_out": len(self.plan.left_out),
+        }
+
+
+def _settings(run: Run) -> dict[str, object]:
+    """Every setting as it is typed; where a rank computes is its own business."""
+    content = run.to_json()
+    named: dict[str, object] = {}
+    for name, value in content.items():
+        if name in ("model", "data", "method"):
+            named[f"--{name}"] = value["name"]
+            named |= {f"--{name}.{key}": each for key, each in value["args"].items()}
+        elif name not in ("device", "per_method"):
+            named[f"--{name.replace('_', '-')}"] = value
+    return named
+
+
+def _refuse_batch_statistics(model: nn.Module) -> None:
+    for name, module in model.named_modules():
+        if isinstance(module, nn.modules.batchnorm._BatchNorm):
+            raise ValueError(
+                f"{name} is a {type(module).__name__}, whose statistics would differ between ranks: use a model with "
+                "another normalisation, or one process"
+            )

@@ -1,0 +1,435 @@
+"""How we train: the one loop, from top to bottom.
+
+    for step: learning rate → micro-batches (loss summed, divided by the step's predictions) → clip → step (merges when
+    due)
+              → log → evaluate on the merged weights → checkpoint
+
+Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``lowrank.team``). They
+evaluate together, each some of the batches; rank 0 writes the run's folder and speaks. When one is asked to stop, all
+do, after the next step at which they talk.
+
+A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
+``run.steps`` is the schedule's horizon and ``run.stop_at`` ends early without changing it. Everything that the next
+step depends on is in a checkpoint (weights, optimizer, random generators, step), and batches are a function of the
+step, so a resumed run is bitwise the run that was never stopped, on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank import __version__
+from lowrank.boundary import whole
+from lowrank.data.images import ImageData
+from lowrank.evaluate import evaluate
+from lowrank.gathered import own_model_state, own_optimizer_state, whole_optimizer_state
+from lowrank.infra import checkpoint
+from lowrank.infra.environment import environment
+from lowrank.infra.meter import peak_bytes, reset_peak
+from lowrank.infra.nest import random_state, set_random_state_
+from lowrank.infra.prefetch import Prefetch
+from lowrank.infra.progress import Progress, short_bytes
+from lowrank.infra.ranks import joined
+from lowrank.infra.record import Writer, open_writers, read_log
+from lowrank.infra.schedule import Envelope
+from lowrank.run import Run
+from lowrank.session import FACTS, Session, open_session, pick_device
+from lowrank.tasks import Batch, to_device
+from lowrank.team import Team
+
+
+class NotFinite(FloatingPointError):
+    """The loss became NaN or infinite; the message names the last good checkpoint."""
+
+
+def train(
+    run: Run, out: Path, *, resume: bool = False, init_from: Path | None = None, quiet: bool = False
+) -> dict[str, Any]:
+    """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
+
+    Args:
+        run: what to train.
+        out: gets run.json, env.json, log.jsonl, checkpoints/ and summary.json.
+        resume: go on from the latest checkpoint in ``out``; ``run`` is then the same run, perhaps with other ``steps``
+            or ``stop_at``.
+        init_from: start from the merged weights of another run's folder or checkpoint.
+        quiet: no progress line.
+
+    Raises:
+        NotFinite: the loss is not finite. The checkpoints saved before are kept.
+        FileExistsError: ``out`` holds a run already and ``resume`` is False.
+        CheckpointError: nothing to resume from, or the disk is full.
+        RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
+    """
+    if not resume and (out / "run.json").exists():
+        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
+    with joined(pick_device(run.device)) as ranks:
+        saved = checkpoint.load(checkpoint.latest(out / "checkpoints")) if resume else None
+        session = open_session(run, init_from=None if resume else init_from, ranks=ranks)
+        loop = _Loop(session, out, quiet=quiet)
+        if saved is not None:
+            loop.restore(saved)
+        loop.team.agree(__version__, loop.step)
+        if saved is not None:
+            loop.restore_random(saved)
+        if loop.team.first:
+            _describe(session, out)
+        with loop.recording(after=loop.step if resume else None), _signals() as stopping:
+            loop.run_until(loop.end, stopping)
+            loop.judge()
+        summary = loop.summary(interrupted=stopping.is_set())
+        if loop.team.first:
+            (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        if stopping.is_set():
+            loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
+        return summary
+
+
+def _describe(session: Session, out: Path) -> None:
+    """What the run is and what it runs on, into its folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    session.run.write(out / "run.json")
+    if isinstance(session.data, ImageData):
+        (out / FACTS).write_text(json.dumps(session.data.to_json(), indent=2) + "\n")
+    (out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+class _Loop:
+    """The state of a training run between two steps, and what moves it on."""
+
+    def __init__(self, session: Session, out: Path, *, quiet: bool):
+        run = session.run
+        self.session, self.out, self.team = session, out, Team(session.plan, run)
+        self.quiet = quiet or not self.team.first
+        self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
+        self.steps = run.steps or run.horizon(self.source.batches_per_epoch)
+        self.end = min(run.stop_at or self.steps, self.steps)
+        self.eval_every = run.eval_every or max(1, math.ceil(self.source.batches_per_epoch / run.grad_accum))
+        self.batches = Prefetch(self.source.batch, end=self.end * run.grad_accum)
+        self._check_merge()
+        self.envelope = Envelope(
+            steps=self.steps, warmup=run.warmup_steps(self.steps), min_ratio=run.min_lr_ratio, shape=run.schedule
+        )
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.needs_scaler)
+        self.optimizer = session.plan.optimizer(
+            run.lr,
+            run.weight_decay,
+            per_layer=run.per_layer,
+            accumulate=run.grad_accum,
+            clip_per_layer=run.clip_per_layer,
+            scaler=self.scaler if run.per_layer else None,
+        )
+        self.team.check(self.optimizer, needs_scaler=session.needs_scaler)
+        self.forward: Any = torch.compile(session.model) if run.compile else session.model
+        self.step = 0
+        self.best: float | None = None
+        self.latest_metrics: dict[str, float] = {}
+        self.test_metrics: dict[str, float] = {}
+        self.writers: list[Writer] = []
+        self.progress = Progress(self.end, quiet=True)
+        self.saved_at = -1
+
+    def _check_merge(self) -> None:
+        merge = self.session.plan.method.merge
+        if merge is not None and merge.merge_every > self.steps:
+            raise ValueError(
+                f"merge_every={merge.merge_every} is longer than the run of {self.steps} steps: nothing would ever "
+                f"merge; use at most {self.steps}"
+            )
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def run_until(self, end: int, stopping: threading.Event) -> None:
+        """Step until ``end`` or until asked to stop; evaluated and saved at the end in either case."""
+        self.session.model.train()
+        reset_peak(self.session.device)
+        stop = stopping.is_set() and not self.team.ranks
+        while self.step < end and not stop:
+            record = self._one_step()
+            self.step += 1
+            record["loss"], stop = self.team.after_step(record, stopping.is_set(), self.step)
+            self._log(record)
+            last = self.step == end
+            evaluating = last or self.step % self.eval_every == 0
+            saving = last or self.step % self.session.run.checkpoint_every == 0
+            if evaluating or saving:
+                with whole(self.session.plan, self.optimizer):
+                    improved = evaluating and self._evaluate()
+                    if improved or saving:
+                        self._save(best=improved)
+        if self.saved_at != self.step and self.step:
+            with whole(self.session.plan, self.optimizer):
+                self._save(best=False)
+        if stop:
+            stopping.set()
+            self.progress.note(f"stopped at step {self.step}, saved; go on with: lowrank train --resume {self.out}")
+
+    def _one_step(self) -> dict[str, Any]:
+        """Forward, backward and step; returns the record of it, the loss as a tensor."""
+        run, optimizer, began = self.session.run, self.optimizer, time.perf_counter()
+        lr = run.lr * self.envelope(self.step)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = [self.batches(self.step * run.grad_accum + k) for k in range(run.grad_accum)]
+        waited = time.perf_counter() - began
+        loss = self._backward(batches)
+        grad_norm = self._clip()
+        if run.per_layer or not self.scaler.is_enabled():
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        factor, rows = self.session.plan.method.lr(self.step), self.team.whole_rows(batches)
+        return {
+            "began": began,
+            "waited": waited,
+            "loss": loss,
+            "lr": lr * factor,
+            "grad_norm": grad_norm,
+            "size": sum(self.session.task.size(batch) for batch in batches) * rows,
+            "rows": rows,
+        }
+
+    def _backward(self, batches: list[Batch]) -> Tensor:
+        """Gradients of the mean loss over the predictions of all micro-batches; returns that mean."""
+        task, device = self.session.task, self.session.device
+        predictions = self.team.divisor(batches, task)
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            with self.session.autocast():
+                loss = task.loss(self.forward, to_device(batch, device)) / predictions
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _clip(self) -> Tensor | None:
+        """Clip the global norm where asked, and return it; None with per-layer updates, where it is never known."""
+        run = self.session.run
+        if run.per_layer:
+            return None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        self.optimizer.synchronise_(whole=run.max_grad_norm is not None)
+        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
+        norm = self.team.norm(self.optimizer, parameters)
+        if run.max_grad_norm is not None and norm is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, run.max_grad_norm, norm)
+        return norm
+
+    # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, after: int | None) -> Iterator[None]:
+        """Open log, writers and progress line; close them whatever happens."""
+        run = self.session.run
+        if self.team.first:
+            settings = run.to_json()
+            self.writers = open_writers(self.out, settings, tensorboard=run.tensorboard, wandb=run.wandb, after=after)
+        unit = self.session.task.unit
+        self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
+        for note in self.team.notes():
+            self.progress.note(note)
+        try:
+            yield
+        finally:
+            self.batches.close()
+            self.progress.close()
+            for writer in self.writers:
+                writer.close()
+
+    def _log(self, made: dict[str, Any]) -> None:
+        run = self.session.run
+        if self.step % run.log_every and self.step != self.end:
+            return
+        loss = float(made["loss"])  # waits for the device: what follows is the time of a whole step
+        seconds = time.perf_counter() - made["began"]
+        if not math.isfinite(loss) and (self.team.ranks is None or self.team.together):
+            self._stop_not_finite(loss)  # a rank that steps alone is left out of the next merge, and begins anew
+        rate, peak = made["size"] / seconds, peak_bytes(self.session.device)
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "lr": made["lr"],
+            "grad_norm": None if made["grad_norm"] is None else float(made["grad_norm"]),
+            f"{self.session.task.unit}_per_second": rate,
+            "step_seconds": seconds,
+            "wait_seconds": made["waited"],
+            "peak_bytes": peak,
+            **self.team.traffic(),
+        }
+        self._write({name: value for name, value in record.items() if value is not None})
+        metric = self.session.task.metric
+        shown = self.latest_metrics.get(f"val_{metric}")
+        extra = "" if shown is None else f"val {metric} {shown:.4g}"
+        if self.team.ranks is not None:
+            extra = f"sent {short_bytes(self.team.ranks.traffic.sent)}  {extra}".rstrip()
+        self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(record)
+
+    def _stop_not_finite(self, loss: float) -> None:
+        self._write({"step": self.step, "loss": loss})
+        kept = checkpoint.saved(self.out / "checkpoints")
+        where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
+        raise NotFinite(
+            f"the loss became {loss} at step {self.step}; {where}. Lower --lr, lengthen --warmup or clip "
+            "(--max-grad-norm 1.0), then start again or resume"
+        )
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; whether it is the best so far."""
+        session = self.session
+        batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
+        where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
+        metrics = evaluate(session.model, batches, session.task, **where)
+        self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
+        self._write({"step": self.step, **self.latest_metrics})
+        if shown := [f"val {name} {metrics[name]:.4f}" for name in session.task.shown]:
+            epoch = self.step * session.run.grad_accum / self.source.batches_per_epoch
+            self.progress.note(f"epoch {epoch:.3g}  step {self.step}  " + "  ".join(shown))
+        value = metrics[session.task.metric]
+        better = self.best is None or (value < self.best if session.task.lower else value > self.best)
+        if better and math.isfinite(value):
+            self.best = value
+            return True
+        return False
+
+    def judge(self) -> None:
+        """Where the task asks for it: the best checkpoint on the test split, when the run has come to its end."""
+        task = self.session.task
+        if not task.judged or self.step < self.end:
+            return
+        from lowrank.judging import judge
+
+        with whole(self.session.plan, self.optimizer):
+            if not self.team.first:
+                return
+            metrics = judge(self.session, self.out)
+        self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
+        if metrics:
+            self._write({"step": self.step, **self.test_metrics})
+            shown = "  ".join(f"test {name} {metrics[name]:.4f}" for name in task.shown)
+            self.progress.note(f"best checkpoint  {shown}  (report in {self.out / 'clinic'})")
+
+    def _save(self, *, best: bool) -> None:
+        """Save what one process would have saved; the model is whole."""
+        if self.saved_at == self.step:
+            return
+        self.saved_at = self.step
+        optimizer = whole_optimizer_state(self.session.plan, self.optimizer)
+        random = self.team.everyones(random_state())
+        if not self.team.first:
+            return
+        meta = {
+            "random": random[0],
+            "random_of_ranks": random[1:],
+            "scaler": self.scaler.state_dict(),
+            "best": self.best,
+            "metrics": self.latest_metrics,
+            "method": self.session.run.method.to_json(),
+        }
+        checkpoint.save(
+            self.out / "checkpoints",
+            self.step,
+            self.session.model.state_dict(),
+            optimizer,
+            meta,
+            keep=self.session.run.keep,
+            best=best,
+        )
+
+    def restore(self, saved: checkpoint.Checkpoint) -> None:
+        """Go back to a checkpoint: weights, optimizer, random generators, step.
+
+        Raises:
+            ValueError: it is of another method or step count, or its state does not fit.
+        """
+        method = self.session.run.method.to_json()
+        if saved.meta["method"] != method:
+            raise ValueError(
+                f"the run was trained with {saved.meta['method']}, not with {method}; resume it with its own method, "
+                "or start a new run from its weights with --init-from"
+            )
+        if saved.step >= self.end:
+            raise ValueError(
+                f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
+                "go on"
+            )
+        plan = self.session.plan
+        self.session.model.load_state_dict(own_model_state(plan, saved.tensors))
+        self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved.optimizer))
+        self.scaler.load_state_dict(saved.meta["scaler"])
+        self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
+        self.step = self.saved_at = saved.step
+
+    def restore_random(self, saved: checkpoint.Checkpoint) -> None:
+        """Put the random generators back, where the run was saved by as many ranks; drop later checkpoints."""
+        states = [saved.meta["random"], *saved.meta.get("random_of_ranks", [])]
+        rank, ranks = self.team.place or (0, 1)
+        if len(states) == ranks:
+            set_random_state_(states[rank])
+        if self.team.first:
+            checkpoint.discard_after(self.out / "checkpoints", saved.step)
+
+    def summary(self, *, interrupted: bool) -> dict[str, Any]:
+        """What the run came to: the last metrics, the best, and what it cost."""
+        run, plan, task = self.session.run, self.session.plan, self.session.task
+        log = read_log(self.out / "log.jsonl") if self.team.first else []
+        records = [r for r in log if "step_seconds" in r]
+        seconds = statistics.median(r["step_seconds"] for r in records) if records else None
+        rate_name = f"{task.unit}_per_second"
+        return {
+            "recipe": run.recipe,
+            "method": run.method.name,
+            "seed": run.seed,
+            "steps": self.step,
+            "interrupted": interrupted,
+            **self.latest_metrics,
+            **self.test_metrics,
+            f"best_val_{task.metric}": self.best,
+            "parameters_trained": plan.parameters_trained,
+            "parameters_total": plan.parameters_total,
+            "state_bytes": plan.state_bytes,
+            "kept_bytes": plan.kept_bytes,
+            "step_seconds": seconds,
+            rate_name: statistics.median(r[rate_name] for r in records) if records else None,
+            "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
+            "seconds": sum(r["step_seconds"] for r in records),
+            **self.team.summary(records),
+        }
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once. Only the main thread can have handlers."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
