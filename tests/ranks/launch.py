@@ -1,0 +1,37 @@
+"""Starting several ranks of a module on this machine, as ``torchrun`` would, and waiting for them."""
+
+from __future__ import annotations
+
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parents[2]
+
+
+def launch(
+    module: str, *arguments: str, ranks: int = 2, timeout: float = 120, **settings: str
+) -> list[tuple[int, str]]:
+    """(exit status, stderr) of each rank of ``python -m module arguments``; ``settings`` go into the environment."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        port = free.getsockname()[1]
+    group = {"WORLD_SIZE": str(ranks), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, "-m", module, *arguments],
+            cwd=ROOT,
+            env={**os.environ, **group, "RANK": str(rank), "LOCAL_RANK": str(rank), **settings},
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        for rank in range(ranks)
+    ]
+    try:
+        errors = [process.communicate(timeout=timeout)[1] for process in started]
+        return [(process.returncode, error) for process, error in zip(started, errors, strict=True)]
+    finally:
+        for process in started:
+            process.kill()
+            process.wait()

@@ -1,0 +1,182 @@
+"""What several ranks do in the tests, each part also as one process: ``python -m tests.ranks.worker FOLDER``.
+
+A scenario is a function of the ranks (None for one process) whose tensors are compared. The worker runs all of them in
+one group, as starting processes is what takes time, and saves what each rank has found.
+"""
+
+from __future__ import annotations
+
+import os
+import signal
+import sys
+import warnings
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from tests.models import mlp, small_method
+
+import lowrank
+from lowrank.boundary import whole
+from lowrank.gathered import whole_optimizer_state
+from lowrank.infra.ranks import Ranks, RanksDisagree, joined, share
+
+BATCH, WIDTH, CLASSES = 12, 10, 4
+Result = dict[str, Any]
+
+
+def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
+    noise = torch.Generator().manual_seed(step)
+    x = torch.randn(BATCH, WIDTH, generator=noise, dtype=torch.float64)
+    return x, torch.randint(0, CLASSES, (BATCH,), generator=noise)
+
+
+def trained(
+    ranks: Ranks | None, method: lowrank.Method, *, steps: int = 7, per_layer: bool = False, poison: int | None = None
+) -> Result:
+    """A few steps on this rank's rows of each batch; the whole model after them, and what was said at each step."""
+    model = mlp(torch.float64)
+    plan = lowrank.apply_(model, method, seed=3, ranks=ranks)
+    opt = plan.optimizer(lr=1e-2, weight_decay=0.1, per_layer=per_layer)
+    said, local = [], []
+    for step in range(steps):
+        before = (ranks.traffic.collectives, ranks.traffic.sent) if ranks else (0, 0)
+        x, y = batch(step)
+        rows = share(BATCH, *(0, 1) if ranks is None else (ranks.rank, ranks.count))
+        loss = F.cross_entropy(model(x[rows.start : rows.stop]), y[rows.start : rows.stop], reduction="sum") / BATCH
+        loss.backward()
+        if ranks and ranks.rank == poison and step == 1:
+            plan.own[0].grad.fill_(float("nan"))
+        opt.step()
+        opt.zero_grad()
+        after = (ranks.traffic.collectives, ranks.traffic.sent) if ranks else (0, 0)
+        said.append((after[0] - before[0], after[1] - before[1]))
+        local.append({n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n})
+    with whole(plan, opt):
+        state = {name: t.clone() for name, t in model.state_dict().items()}
+        moments = whole_optimizer_state(plan, opt)
+        x, _ = batch(99)
+        output = model.eval()(x).detach()
+    own = {"left_out": list(plan.left_out), "said": said, "weights": local, "notes": plan.notes}
+    return {"state": state, "moments": moments["state"], "output": output, "own": own}
+
+
+def disagreeing(ranks: Ranks | None) -> Result:
+    assert ranks is not None
+    ranks.agree({"step": 3, "code": "1"})
+    try:
+        ranks.agree({"step": 3 + ranks.rank, "code": "1"})
+    except RanksDisagree as error:
+        return {"message": str(error)}
+    return {"message": ""}
+
+
+def talking(ranks: Ranks | None) -> Result:
+    """Sums and gatherings of a few shapes and dtypes, with the bytes counted."""
+    assert ranks is not None
+    before = ranks.traffic.sent
+    mine = [
+        torch.full((5,), 1.0 + ranks.rank),
+        torch.full((2, 3), 2.0, dtype=torch.bfloat16),
+        torch.ones((), dtype=torch.float64),
+    ]
+    gathered = ranks.gather([torch.full((2,), ranks.rank), torch.full((3,), 0.5)])
+    ranks.sum_(mine)
+    objects = ranks.gather_objects({"rank": ranks.rank, "text": "x" * ranks.rank})
+    counted = ranks.traffic.sent - before
+    return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted}
+
+
+def lte(**options: Any) -> lowrank.Method:
+    return small_method("lte", target_modules="fc1,fc2", **options)
+
+
+# name -> (the function, whether one process gives the same numbers)
+SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
+    "lte": (partial(trained, method=lte(rest="freeze")), True),
+    "lte-train": (partial(trained, method=lte(rest="train")), True),
+    "lte-reset": (partial(trained, method=lte(rest="freeze", keep=False)), True),
+    "lte-reset-train": (partial(trained, method=lte(rest="train", keep=False)), True),
+    "lte-four-heads": (partial(trained, method=lte(rest="train", heads=4)), True),
+    "lte-per-layer": (partial(trained, method=lte(rest="train"), per_layer=True), True),
+    "lte-dense": (partial(trained, method=lte(rest="freeze", rank=6, heads=4)), True),
+    "lte-uneven": (partial(trained, method=lte(rest="freeze", heads=3)), False),
+    "lte-local": (partial(trained, method=lte(rest="auto", rest_every=6)), False),
+    "lte-nan": (partial(trained, method=lte(rest="local", rest_every=6), poison=1), False),
+    "full-local": (partial(trained, method=lowrank.methods.full(rest="local")), False),
+    "explorers": (
+        partial(trained, method=small_method("lte_galore", kind="explorers", alpha=None, target_modules="fc1,fc2")),
+        True,
+    ),
+    **{
+        name: (partial(trained, method=small_method(name, **extra)), True)
+        for name, extra in {
+            "full": {},
+            "lora": {"target_modules": "fc1,fc2"},
+            "dora": {"target_modules": "fc1,fc2"},
+            "multihead_lora": {"target_modules": "fc1,fc2"},
+            "relora": {"target_modules": "fc1,fc2"},
+            "galore": {"target_modules": "all-linear", "refresh_every": 3},
+            "apollo": {"target_modules": "all-linear"},
+        }.items()
+    },
+    "galore-per-layer": (
+        partial(trained, method=small_method("galore", target_modules="all-linear", refresh_every=3), per_layer=True),
+        True,
+    ),
+    "disagreeing": (disagreeing, False),
+    "talking": (talking, False),
+}
+
+
+def tiny_run() -> Any:
+    """Nine steps of two micro-batches of LTE on a GPT-2 of one layer, the rest synchronised."""
+    from lowrank.recipes.gpt import gpt_mini
+    from lowrank.settings import override, resolve
+
+    size = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 8, "data.context": 16, "model.context": 16}
+    small = {**size, "batch-size": 4, "grad-accum": 2, "eval-every": 6, "eval-batches": 3, "checkpoint-every": 6}
+    lte_run = {"method": "lte", "method.merge_every": 3, "method.rank": 2, "steps": 9, "method.rest": "train", **small}
+    return resolve(override(gpt_mini(), lte_run))
+
+
+def runs(folder: Path) -> dict[str, Result]:
+    """The loop itself: a run; one that a single rank is asked to stop, and that goes on; the same never stopped."""
+    from lowrank.settings import override, resolve
+    from lowrank.team import Team
+    from lowrank.train import train
+
+    base = tiny_run()
+    found = {"run": train(base, folder / "run", quiet=True)}
+
+    after_step = Team.after_step
+
+    def stopped(self: Team, record: Any, stop: bool, steps: int) -> Any:
+        if self.ranks is not None and self.ranks.rank == 1 and steps == 4:
+            os.kill(os.getpid(), signal.SIGTERM)
+        return after_step(self, record, stop, steps)
+
+    Team.after_step = stopped  # type: ignore[method-assign]
+    silent = resolve(override(base, {"method.rest": "freeze"}))
+    found["stopped"] = train(silent, folder / "stopped", quiet=True)
+    Team.after_step = after_step  # type: ignore[method-assign]
+    found["resumed"] = train(silent, folder / "stopped", resume=True, quiet=True)
+    found["straight"] = train(silent, folder / "straight", quiet=True)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks is not None
+        found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
+        found["runs"] = runs(folder)
+        torch.save(found, folder / f"rank-{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))

@@ -1,0 +1,208 @@
+"""Adapters as files: exported, loaded, switched on one base that stays as it is; LoRA-ViT's files; what does not
+fit."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, replace
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from tests.models import images, nudge_, output, vit
+from torch import Tensor, nn
+
+import lowrank
+from lowrank.data.images_set import ImageSpec, Reading
+from lowrank.interop import AdapterBank, AdapterInfo, read_adapter, read_lora_vit, write_adapter
+from lowrank.interop.adapter_files import digest, trained_tensors
+from lowrank.run import Call
+
+KINDS = {
+    "lora": {"rank": 2},
+    "dora": {"rank": 2},
+    "pissa": {"rank": 2},
+    "multihead_lora": {"rank": 2, "heads": 2},
+    "linear_probe": {},
+}
+
+
+def trained(name: str, seed: int, classes: int = 3) -> tuple[AdapterInfo, dict[str, Tensor], Tensor]:
+    """An adapter and head trained on the common base, and what the trained model says."""
+    model = vit()
+    torch.manual_seed(seed)
+    model.head = nn.Linear(8, classes)
+    lowrank.mark_loaded_(model, [n for n, _ in model.named_parameters() if not n.startswith("head.")])
+    plan = lowrank.apply_(model, lowrank.METHODS[name](**KINDS[name]), seed=seed)
+    nudge_(model, seed=seed)
+    info = AdapterInfo(
+        method=Call(name=name, args=KINDS[name]),
+        model=Call(name="vit"),
+        seed=seed,
+        classes=tuple(map(str, range(classes))),
+        reading=asdict(Reading(size=16)),
+        spec=asdict(ImageSpec(size=16)),
+        base={row.name: digest(dict(model.named_parameters())[row.name]) for row in plan.rows if row.rule is None},
+    )
+    tensors = {name: t.clone() for name, t in trained_tensors(plan).items()}
+    with torch.no_grad():
+        return info, tensors, output(model.eval(), images())
+
+
+def say(model: nn.Module) -> Tensor:
+    with torch.no_grad():
+        return output(model.eval(), images())
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_what_is_written_is_what_is_read_and_used(tmp_path: Path, name: str) -> None:
+    info, tensors, expected = trained(name, seed=1)
+    write_adapter(tmp_path, info, tensors)
+    again, stored = read_adapter(tmp_path)
+    assert json.loads(json.dumps(info.to_json())) == json.loads(json.dumps(again.to_json()))
+    assert stored.keys() == tensors.keys()
+    bank = AdapterBank(vit())
+    assert bank.load(tmp_path, "mine") == "mine"
+    torch.testing.assert_close(say(bank.use("mine")), expected, rtol=0, atol=1e-6)
+
+
+def test_many_tasks_on_one_base_which_stays_as_it_was() -> None:
+    base = vit()
+    before = {n: (p.data_ptr(), p.detach().clone()) for n, p in base.named_parameters()}
+    keys, plain = list(base.state_dict()), say(base)
+    bank = AdapterBank(base)
+    expected = {}
+    for number, (name, classes) in enumerate({"lora": 5, "dora": 2, "pissa": 3, "linear_probe": 4}.items()):
+        info, tensors, expected[name] = trained(name, seed=number, classes=classes)
+        bank.add(name, info, tensors)
+        assert bank.current is None
+    for name in ("lora", "pissa", "linear_probe", "dora", "lora", None, "dora"):
+        wanted = plain if name is None else expected[name]
+        torch.testing.assert_close(say(bank.use(name)), wanted, rtol=0, atol=1e-6)
+    bank.use(None)
+    assert list(base.state_dict()) == keys
+    for n, p in base.named_parameters():
+        assert (p.data_ptr(), p.requires_grad) == (before[n][0], True)
+        assert torch.equal(p, before[n][1])
+    assert bank.names == ("lora", "dora", "pissa", "linear_probe")
+
+
+def test_an_adapter_added_while_another_is_in_use_does_not_disturb_it() -> None:
+    bank = AdapterBank(vit())
+    info, tensors, expected = trained("lora", 1)
+    bank.add("a", info, tensors)
+    model = bank.use("a")
+    bank.add("b", *trained("dora", 2)[:2])
+    assert bank.current == "a"
+    torch.testing.assert_close(say(model), expected, rtol=0, atol=1e-6)
+
+
+def test_rest_trained_from_scratch_travels_too() -> None:
+    model = vit()
+    plan = lowrank.apply_(model, lowrank.methods.lora("all-linear", rank=2, rest="train"))
+    with torch.no_grad():
+        for p in model.parameters():
+            if p.requires_grad:
+                p += 0.1
+    tensors = {n: t.clone() for n, t in trained_tensors(plan).items()}
+    assert "blocks.0.attn.qkv.bias" in tensors
+    assert "blocks.0.attn.qkv.weight" not in tensors
+    args = {"target_modules": "all-linear", "rank": 2, "rest": "train"}
+    info = AdapterInfo(method=Call(name="lora", args=args), model=Call(name="vit"))
+    bank, expected = AdapterBank(vit()), say(model)
+    plain = say(bank.model)
+    bank.add("x", info, tensors)
+    torch.testing.assert_close(say(bank.use("x")), expected, rtol=0, atol=1e-6)
+    assert torch.equal(say(bank.use(None)), plain)
+
+
+def test_what_does_not_fit_is_refused_and_leaves_the_base_alone(tmp_path: Path) -> None:
+    info, tensors, _ = trained("lora", 1)
+    other = vit(seed=5)
+    bank, plain = AdapterBank(other), say(other)
+    with pytest.raises(ValueError, match=r"trained on another base: \d+ of \d+ weights differ"):
+        bank.add("x", info, tensors)
+    with pytest.raises(ValueError, match="for another model: the base has no head"):
+        AdapterBank(nn.Sequential(nn.Linear(3, 3))).add("x", replace(info, base={}), tensors)
+    wrong = tensors | {"head.weight": torch.zeros(3, 9)}
+    with pytest.raises(ValueError, match=r"for another shape: head\.weight is \(3, 9\)"):
+        bank.add("x", replace(info, base={}), wrong)
+    fewer = {n: t for n, t in tensors.items() if "blocks.1.attn.qkv.adapters.v" not in n}
+    with pytest.raises(ValueError, match=r"does not fit the base at blocks\.1\.attn\.qkv\.adapters\.v\.A"):
+        bank.add("x", replace(info, base={}), fewer)
+    bank.add("x", replace(info, base={}), tensors)
+    with pytest.raises(ValueError, match="loaded already"):
+        bank.add("x", info, tensors)
+    with pytest.raises(ValueError, match=r"no adapter 'y' is loaded.*loaded are x"):
+        bank.use("y")
+    assert torch.equal(say(bank.use(None)), plain)
+    with pytest.raises(FileNotFoundError, match=r"has no adapter\.json"):
+        bank.load(tmp_path)
+    (tmp_path / "adapter.json").write_text(json.dumps({"format": 7}))
+    save_file({"x": torch.zeros(1)}, tmp_path / "adapter.safetensors")
+    with pytest.raises(ValueError, match="says format 7"):
+        read_adapter(tmp_path)
+    adapted = vit()
+    lowrank.apply_(adapted, lowrank.methods.lora(rank=2))
+    with pytest.raises(ValueError, match="is a plain model"):
+        AdapterBank(adapted)
+
+
+# --- LoRA-ViT --------------------------------------------------------------------------------------------------------
+
+
+def lora_vit_file(path: Path, rank: int = 2, classes: int = 4) -> dict[str, Tensor]:
+    noise = torch.Generator().manual_seed(0)
+    content = {}
+    for i in range(4):  # two blocks: q, v, q, v
+        content[f"w_a_{i:03d}"] = torch.randn(rank, 8, generator=noise)
+        content[f"w_b_{i:03d}"] = torch.randn(8, rank, generator=noise)
+    content[f"fc_8in_{classes}out"] = torch.randn(classes, 8, generator=noise)
+    save_file(content, path)
+    return content
+
+
+@pytest.mark.parametrize("scale", [1.0, 2.0, 0.0])
+def test_files_of_lora_vit_compute_what_lora_vit_computes(tmp_path: Path, scale: float) -> None:
+    content = lora_vit_file(tmp_path / "x.safetensors")
+    base, by_hand = vit(), vit()
+    with torch.no_grad():
+        for block in range(2):
+            weight = by_hand.blocks[block].attn.qkv.weight
+            for rows, i in ((slice(0, 8), 2 * block), (slice(16, 24), 2 * block + 1)):
+                weight[rows] += scale * content[f"w_b_{i:03d}"] @ content[f"w_a_{i:03d}"]
+        by_hand.head = nn.Linear(8, 4)
+        by_hand.head.weight.copy_(content["fc_8in_4out"])
+        by_hand.head.bias.zero_()
+    bank = AdapterBank(base)
+    bank.add("melo", *read_lora_vit(tmp_path / "x.safetensors", base, scale=scale))
+    torch.testing.assert_close(say(bank.use("melo")), say(by_hand), rtol=0, atol=1e-5)
+    assert bank.info("melo").classes == ("0", "1", "2", "3")
+
+
+def test_other_files_are_no_adapters_of_lora_vit(tmp_path: Path) -> None:
+    file, base = tmp_path / "x.safetensors", vit()
+    save_file({"a": torch.zeros(2)}, file)
+    with pytest.raises(ValueError, match="no file of LoRA-ViT"):
+        read_lora_vit(file, base)
+    content = lora_vit_file(file)
+    save_file({n: t for n, t in content.items() if not n.endswith(("002", "003"))}, file)
+    with pytest.raises(ValueError, match="factors for 2 matrices, and the model 4"):
+        read_lora_vit(file, base)
+    save_file(content | {"w_a_001": torch.zeros(2, 9)}, file)
+    with pytest.raises(ValueError, match=r"do not fit blocks\.0\.attn\.qkv"):
+        read_lora_vit(file, base)
+    file.write_bytes(b"x")
+    with pytest.raises(ValueError, match=r"no \.safetensors file"):
+        read_lora_vit(file, base)
+    with pytest.raises(FileNotFoundError, match="there is no file"):
+        read_lora_vit(tmp_path / "none", base)
+
+
+def test_an_exported_file_holds_nothing_of_the_base(tmp_path: Path) -> None:
+    info, tensors, _ = trained("lora", 1)
+    write_adapter(tmp_path, info, tensors)
+    names = load_file(tmp_path / "adapter.safetensors")
+    assert all(".adapters." in name or name.startswith("head.") for name in names)
+    assert not set(names) & set(info.base)

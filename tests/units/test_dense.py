@@ -1,0 +1,63 @@
+"""Dense heads: a full-rank local change for each head."""
+
+import pytest
+import torch
+import torch.nn.functional as F
+from tests.models import gpt2, output, text_loss, tokens
+
+import lowrank
+from lowrank.adapters import Dense, Site
+from lowrank.adapters.adapter import shard_sizes
+from lowrank.methods import Adapt, Method
+
+
+@pytest.mark.parametrize("split", [False, True])
+@pytest.mark.parametrize("heads", [1, 3])
+@pytest.mark.parametrize("batch", [2, 7])
+def test_local_models(split: bool, heads: int, batch: int) -> None:
+    torch.manual_seed(0)
+    W = torch.randn(4, 5, dtype=torch.float64)
+    adapter = Dense(heads=heads, split=split)(Site("x", W))
+    with torch.no_grad():
+        adapter.D.normal_()
+    x, ids = torch.randn(batch, 3, 5, dtype=torch.float64), torch.randint(0, 4, (batch, 6))
+    own = torch.arange(heads).repeat_interleave(torch.tensor(shard_sizes(batch, heads)))
+    mean = W + adapter.D.mean(dim=0)
+    dense = [W + adapter.D[own[i]] if split else mean for i in range(batch)]
+    torch.testing.assert_close(adapter(x, W), torch.stack([F.linear(x[i], dense[i]) for i in range(batch)]))
+    torch.testing.assert_close(adapter.rows(ids, W), torch.stack([F.embedding(ids[i], dense[i]) for i in range(batch)]))
+    adapter.eval()
+    torch.testing.assert_close(adapter(x, W), F.linear(x, mean))
+    torch.testing.assert_close(adapter.rows(ids, W), F.embedding(ids, mean))
+
+
+def test_restarts_at_a_merge() -> None:
+    adapter = Dense(heads=2)(Site("x", torch.ones(3, 3)))
+    with torch.no_grad():
+        adapter.D.fill_(1.0)
+    assert torch.equal(adapter.merged(torch.ones(3, 3)), torch.full((3, 3), 2.0))
+    adapter.settle_()
+    assert not adapter.D.any()
+    assert int(adapter.merges) == 1
+
+
+def test_trains_on_parts_and_tied_layers() -> None:
+    model = gpt2()
+    method = Method(adapt=(Adapt(("q", "v", "mlp", "lm_head"), Dense(heads=2)),), merge=lowrank.adapters.Merge(3))
+    plan = lowrank.apply_(model, method)
+    opt, losses = plan.optimizer(lr=2e-3), []
+    for _ in range(8):
+        loss = text_loss(model, tokens())
+        loss.backward()
+        opt.step()
+        opt.zero_grad()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0]
+    expected = output(model.eval(), tokens())
+    lowrank.merge_and_unload(model)
+    torch.testing.assert_close(output(model, tokens()), expected, atol=1e-5, rtol=1e-5)
+
+
+def test_heads_must_be_whole() -> None:
+    with pytest.raises(ValueError, match=r"heads=0 must be a whole number"):
+        Dense(heads=0)

@@ -1,0 +1,72 @@
+"""The ledger and its words."""
+
+import pytest
+import torch
+from tests.models import gpt2, mlp
+from torch import nn
+
+import lowrank
+from lowrank.memory import brief, megabytes, state_bytes
+from lowrank.optim.rules import SGD, AdamW
+
+
+def test_full_training_in_numbers() -> None:
+    model = mlp()
+    count = sum(p.numel() for p in model.parameters())
+    sheet = lowrank.apply_(model, lowrank.methods.full()).ledger
+    assert sheet.weights == sheet.gradients == 4 * count
+    assert sheet.factors == sheet.kept == 0
+    assert sheet.state == 8 * count + 4 * 7
+    assert sheet.largest_gradient == 4 * 14 * 14
+    assert sheet.total == 16 * count + 28
+    assert sheet.total_per_layer == 12 * count + 28 + 4 * 14 * 14
+
+
+def test_adapters_in_numbers() -> None:
+    model = mlp()
+    plan = lowrank.apply_(model, lowrank.methods.lte("fc2", rank=2, heads=3, rest="freeze"))
+    numbers = 3 * 2 * (14 + 14)
+    sheet = plan.ledger
+    assert sheet.factors == sheet.gradients == 4 * numbers
+    assert sheet.kept == 4 * numbers + 8
+    assert sheet.state == 8 * numbers + 4 * 2
+    assert (plan.state_bytes, plan.kept_bytes) == (sheet.state, sheet.kept)
+
+
+def test_tied_and_buffers_count_once() -> None:
+    model = gpt2()
+    model.register_buffer("extra", torch.zeros(5, dtype=torch.float64))
+    tensors = {t.data_ptr(): t for t in (*model.parameters(), *model.buffers())}.values()
+    assert lowrank.apply_(model, lowrank.methods.full()).ledger.weights == sum(t.nbytes for t in tensors)
+
+
+def test_tied_adapters_count_once() -> None:
+    plan = lowrank.apply_(gpt2(), lowrank.methods.lora("lm_head", rank=2, rest="freeze"))
+    assert plan.ledger.factors == 4 * 2 * (24 + 8)
+    assert plan.parameters_trained == 2 * (24 + 8)
+
+
+def test_mixed_dtypes() -> None:
+    model = nn.Sequential(nn.Linear(4, 4, dtype=torch.bfloat16), nn.Linear(4, 4))
+    sheet = lowrank.apply_(model, lowrank.methods.full()).ledger
+    assert sheet.weights == sheet.gradients == 20 * 2 + 20 * 4
+    assert sheet.state == 40 * 8 + 4 * 4
+
+
+def test_state_is_counted_without_making_any() -> None:
+    assert state_bytes(AdamW(), (10**6, 10**6), torch.float32) == 8 * 10**12 + 4
+
+
+@pytest.mark.parametrize(
+    ("count", "text"),
+    [(0, "0.0 kB"), (1_234, "1.2 kB"), (999_999, "1000.0 kB"), (123_456_789, "123.5 MB"), (2_340_000_000, "2.34 GB")],
+)
+def test_bytes_for_people(count: int, text: str) -> None:
+    assert megabytes(count) == text
+
+
+def test_brief() -> None:
+    assert brief(AdamW()) == "AdamW"
+    assert brief(SGD(momentum=0.5)) == "SGD(momentum=0.5)"
+    assert brief(lowrank.adapters.DoRA(lowrank.adapters.LoRA(rank=3))) == "DoRA(inner=LoRA(rank=3))"
+    assert brief(3) == "3"

@@ -1,0 +1,115 @@
+"""When adapters fold into the weights."""
+
+import pytest
+import torch
+from tests.models import features, gpt2, mlp, nudge_, output, small_method, tokens, train_text
+
+import lowrank
+from lowrank.adapters import Merge, merge_adapters_
+
+
+def test_due() -> None:
+    assert [n for n in range(10) if Merge(3).due(n)] == [3, 6, 9]
+    assert [n for n in range(3) if Merge(1).due(n)] == [1, 2]
+
+
+@pytest.mark.parametrize("every", [0, -2, 1.5, True])
+def test_interval_must_be_whole(every: object) -> None:
+    with pytest.raises(ValueError, match=r"merge_every=.* must be a whole number of at least 1"):
+        Merge(every)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize("forget", [-0.1, 1.1])
+def test_forget_is_a_share(forget: float) -> None:
+    with pytest.raises(ValueError, match=r"forget=.* must lie in \[0, 1\]"):
+        Merge(3, forget=forget)
+
+
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_the_optimizer_merges_when_it_is_due(per_layer: bool) -> None:
+    model = gpt2()
+    plan = lowrank.apply_(model, small_method("lte", merge_every=2))
+    opt = plan.optimizer(lr=1e-2, per_layer=per_layer)
+    adapter, counts = next(iter(plan.adapters.values())), []
+    for step in range(5):
+        train_text(model, opt, 1, first=step)
+        counts.append(int(adapter.merges))
+    assert counts == [0, 1, 1, 2, 2]
+
+
+def test_manual_merging() -> None:
+    models = [gpt2(), gpt2()]
+    for model, merge in zip(models, ("auto", "manual"), strict=True):
+        plan = lowrank.apply_(model, small_method("relora", merge_every=2))
+        opt = plan.optimizer(lr=1e-2, merge=merge)
+        for step in range(5):
+            train_text(model, opt, 1, first=step)
+            if merge == "manual" and opt.steps % 2 == 0:
+                lowrank.merge_(plan, opt)
+    for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True):
+        assert torch.equal(p, q)
+
+
+def test_merging_forgets_as_the_method_says() -> None:
+    for forget in (0.0, 0.5, 1.0):
+        model = gpt2()
+        plan = lowrank.apply_(model, small_method("lte", forget=forget, merge_every=3))
+        opt = plan.optimizer(lr=1e-2)
+        train_text(model, opt, 3)
+        factors = [p for adapter in plan.adapters.values() for p in adapter.parameters()]
+        zeros = sum(int((opt.state[p]["exp_avg_sq"] == 0).sum()) for p in factors) / sum(p.numel() for p in factors)
+        assert zeros == pytest.approx(forget, abs=0.05)
+        assert {float(opt.state[p]["step"]) for p in factors} == ({0.0} if forget == 1.0 else {3.0})
+        rest = [p for p in model.parameters() if p.requires_grad and not any(p is q for q in factors)]
+        assert {float(opt.state[p]["step"]) for p in rest} == {3.0}
+
+
+def test_values_that_are_not_finite_are_not_merged() -> None:
+    model = mlp()
+    lowrank.apply_(model, lowrank.methods.lora("fc1", rank=2))
+    before = model.fc1.weight.detach().clone()
+    with torch.no_grad():
+        model.fc1.adapters["all"].B[0, 3, 0] = float("nan")
+    with pytest.raises(FloatingPointError, match=r"not finite.*smaller learning rate"):
+        merge_adapters_(model)
+    assert torch.equal(model.fc1.weight, before)
+
+
+def test_merging_is_rounded_without_bias() -> None:
+    """bfloat16 weights: the mean of many merges of the same change is that change."""
+    model = mlp(torch.bfloat16)
+    lowrank.apply_(model, lowrank.methods.lora("fc2", rank=2, alpha=2))
+    start = model.fc2.weight.detach().clone()
+    nudge_(model, 0.02)
+    exact = model.fc2.adapters["all"].merged(start.float())
+    factors = {key: p.detach().clone() for key, p in model.fc2.adapters.named_parameters()}
+    rounded = []
+    for _ in range(400):
+        with torch.no_grad():
+            model.fc2.weight.copy_(start)
+            for key, p in model.fc2.adapters.named_parameters():
+                p.copy_(factors[key])
+        merge_adapters_(model)
+        rounded.append(model.fc2.weight.detach().float())
+    samples = torch.stack(rounded)
+    error = (samples.mean(dim=0) - exact) / (samples.std(dim=0) / 20 + 1e-7)
+    assert float(error.abs().mean()) < 1.5
+    assert float((samples.mean(dim=0) - exact).abs().max()) < float((exact.bfloat16() - exact).abs().max())
+
+
+def test_in_evaluation_too() -> None:
+    model = mlp()
+    lowrank.apply_(model, lowrank.methods.lte("all-linear", rank=2, heads=2, merge_every=2))
+    nudge_(model)
+    expected = output(model.eval(), features())
+    merge_adapters_(model)
+    torch.testing.assert_close(output(model, features()), expected)
+    assert not model.training
+
+
+def test_frozen_control_merges_nothing() -> None:
+    model = gpt2()
+    expected = output(model, tokens())
+    lowrank.apply_(model, small_method("frozen"))
+    merge_adapters_(model)
+    assert torch.equal(output(lowrank.merge_and_unload(model), tokens()), expected)

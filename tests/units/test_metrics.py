@@ -1,0 +1,175 @@
+"""Metrics of images against MedMNIST's own evaluator, and the figures of the report against scikit-learn's."""
+
+from __future__ import annotations
+
+import csv
+import json
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from sklearn import metrics as sk
+from tests.images import medmnist_file
+
+from lowrank.bootstrap import answer_figures, interval, ranked_figures, resamples
+from lowrank.clinic import Judged, report_figures, worst_mistakes, write_report
+from lowrank.data.images_medmnist import KIND_OF_TASK, NAMES
+from lowrank.metrics import auc, balanced_accuracy, calibration_error, image_metrics
+from lowrank.tasks_images import ImageTask, image_loss
+
+
+def answers(kind: str, classes: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:
+    """Labels and scores, float32, with ties among the scores."""
+    noise = np.random.default_rng(seed)
+    if kind == "multi-label":
+        labels = noise.integers(0, 2, (n, classes))
+        logits = noise.normal(size=(n, classes)) + labels
+        return labels, (1 / (1 + np.exp(-logits.round(1)))).astype(np.float32)
+    labels = np.concatenate([np.arange(classes), noise.integers(0, classes, n - classes)])
+    logits = noise.normal(size=(n, classes)).round(1) + np.eye(classes)[labels]
+    return labels, torch.from_numpy(logits).float().softmax(dim=1).numpy()
+
+
+@pytest.mark.parametrize("name", NAMES)
+def test_auc_and_acc_are_medmnists_to_the_last_digit(tmp_path: Path, name: str) -> None:
+    from medmnist import INFO, Evaluator
+
+    kind, classes = KIND_OF_TASK[INFO[name]["task"]], len(INFO[name]["label"])
+    labels, scores = answers(kind, classes, 60)
+    file = medmnist_file(tmp_path / "x.npz", classes=classes)
+    content = dict(np.load(file)) | {"test_labels": labels.reshape(len(labels), -1)}
+    np.savez(tmp_path / f"{name}.npz", **content)
+    theirs = Evaluator(name, "test", root=str(tmp_path)).evaluate(scores)
+    ours = image_metrics(labels, scores, kind)
+    assert ours["auc"] == theirs.AUC
+    assert ours["acc"] == theirs.ACC
+
+
+def test_a_class_without_examples_is_left_out_of_the_mean() -> None:
+    labels, scores = answers("multi-class", 3, 40)
+    labels[labels == 2] = 0
+    expected = np.mean([sk.roc_auc_score(labels == c, scores[:, c]) for c in (0, 1)])
+    assert auc(labels, scores, "multi-class") == pytest.approx(expected)
+    assert math.isnan(auc(np.zeros(5, int), scores[:5, :2], "binary"))
+
+
+def test_balanced_accuracy_is_scikit_learns() -> None:
+    labels, scores = answers("multi-class", 4, 50)
+    assert balanced_accuracy(labels, scores, "multi-class") == pytest.approx(
+        sk.balanced_accuracy_score(labels, scores.argmax(1))
+    )
+
+
+def test_calibration_error_of_what_is_known() -> None:
+    sure = np.tile([0.0, 1.0], (10, 1))
+    assert calibration_error(np.array([1] * 7 + [0] * 3), sure, "binary") == pytest.approx(0.3)
+    assert calibration_error(np.ones(10, int), sure, "binary") == 0.0
+    flat = np.full((10, 2), 0.5)
+    assert calibration_error(np.arange(10)[:, None] % 2 * np.ones((1, 2), int), flat, "multi-label") == pytest.approx(
+        0.0
+    )
+
+
+def test_the_tally_gives_the_metrics_of_the_whole_split() -> None:
+    model = torch.nn.Sequential(torch.nn.Flatten(), torch.nn.Linear(12, 2))
+    x, y = torch.randn(20, 3, 2, 2), torch.arange(20) % 2
+    task = ImageTask()
+    whole, parts = task.tally(), task.tally()
+    with torch.no_grad():
+        whole.add(model, {"images": x, "labels": y})
+        for i in range(0, 20, 3):
+            parts.add(model, {"images": x[i : i + 3], "labels": y[i : i + 3]})
+    one, other = whole.result(), parts.result()
+    assert set(one) == {"loss", "auc", "acc", "balanced_accuracy", "images"}
+    for name in one:
+        assert one[name] == pytest.approx(other[name], abs=1e-6)
+
+
+def test_losses_of_each_kind() -> None:
+    logits, y = torch.randn(5, 3), torch.tensor([0, 1, 2, 1, 0])
+    assert torch.allclose(image_loss(logits, y), torch.nn.functional.cross_entropy(logits, y, reduction="sum"))
+    several = torch.eye(3)[y]
+    each = torch.nn.functional.binary_cross_entropy_with_logits(logits, several, reduction="none")
+    assert torch.allclose(image_loss(logits, several), each.mean(1).sum())
+    weights = torch.tensor([2.0, 0, 0, 0, 0])
+    assert torch.allclose(image_loss(logits, y, weights), 2 * torch.nn.functional.cross_entropy(logits[:1], y[:1]))
+    assert image_loss(logits, several, torch.zeros(5, 3)) == 0
+
+
+# --- intervals and the report ----------------------------------------------------------------------------------------
+
+
+def test_figures_of_the_sample_itself_are_scikit_learns() -> None:
+    labels, scores = answers("binary", 2, 80)
+    y, score = labels == 1, scores[:, 1]
+    once = np.ones((1, 80))
+    ranked, answered = ranked_figures(y, score, once, 0.9), answer_figures(y, score > 0.5, once)
+    assert ranked["auc"][0] == pytest.approx(sk.roc_auc_score(y, score))
+    assert ranked["auprc"][0] == pytest.approx(sk.average_precision_score(y, score))
+    fpr, tpr, _ = sk.roc_curve(y, score, drop_intermediate=False)
+    assert ranked["sensitivity_at_specificity"][0] == pytest.approx(tpr[fpr <= 0.1].max())
+    assert answered["sensitivity"][0] == pytest.approx(sk.recall_score(y, score > 0.5))
+    assert answered["precision"][0] == pytest.approx(sk.precision_score(y, score > 0.5))
+    assert answered["specificity"][0] == pytest.approx(sk.recall_score(~y, score <= 0.5))
+    assert answered["f1"][0] == pytest.approx(sk.f1_score(y, score > 0.5))
+
+
+def test_a_resample_is_the_figure_of_the_images_drawn() -> None:
+    labels, scores = answers("binary", 2, 30)
+    counts = np.concatenate(list(resamples(5, 30, seed=1)))
+    assert counts.shape == (5, 30)
+    assert (counts.sum(axis=1) == 30).all()
+    values = ranked_figures(labels == 1, scores[:, 1], counts, 0.9)
+    for row, value in zip(counts.astype(int), values["auc"], strict=True):
+        drawn = np.repeat(np.arange(30), row)
+        assert value == pytest.approx(sk.roc_auc_score(labels[drawn], scores[drawn, 1]))
+
+
+def test_patients_are_drawn_whole() -> None:
+    patients = [f"p{i // 3}" for i in range(12)]
+    counts = next(iter(resamples(50, 12, seed=0, patients=patients)))
+    assert (counts.reshape(50, 4, 3) == counts.reshape(50, 4, 3)[:, :, :1]).all()
+    assert counts.max() > 1
+    assert interval(np.array([np.nan, np.nan, 1.0])) is None
+
+
+@pytest.mark.parametrize(("kind", "classes"), [("binary", 2), ("multi-class", 4), ("multi-label", 3), ("ordinal", 3)])
+def test_a_report_is_written_with_its_pictures(tmp_path: Path, kind: str, classes: int) -> None:
+    labels, scores = answers(kind, classes, 40)
+    names = tuple(f"class {i}" for i in range(classes))
+    pictures = np.zeros((40, 6, 6), np.uint8)
+    judged = Judged(kind=kind, classes=names, labels=labels, scores=scores, images=pictures)  # type: ignore[arg-type]
+    figures = write_report(tmp_path, judged, resampled=50)
+    assert json.loads((tmp_path / "metrics.json").read_text()) == figures
+    assert figures["overall"]["auc"]["value"] == auc(labels, scores, kind)  # type: ignore[arg-type]
+    for figure in (figures["overall"]["auc"], figures["overall"]["acc"], figures["overall"]["balanced_accuracy"]):
+        assert figure["low"] <= figure["value"] <= figure["high"]
+        assert figure["low"] < figure["high"]
+    for picture in ("confusion", "roc", "calibration", "mistakes"):
+        assert (tmp_path / f"{picture}.png").read_bytes().startswith(b"\x89PNG")
+    rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
+    assert len(rows) == 40
+    assert "| class 0 |" in (tmp_path / "report.md").read_text()
+
+
+def test_the_worst_mistakes_come_first() -> None:
+    judged = Judged(
+        kind="binary",
+        classes=("a", "b"),
+        labels=np.array([0, 0, 1, 1]),
+        scores=np.array([[0.4, 0.6], [0.9, 0.1], [0.99, 0.01], [0.2, 0.8]]),
+    )
+    assert worst_mistakes(judged, 5) == [2, 0]
+
+
+def test_a_class_that_does_not_occur_has_no_figures() -> None:
+    labels, scores = answers("multi-class", 3, 20)
+    labels[labels == 2] = 0
+    judged = Judged(kind="multi-class", classes=("a", "b", "c"), labels=labels, scores=scores)
+    figures = report_figures(judged, resampled=20, specificity=0.9, seed=0)
+    assert figures["classes"]["c"]["images"] == 0
+    assert figures["classes"]["c"]["auc"] == {"value": None, "low": None, "high": None}
+    with pytest.raises(ValueError, match="between 0 and 1"):
+        write_report(Path("/nonexistent"), judged, specificity=1.0)

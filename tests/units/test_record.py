@@ -1,0 +1,215 @@
+"""The log survives what happens to processes; progress line, other writers and env.json say what they should."""
+
+import doctest
+import io
+import json
+import math
+import os
+import signal
+import subprocess
+import sys
+import types
+
+import pytest
+
+from lowrank.infra import progress
+from lowrank.infra.environment import environment
+from lowrank.infra.progress import Progress
+from lowrank.infra.record import Log, TensorBoard, WeightsAndBiases, open_writers, read_log
+
+
+def test_examples_in_the_docstrings():
+    assert doctest.testmod(progress).failed == 0
+
+
+def test_log_gives_back_what_was_written(tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write({"step": 1, "loss": 2.5})
+        log.write({"step": 1, "val_loss": 2.25, "note": "first"})
+    assert read_log(tmp_path / "log.jsonl") == [
+        {"step": 1, "loss": 2.5},
+        {"step": 1, "val_loss": 2.25, "note": "first"},
+    ]
+
+
+def test_numbers_that_json_does_not_know_become_null(tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write({"step": 1, "loss": math.nan, "grad_norm": math.inf})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1, "loss": null, "grad_norm": null}\n'
+
+
+def test_a_new_log_does_not_overwrite_a_run(tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write({"step": 1, "loss": 1.0})
+    with pytest.raises(FileExistsError, match="already holds the records of a run"):
+        Log(tmp_path / "log.jsonl")
+
+
+def test_resuming_drops_records_beyond_the_step_and_a_torn_line(tmp_path):
+    path = tmp_path / "log.jsonl"
+    with Log(path) as log:
+        for step in range(1, 6):
+            log.write({"step": step, "loss": float(step)})
+        log.write({"step": 4, "val_loss": 9.0})
+    with path.open("a") as file:
+        file.write('{"step": 6, "lo')
+    with Log(path, after=3) as log:
+        log.write({"step": 4, "loss": 4.5})
+    assert [(each["step"], each["loss"]) for each in read_log(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5)]
+    assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):
+    (tmp_path / "log.jsonl").write_text('{"step": 1}\nnonsense\n{"step": 2}\n')
+    with pytest.raises(ValueError, match="line 2 is not a record: 'nonsense'"):
+        read_log(tmp_path / "log.jsonl")
+
+
+def test_a_killed_process_loses_no_line(tmp_path):
+    code = (
+        "import os, signal\n"
+        "from pathlib import Path\n"
+        "from lowrank.infra.record import Log\n"
+        f"log = Log(Path({str(tmp_path / 'log.jsonl')!r}))\n"
+        "for step in range(1, 101): log.write({'step': step, 'loss': 1.0})\n"
+        "os.kill(os.getpid(), signal.SIGKILL)\n"
+    )
+    killed = subprocess.run([sys.executable, "-c", code], env={**os.environ}, timeout=120)
+    assert killed.returncode == -signal.SIGKILL
+    assert [each["step"] for each in read_log(tmp_path / "log.jsonl")] == list(range(1, 101))
+
+
+def test_missing_packages_are_named_and_the_log_is_untouched(tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "wandb", None)  # import raises ImportError
+    with pytest.raises(ImportError, match="--wandb needs the package wandb: pip install wandb"):
+        open_writers(tmp_path, {}, wandb=True)
+    assert not list(tmp_path.iterdir())
+
+
+def test_wandb_gets_the_settings_and_the_numbers(tmp_path, monkeypatch):
+    calls = []
+
+    class FakeRun:
+        def log(self, numbers, step):
+            calls.append((numbers, step))
+
+        def finish(self):
+            calls.append("finished")
+
+    def init(**settings):
+        calls.append(settings)
+        return FakeRun()
+
+    monkeypatch.setitem(sys.modules, "wandb", types.SimpleNamespace(init=init))
+    writer = WeightsAndBiases(tmp_path / "run", {"lr": 1.0})
+    writer.write({"step": 3, "loss": 2.0, "note": "text"})
+    writer.close()
+    assert calls[0]["config"] == {"lr": 1.0}
+    assert calls[0]["resume"] == "never"
+    assert calls[1:] == [({"step": 3, "loss": 2.0}, 3), "finished"]
+
+
+def test_tensorboard_gets_scalars(tmp_path):
+    pytest.importorskip("tensorboard")
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    writer = TensorBoard(tmp_path)
+    writer.write({"step": 7, "loss": 2.0, "val_loss": None})
+    writer.close()
+    events = EventAccumulator(str(tmp_path))
+    events.Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(7, 2.0)]
+    assert events.Tags()["scalars"] == ["loss"]
+
+
+class Terminal(io.StringIO):
+    def isatty(self):
+        return True
+
+
+class Clock:
+    """Time that passes when told."""
+
+    def __init__(self):
+        self.now = 0.0
+
+    def __call__(self):
+        return self.now
+
+
+def test_live_line_shows_everything_and_is_rewritten_in_place():
+    stream, clock = Terminal(), Clock()
+    bar = Progress(200, stream=stream, clock=clock)
+    clock.now = 10.0
+    bar.update(100, loss=2.5, rate=18_400, peak_bytes=612_000_000, extra="val loss 2.4")
+    text = stream.getvalue()
+    for part in ("step 100/200", "loss 2.5", "18.4k tokens/s", "0:10 left"):
+        assert part in text
+    assert text.startswith("\r")
+    assert not text.endswith("\n")
+    bar.close()
+    assert stream.getvalue().endswith("\n")
+
+
+def test_live_line_is_not_redrawn_more_than_ten_times_a_second():
+    stream, clock = Terminal(), Clock()
+    bar = Progress(1000, stream=stream, clock=clock)
+    for step in range(1, 101):
+        clock.now = step / 100
+        bar.update(step, loss=1.0)
+    assert 9 <= stream.getvalue().count("\r") <= 11
+
+
+def test_files_get_plain_lines_now_and_then():
+    stream, clock = io.StringIO(), Clock()
+    bar = Progress(1000, stream=stream, clock=clock)
+    for step in range(1, 1001):
+        clock.now = step / 1000
+        bar.update(step, loss=1.0)
+    lines = stream.getvalue().splitlines()
+    assert 10 <= len(lines) <= 12
+    assert "\r" not in stream.getvalue()
+    assert lines[-1].startswith("step 1000/1000")
+
+
+def test_slow_runs_print_a_line_every_half_minute():
+    stream, clock = io.StringIO(), Clock()
+    bar = Progress(10_000, stream=stream, clock=clock)
+    for step in range(1, 11):
+        clock.now += 20.0
+        bar.update(step, loss=1.0)
+    assert len(stream.getvalue().splitlines()) == 5
+
+
+def test_time_left_counts_from_where_the_run_was_resumed():
+    stream, clock = io.StringIO(), Clock()
+    bar = Progress(200, start=100, stream=stream, clock=clock)
+    clock.now = 10.0
+    bar.update(110, loss=1.0)
+    assert "1:30 left" in stream.getvalue()
+
+
+def test_quiet_shows_nothing():
+    stream = io.StringIO()
+    bar = Progress(10, quiet=True, stream=stream)
+    bar.update(10, loss=1.0)
+    bar.note("text")
+    bar.close()
+    assert stream.getvalue() == ""
+
+
+def test_notes_stay_above_the_live_line():
+    stream, clock = Terminal(), Clock()
+    bar = Progress(10, stream=stream, clock=clock)
+    bar.update(1, loss=1.0)
+    bar.note("saved")
+    assert "\x1b[Ksaved\n\rstep  1/10" in stream.getvalue()
+
+
+def test_environment_is_json_and_says_what_matters():
+    found = environment()
+    assert json.loads(json.dumps(found)) == found
+    assert found["packages"]["torch"]
+    assert found["threads"] >= 1
+    assert found["command"] == sys.argv
+    assert found["commit"] is None or len(found["commit"].removesuffix("+changes")) == 40

@@ -1,0 +1,136 @@
+"""AdamW and SGD are torch's; update and apply_ agree; options are checked."""
+
+import pytest
+import torch
+
+from lowrank.optim.rules import SGD, AdamW, Rule, wide
+
+SHAPES = [(5, 7), (3,), (2, 3, 4), ()]
+PAIRS = [
+    (AdamW(), lambda ps, lr, decay: torch.optim.AdamW(ps, lr=lr, weight_decay=decay)),
+    (
+        AdamW(betas=(0.5, 0.9), eps=1e-3),
+        lambda ps, lr, decay: torch.optim.AdamW(ps, lr=lr, weight_decay=decay, betas=(0.5, 0.9), eps=1e-3),
+    ),
+]
+SGDS = [(0.0, False), (0.9, False), (0.9, True)]
+
+
+def parameters(dtype: torch.dtype = torch.float32) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(shape, dtype=torch.float64).to(dtype) for shape in SHAPES]
+
+
+def gradients(step: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    noise = torch.Generator().manual_seed(step)
+    return [
+        10.0 ** (step % 3 - 1) * torch.randn(shape, generator=noise, dtype=torch.float64).to(dtype) for shape in SHAPES
+    ]
+
+
+def step_by_update(
+    rule: Rule, params: list[torch.Tensor], grads: list[torch.Tensor], states: list, lr: float, decay: float
+) -> None:
+    for p, g, state in zip(params, grads, states, strict=True):
+        direction, gain = rule.update(g, state)
+        p.mul_(1 - lr * decay).sub_(lr * gain * direction)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+@pytest.mark.parametrize("way", ["update", "apply_"])
+@pytest.mark.parametrize("pair", range(len(PAIRS)))
+def test_adamw_is_torchs(pair: int, way: str, dtype: torch.dtype) -> None:
+    rule, torchs = PAIRS[pair]
+    ours, theirs = parameters(dtype), [p.clone().requires_grad_() for p in parameters(dtype)]
+    states, opt = [rule.init(p) for p in ours], torchs(theirs, 0.01, 0.1)
+    for step in range(20):
+        grads = gradients(step, dtype)
+        if way == "apply_":
+            rule.apply_(ours, grads, states, lr=0.01, decay=0.1)
+        else:
+            step_by_update(rule, ours, grads, states, 0.01, 0.1)
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        opt.step()
+    close = {"rtol": 1e-5, "atol": 1e-6} if dtype is torch.float32 else {"rtol": 1e-11, "atol": 1e-12}
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.detach(), **close)
+
+
+@pytest.mark.parametrize(("momentum", "nesterov"), SGDS)
+def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
+    rule = SGD(momentum=momentum, nesterov=nesterov)
+    ours, theirs = parameters(), [p.clone().requires_grad_() for p in parameters()]
+    states = [rule.init(p) for p in ours]
+    opt = torch.optim.SGD(theirs, lr=0.1, momentum=momentum, nesterov=nesterov)
+    for step in range(10):
+        grads = gradients(step, torch.float32)
+        step_by_update(rule, ours, grads, states, 0.1, 0.0)
+        for p, g in zip(theirs, grads, strict=True):
+            p.grad = g.clone()
+        opt.step()
+    for p, q in zip(ours, theirs, strict=True):
+        torch.testing.assert_close(p, q.detach())
+
+
+def test_decay_is_decoupled() -> None:
+    """p(1 − lr·decay): a zero gradient leaves the decay alone, and the moments empty."""
+    for rule in (AdamW(), SGD(momentum=0.9)):
+        (p,), state = [torch.ones(3)], rule.init(torch.ones(3))
+        step_by_update(rule, [p], [torch.zeros(3)], [state], 0.1, 0.5)
+        torch.testing.assert_close(p, torch.full((3,), 0.95))
+
+
+@pytest.mark.parametrize("rule", [AdamW(), SGD(momentum=0.9), SGD(momentum=0.9, nesterov=True), SGD()], ids=repr)
+def test_arithmetic_is_float32_for_narrow_gradients(rule: Rule) -> None:
+    like = torch.zeros(4, 4, dtype=torch.bfloat16)
+    state = rule.init(like)
+    assert all(t.dtype is torch.float32 for t in state.values())
+    g = torch.randn(4, 4).bfloat16()
+    direction, _ = rule.update(g, state)
+    assert direction.dtype is torch.float32
+    before = g.clone()
+    rule.update(g, state)
+    assert torch.equal(g, before)
+
+
+@pytest.mark.parametrize("rule", [AdamW(), SGD(momentum=0.9), SGD()], ids=repr)
+def test_a_direction_is_no_view_of_the_state(rule: Rule) -> None:
+    """A caller may scale it in place without spoiling the moments."""
+    state = rule.init(torch.zeros(3))
+    rule.update(torch.ones(3), state)
+    kept = {key: t.clone() for key, t in state.items()}
+    direction, _ = rule.update(torch.ones(3), state)
+    after = {key: t.clone() for key, t in state.items()}
+    direction.zero_()
+    assert all(torch.equal(after[key], t) for key, t in state.items())
+    assert kept.keys() == after.keys()
+
+
+def test_rules_are_values() -> None:
+    assert AdamW() == AdamW()
+    assert AdamW() != AdamW(eps=1e-5)
+    assert len({AdamW(), AdamW(), SGD(), SGD(momentum=0.5)}) == 3
+    assert isinstance(AdamW(), Rule)
+    assert "betas=(0.9, 0.999)" in repr(AdamW())
+    assert eval(repr(AdamW(eps=1e-5)), {"AdamW": AdamW}) == AdamW(eps=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: AdamW(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) must both lie in"),
+        (lambda: AdamW(betas=(-0.1, 0.9)), "must both lie in"),
+        (lambda: AdamW(eps=-1e-8), "eps=-1e-08 must not be negative"),
+        (lambda: SGD(momentum=1.0), "momentum=1.0 must lie in"),
+        (lambda: SGD(nesterov=True), "nesterov=True needs a momentum above 0"),
+    ],
+)
+def test_options(make: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()  # type: ignore[operator]
+
+
+def test_wide() -> None:
+    assert wide(torch.float64) is torch.float64
+    assert {wide(d) for d in (torch.float32, torch.float16, torch.bfloat16)} == {torch.float32}

@@ -1,0 +1,153 @@
+"""Names to layers: groups on GPT-2, LLaMA and ViT, globs, names, parts, and errors that help."""
+
+import pytest
+import torch
+from tests.models import gpt2, llama, mlp, vit
+from torch import nn
+
+import lowrank
+from lowrank import targets
+from lowrank.adapters.layer import WHOLE
+
+MODELS = {"gpt2": gpt2, "llama": llama, "vit": vit}
+
+
+def chosen(model: nn.Module, pattern: object) -> list[str]:
+    return [layer.label(part) for layer, part in targets.select(targets.linear_layers(model), pattern)]
+
+
+@pytest.mark.parametrize(
+    ("place", "group", "expected"),
+    [
+        ("gpt2", "all-linear", ["*.attn.c_attn", "*.attn.c_proj", "*.mlp.c_fc", "*.mlp.c_proj"]),
+        ("gpt2", "attention", ["*.attn.c_attn", "*.attn.c_proj"]),
+        ("gpt2", "mlp", ["*.mlp.c_fc", "*.mlp.c_proj"]),
+        ("gpt2", "q", ["*.attn.c_attn.q"]),
+        ("gpt2", "v", ["*.attn.c_attn.v"]),
+        ("gpt2", "o", ["*.attn.c_proj"]),
+        ("llama", "attention", ["*.q_proj", "*.k_proj", "*.v_proj", "*.o_proj"]),
+        ("llama", "mlp", ["*.gate_proj", "*.up_proj", "*.down_proj"]),
+        ("llama", "q", ["*.q_proj"]),
+        ("llama", "o", ["*.o_proj"]),
+        ("vit", "attention", ["*.attn.qkv", "*.attn.proj"]),
+        ("vit", "mlp", ["*.mlp.fc1", "*.mlp.fc2"]),
+        ("vit", "k", ["*.attn.qkv.k"]),
+        ("vit", "o", ["*.attn.proj"]),
+    ],
+)
+def test_groups_of_blocks(place: str, group: str, expected: list[str]) -> None:
+    stack = {"gpt2": "transformer.h", "llama": "model.layers", "vit": "blocks"}[place]
+    found = [name.removeprefix(stack) for name in chosen(MODELS[place](), group)]
+    found = [name.partition(".")[2].partition(".")[2] for name in found]
+    ends = [pattern.removeprefix("*") for pattern in expected]
+    assert len(found) == 2 * len(ends)
+    assert all(f".{name}".endswith(end) for name, end in zip(found, 2 * ends, strict=True)), found
+
+
+def test_outputs() -> None:
+    assert chosen(gpt2(), "lm_head") == chosen(gpt2(), "head") == ["lm_head"]
+    assert chosen(gpt2(), "classifier") == []
+    assert chosen(vit(), "classifier") == chosen(vit(), "head") == chosen(mlp(), "head") == ["head"]
+    assert "head" not in chosen(vit(), "all-linear")
+
+
+def test_several_and_separated_by_commas() -> None:
+    model = gpt2()
+    assert chosen(model, "q,v") == chosen(model, ("q", "v")) == chosen(model, ["v", " q "])
+    assert chosen(model, "q, mlp")[:3] == [
+        "transformer.h.0.attn.c_attn.q",
+        "transformer.h.0.mlp.c_fc",
+        "transformer.h.0.mlp.c_proj",
+    ]
+
+
+def test_names_and_globs() -> None:
+    model = gpt2(layers=12)
+    assert len(chosen(model, "c_attn")) == 12
+    assert len(chosen(model, "attn.c_proj")) == 12
+    assert len(chosen(model, "c_proj")) == 24
+    assert chosen(model, "h.1.attn.c_attn") == ["transformer.h.1.attn.c_attn"]
+    assert len(chosen(model, "*.h.[0-3].attn.*")) == 8
+    assert len(chosen(model, "*.c_attn.q")) == 12
+    assert chosen(model, "*.h.0.*.c_attn*") == ["transformer.h.0.attn.c_attn"]
+    assert len(chosen(model, "*")) == 49
+
+
+def test_a_whole_layer_covers_its_parts() -> None:
+    assert chosen(gpt2(layers=1), ("attention", "q")) == ["transformer.h.0.attn.c_attn", "transformer.h.0.attn.c_proj"]
+
+
+def test_parts_are_thirds_in_order() -> None:
+    layer = next(layer for layer in targets.linear_layers(vit()) if layer.name.endswith("qkv"))
+    assert [layer.rows(part) for part in "qkv"] == [slice(0, 8), slice(8, 16), slice(16, 24)]
+    assert layer.rows(WHOLE) == slice(0, 24)
+    assert not next(layer for layer in targets.linear_layers(llama()) if "q_proj" in layer.name).parts
+
+
+def test_a_part_is_that_matrix() -> None:
+    """The change on q of a fused projection is the change on a separate q."""
+    fused = nn.ModuleDict({"qkv": nn.Linear(4, 12)})
+    lowrank.apply_(fused, lowrank.methods.lora("q", rank=2), seed=1)
+    adapter = fused["qkv"].adapters["q"]
+    assert (adapter.B.shape, adapter.A.shape) == ((1, 4, 2), (1, 2, 4))
+    with torch.no_grad():
+        adapter.B.normal_()
+    x, W = torch.randn(3, 4), fused["qkv"].weight
+    torch.testing.assert_close(fused["qkv"](x)[:, :4], x @ adapter.merged(W[:4]).T + fused["qkv"].bias[:4])
+
+
+class TestErrors:
+    def words(self, model: nn.Module, pattern: object, **options: object) -> str:
+        with pytest.raises(ValueError, match=r".") as caught:
+            lowrank.apply_(model, lowrank.methods.lora(pattern, rank=2, **options))  # type: ignore[arg-type]
+        return str(caught.value)
+
+    def test_nothing_matched(self) -> None:
+        said = self.words(gpt2(), "*.attnn.*")
+        assert said.startswith(
+            "target_modules='*.attnn.*' matched no linear layer; layers are transformer.h.0.attn.c_attn"
+        )
+        assert "did you mean '*.attn.*'?" in said
+
+    def test_nearest_of_names_and_groups(self) -> None:
+        assert "did you mean 'attention'?" in self.words(gpt2(), "atention")
+        assert "did you mean 'c_attn'?" in self.words(gpt2(), "c_atn")
+        assert "groups are all-linear" in self.words(gpt2(), "zzz")
+
+    def test_not_linear(self) -> None:
+        said = self.words(gpt2(), "ln_1,wpe")
+        assert "it matched Embedding, LayerNorm, which have no matrix to adapt" in said
+
+    def test_a_group_that_the_model_has_not(self) -> None:
+        assert "matched no linear layer" in self.words(gpt2(), "classifier")
+
+    def test_empty(self) -> None:
+        for empty in ("", [], " , "):
+            assert "names nothing; give a name, a glob" in self.words(gpt2(), empty)
+
+    def test_no_linear_layer_at_all(self) -> None:
+        assert "the model has no nn.Linear or Conv1D layer" in self.words(nn.Sequential(nn.LayerNorm(3)), "all-linear")
+
+    def test_exclusions(self) -> None:
+        assert "exclude_modules='zzz' matched no linear layer" in self.words(gpt2(), "mlp", exclude_modules="zzz")
+        assert "takes away all that target_modules='mlp' matched" in self.words(
+            gpt2(), "mlp", exclude_modules="all-linear"
+        )
+        assert "exclude_modules take all that it matches" in self.words(gpt2(), "c_attn", exclude_modules="q,k,v")
+
+    def test_adapted_already(self) -> None:
+        model = gpt2()
+        lowrank.apply_(model, lowrank.methods.lora(rank=2))
+        assert "carries adapters already; lowrank.merge_and_unload(model)" in self.words(model, "mlp")
+
+
+def test_exclusions() -> None:
+    model = gpt2()
+    plan = lowrank.apply_(model, lowrank.methods.lora("attention", rank=2, exclude_modules=("k", "*.h.1.attn.c_proj")))
+    assert [name.removeprefix("transformer.h.") for name in plan.adapters] == [
+        "0.attn.c_attn.q",
+        "0.attn.c_attn.v",
+        "0.attn.c_proj",
+        "1.attn.c_attn.q",
+        "1.attn.c_attn.v",
+    ]
