@@ -132,7 +132,8 @@ def _row(name: str, lr: float, summaries: list[dict[str, Any]]) -> dict[str, Any
         if (values := [summary[key] for summary in summaries])
     }
     kept = {key: summaries[0][key] for key in ("parameters_trained", "parameters_total", "state_bytes")}
-    peak, seconds = (max(summary[key] for summary in summaries) for key in ("peak_bytes", "seconds"))
+    peak = max(summary["peak_bytes"] for summary in summaries)
+    seconds = max(summary["step_seconds"] * summary["steps"] for summary in summaries)
     return {"method": name, "lr": lr, **spread, **kept, "peak_bytes": peak, "seconds": seconds}
 
 

@@ -37,7 +37,7 @@ from lowrank.evaluate import evaluate
 from lowrank.gathered import own_model_state, own_optimizer_state, whole_optimizer_state
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
-from lowrank.infra.meter import peak_bytes, reset_peak
+from lowrank.infra.meter import StepClock, peak_bytes, reset_peak
 from lowrank.infra.nest import random_state, set_random_state_
 from lowrank.infra.prefetch import Prefetch
 from lowrank.infra.progress import Progress, short_bytes
@@ -140,6 +140,7 @@ class _Loop:
         self.writers: list[Writer] = []
         self.progress = Progress(self.end, quiet=True)
         self.saved_at = -1
+        self.clock = StepClock()
 
     def _check_merge(self) -> None:
         merge = self.session.plan.method.merge
@@ -155,6 +156,7 @@ class _Loop:
         """Step until ``end`` or until asked to stop; evaluated and saved at the end in either case."""
         self.session.model.train()
         reset_peak(self.session.device)
+        self.clock = StepClock()
         stop = stopping.is_set() and not self.team.ranks
         while self.step < end and not stop:
             record = self._one_step()
@@ -165,7 +167,7 @@ class _Loop:
             evaluating = last or self.step % self.eval_every == 0
             saving = last or self.step % self.session.run.checkpoint_every == 0
             if evaluating or saving:
-                with whole(self.session.plan, self.optimizer):
+                with self.clock.paused(), whole(self.session.plan, self.optimizer):
                     improved = evaluating and self._evaluate()
                     if improved or saving:
                         self._save(best=improved)
@@ -192,10 +194,9 @@ class _Loop:
             self.scaler.step(optimizer)
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
+        self.clock.tick(waited)
         factor, rows = self.session.plan.method.lr(self.step), self.team.whole_rows(batches)
         return {
-            "began": began,
-            "waited": waited,
             "loss": loss,
             "lr": lr * factor,
             "grad_norm": grad_norm,
@@ -254,8 +255,8 @@ class _Loop:
         run = self.session.run
         if self.step % run.log_every and self.step != self.end:
             return
-        loss = float(made["loss"])  # waits for the device: what follows is the time of a whole step
-        seconds = time.perf_counter() - made["began"]
+        loss = float(made["loss"])  # waits for the device: the clock then shows whole steps
+        seconds, waited = self.clock.read()
         if not math.isfinite(loss) and (self.team.ranks is None or self.team.together):
             self._stop_not_finite(loss)  # a rank that steps alone is left out of the next merge, and begins anew
         rate, peak = made["size"] / seconds, peak_bytes(self.session.device)
@@ -266,7 +267,7 @@ class _Loop:
             "grad_norm": None if made["grad_norm"] is None else float(made["grad_norm"]),
             f"{self.session.task.unit}_per_second": rate,
             "step_seconds": seconds,
-            "wait_seconds": made["waited"],
+            "wait_seconds": waited,
             "peak_bytes": peak,
             **self.team.traffic(),
         }
@@ -409,9 +410,15 @@ class _Loop:
             "step_seconds": seconds,
             rate_name: statistics.median(r[rate_name] for r in records) if records else None,
             "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
-            "seconds": sum(r["step_seconds"] for r in records),
+            "seconds": _seconds(records),
             **self.team.summary(records),
         }
+
+
+def _seconds(records: list[dict[str, Any]]) -> float:
+    """Seconds of training, evaluations and checkpoints apart: each record holds the mean of the steps before it."""
+    steps = [0, *(record["step"] for record in records)]
+    return sum(r["step_seconds"] * (r["step"] - before) for before, r in zip(steps, records, strict=False))
 
 
 @contextmanager

@@ -1,15 +1,47 @@
-"""Peak memory since a moment: the allocator's on a GPU, the process's resident set on a CPU."""
+"""What a run costs: seconds a step, and peak memory (the allocator's on a GPU, the process's resident set on a CPU)."""
 
 from __future__ import annotations
 
 import resource
 import sys
-from contextlib import suppress
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 import torch
 
 _STATUS, _CLEAR = Path("/proc/self/status"), Path("/proc/self/clear_refs")
+
+
+class StepClock:
+    """Mean seconds a step, and of waiting for data, since the last reading; what happens in ``paused()`` is left out.
+
+    A GPU works behind the process's back: read only after waiting for it, and every step's work is in the mean.
+    """
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._began, self._waited, self._steps = time.perf_counter(), 0.0, 0
+
+    def tick(self, waited: float) -> None:
+        """A step is done, of which ``waited`` seconds went by until its data were there."""
+        self._waited, self._steps = self._waited + waited, self._steps + 1
+
+    def read(self) -> tuple[float, float]:
+        """(seconds, seconds of waiting) a step, and start anew."""
+        found = (time.perf_counter() - self._began) / self._steps, self._waited / self._steps
+        self._restart()
+        return found
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Meanwhile time stands still."""
+        stopped = time.perf_counter()
+        yield
+        self._began += time.perf_counter() - stopped
 
 
 def reset_peak(device: torch.device) -> None:
