@@ -66,10 +66,11 @@ class _AddLowRank(torch.autograd.Function):
         dx = torch.empty_like(rows) if need_x else None
         dA = torch.empty_like(A) if need_A else None
         dB = torch.empty_like(B) if need_B else None
+        Bt = B.mT.contiguous()  # (G, R, out): a thin product is fastest where its long rows are contiguous
         for g, (i, j) in enumerate(ctx.spans):
             if dB is not None:
-                torch.mm(d[i:j].mT, z[i:j], out=dB[g])
-            dz = (d[i:j] @ B[g]).mul_(ctx.scale)
+                dB[g] = (z[i:j].mT @ d[i:j]).mT
+            dz = (d[i:j] @ Bt[g].mT).mul_(ctx.scale)
             if dA is not None:
                 torch.mm(dz.mT, rows[i:j], out=dA[g])
             if dx is not None:
