@@ -79,7 +79,7 @@ def run_of(variant: Variant, data: str, epochs: float, seed: int, lr: float, sta
 def trained(run: Run, folder: Path) -> dict[str, Any]:
     """The summary of a run, trained or resumed where it is not complete."""
     place = folder / fingerprint(run)[:16]
-    if not (place / "summary.json").is_file():
+    if not complete(place):
         begun = (place / "checkpoints").is_dir() and any((place / "checkpoints").glob("step-*"))
         if not begun and place.is_dir():
             for file in place.glob("*.json*"):
@@ -87,6 +87,12 @@ def trained(run: Run, folder: Path) -> dict[str, Any]:
         train(run, place, resume=begun, quiet=True)
     found: dict[str, Any] = json.loads((place / "summary.json").read_text())
     return found
+
+
+def complete(place: Path) -> bool:
+    """Whether the folder holds a run that came to its end."""
+    summary = place / "summary.json"
+    return summary.is_file() and not json.loads(summary.read_text())["interrupted"]
 
 
 def on_digits(out: Path, epochs: float) -> Path:

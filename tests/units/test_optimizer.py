@@ -231,13 +231,28 @@ class TestForget:
         p, other = model.fc2.weight, model.fc1.weight
         before, others = copy.deepcopy(opt.state[p]), copy.deepcopy(opt.state[other])
         opt.forget([p], 0.75)
+        kept = opt.state[p]["exp_avg"] != 0
+        assert int(kept.sum()) == 14 * 14 - int(14 * 14 * 0.75)
+        assert before["exp_avg"][kept].abs().min() >= before["exp_avg"][~kept].abs().max()
         for key in ("exp_avg", "exp_avg_sq"):
-            kept = opt.state[p][key] != 0
-            assert int(kept.sum()) == 14 * 14 - int(14 * 14 * 0.75)
             assert torch.equal(opt.state[p][key][kept], before[key][kept])
-            assert before[key][kept].abs().min() >= before[key][~kept].abs().max()
+            assert not opt.state[p][key][~kept].any()
         assert opt.state[p]["step"] == 3
         assert all(torch.equal(others[key], opt.state[other][key]) for key in others)
+
+    def test_no_first_moment_outlives_its_second(self) -> None:
+        """Pruned each by itself, m = 1 kept beside v = 0 would step 1/ε: a restart then throws the model away."""
+        p = nn.Parameter(torch.zeros(10, 10))
+        opt = Optimizer([{"params": [p], "rule": AdamW(), "lr": 1.0}])
+        noisy = torch.rand(10, 10) < 0.5  # a large gradient of changing sign: a small first moment, a large second
+        for step in range(100):
+            p.grad = torch.where(noisy, 100.0 * (-1) ** step, 1.0)
+            opt.step()
+        opt.forget([p], 0.5)
+        before = p.detach().clone()
+        p.grad = torch.zeros(10, 10)
+        opt.step()
+        assert (p - before).abs().max() < 10
 
     def test_each_head_apart(self) -> None:
         """Heads of another size keep their share all the same, so that heads on other ranks forget alike."""

@@ -37,7 +37,7 @@ from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
 from lowrank.linalg.rounding import round_into_
 from lowrank.optim.rules import State, wide
-from lowrank.optim.state import check_forgets, copied, leaves, matched, zero_smallest_
+from lowrank.optim.state import check_forgets, copied, forget_smallest_, leaves, matched
 
 NARROW = (torch.bfloat16, torch.float16)
 _HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: it is stepped by one per-layer optimizer, the last made
@@ -368,11 +368,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def forget(self, params: Iterable[nn.Parameter], share: float) -> None:
-        """Drop the ``share`` of the smallest numbers in the moments of ``params`` (ReLoRA's partial reset, arXiv
-        2307.05695).
+        """Drop a ``share`` of what is kept for ``params`` (ReLoRA's partial reset, arXiv 2307.05695).
 
-        By magnitude, in each tensor of state, and there in each head apart; ``share=1`` starts the state anew, its step
-        count included.
+        The entries go at which the first moment is smallest, in each head apart, and from all moments alike;
+        ``share=1`` starts the state anew, its step count included.
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share={share} must lie in [0, 1]")
@@ -384,9 +383,9 @@ class Optimizer(torch.optim.Optimizer):
             if share == 1.0:
                 self._start_state(p, *self._place[p])
             elif share > 0.0:
-                for _, tensor in leaves(self.state[p]):
-                    if tensor.is_floating_point() and tensor.numel() > 1:
-                        zero_smallest_(tensor, share)
+                moments = [t for _, t in leaves(self.state[p]) if t.shape == p.shape]
+                if moments:
+                    forget_smallest_(moments, share)
 
     # --- saving and loading --------------------------------------------------------------------------------------
 

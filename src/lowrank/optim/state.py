@@ -21,12 +21,18 @@ def check_forgets(rule: Rule, like: Tensor, name: str) -> None:
         )
 
 
-def zero_smallest_(tensor: Tensor, share: float) -> None:
-    """Zero the ``share`` of the smallest numbers, in each matrix apart: what one head forgets is its own business."""
-    rows = tensor.flatten(-2) if tensor.dim() > 2 else tensor.flatten()
+def forget_smallest_(moments: list[Tensor], share: float) -> None:
+    """Zero the ``share`` of the entries at which the first of the moments is smallest, in all of them.
+
+    The same entries everywhere: a first moment that outlived its second would be divided by nearly nothing. In each
+    matrix apart: what one head forgets is its own business.
+    """
+    first = moments[0]
+    rows = first.flatten(-2) if first.dim() > 2 else first.flatten()
     smallest = rows.abs().topk(int(rows.shape[-1] * share), largest=False, sorted=False).indices
-    dropped = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, smallest, True)
-    tensor.masked_fill_(dropped.view(tensor.shape), 0)
+    dropped = torch.zeros_like(rows, dtype=torch.bool).scatter_(-1, smallest, True).view(first.shape)
+    for moment in moments:
+        moment.masked_fill_(dropped, 0)
 
 
 def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
