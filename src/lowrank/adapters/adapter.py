@@ -71,12 +71,15 @@ class Site:
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable change to a frozen W. Laws: a fresh one changes nothing; in evaluation ``adapter(x, W) == linear(x,
-    merged(W))``; after ``W ← merged(W); settle_()`` again ``merged(W) == W``."""
+    """A trainable change to a frozen W (out, in).
+
+    Laws: a fresh one changes nothing; in evaluation ``adapter(x, W) == linear(x, merged(W))``; after
+    ``W ← merged(W); settle_()`` again ``merged(W) == W``.
+    """
 
     heads: int = 1
     split: bool = False
-    all_heads: int = 1  # with those on other ranks
+    all_heads: int = 1  # those on other ranks included
     first_head: int = 0  # the number of the first head here, among all
 
     @abstractmethod
@@ -85,18 +88,18 @@ class Adapter(nn.Module, ABC):
 
     @abstractmethod
     def merged(self, W: Tensor) -> Tensor:
-        """The dense matrix "W with me" (out, in), in W's dtype: the mean over the heads."""
+        """The dense matrix "W with this adapter" (out, in), in W's dtype: the mean over the heads."""
 
     @abstractmethod
     def settle_(self) -> None:
         """Called after W became ``merged(W)``: restart, or keep the factors and subtract them from now on."""
 
     def row_norms(self, W: Tensor) -> Tensor:
-        """‖merged(W)‖ of each row, (out,), in float32 or wider."""
+        """The norm of each row of merged(W), (out,), in float32 or wider."""
         return self.merged(W.to(wide_dtype(W.dtype))).norm(dim=1)
 
     def rows(self, ids: Tensor, W: Tensor) -> Tensor:
-        """Rows ``ids`` (batch, ...) of "W with me" → (batch, ..., in): the adapter on an embedding whose table is W."""
+        """Rows ``ids`` (batch, ...) of the changed W → (batch, ..., in): the adapter on an embedding with table W."""
         return F.embedding(ids, self.merged(W))
 
     def kept_bytes(self) -> int:
@@ -125,7 +128,7 @@ def shard_sizes(batch: int, heads: int) -> list[int]:
 
 
 def check_whole(name: str, value: object, least: int = 1) -> int:
-    """``value`` as an int, or a ValueError that names it."""
+    """``value`` as an int; ValueError, calling it ``name``, unless it is a whole number of at least ``least``."""
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     return value

@@ -1,9 +1,10 @@
-"""Dense heads: a full-rank local change per head, W + D_h. What explores is not the rank but the update: the rule that
-trains D is a projected one (``lte_galore(kind="explorers")``), so that what a head adds between two merges is low-rank
-all the same.
+"""Dense heads: a full-rank local change per head, W + D_h.
+
+The low rank is in the update, not in the change: the rule that trains D is a projected one
+(``lte_galore(kind="explorers")``), so that what a head adds between two merges is low-rank all the same.
 
 Costs heads · out · in numbers. After a merge D restarts at zero, which is the same function as going on and
-subtracting, without the copy.
+subtracting what was merged, without a copy of it.
 
 Shapes: W (out, in), D (heads, out, in), x (batch, ..., in).
 """
@@ -77,12 +78,12 @@ class DenseAdapter(Adapter):
 
     @torch.no_grad()
     def restart_(self) -> None:
-        """The heads here begin anew, as if they had just been merged and nothing of them taken."""
+        """Restart the heads held here, as if they had just been merged and had contributed nothing."""
         self.D.zero_()
 
 
 def _product(x: Tensor, W: Tensor, D: Tensor) -> Tensor:
-    """x (W + D)ᵀ; for a W narrower than D as two products, since a small D would be lost in the sum."""
+    """x (W + D)ᵀ; in two products where W's dtype is narrower than D's, since a small D would be lost in the sum."""
     if W.dtype is D.dtype:
         return F.linear(x, W + D)
     return F.linear(x, W) + F.linear(x, D.to(W.dtype))

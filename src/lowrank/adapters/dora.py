@@ -23,7 +23,11 @@ from lowrank.adapters.lora import LoRA
 
 @dataclass(frozen=True)
 class DoRA:
-    """Makes a :class:`DoRAAdapter`: a trained magnitude round the direction that ``inner`` changes."""
+    """Makes a :class:`DoRAAdapter`: a trained magnitude times the direction that ``inner`` changes.
+
+    Raises:
+        ValueError: an ``inner`` whose heads split the batch.
+    """
 
     inner: Callable[[Site], Adapter] = field(default_factory=LoRA)
 
@@ -50,7 +54,7 @@ class DoRAAdapter(Adapter):
 
     @property
     def merges(self) -> int | Tensor:
-        """How often it was merged, as the inner adapter counts it."""
+        """How often the adapter was merged, as the inner one counts it."""
         return getattr(self.inner, "merges", 0)
 
     def _gain(self, W: Tensor) -> Tensor:
@@ -60,7 +64,7 @@ class DoRAAdapter(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         y = self.inner(x, W)
-        return torch.addcmul(y, y, (self._gain(W) - 1).to(y.dtype))  # near 1 bfloat16 is coarse, near 0 it is not
+        return torch.addcmul(y, y, (self._gain(W) - 1).to(y.dtype))  # bfloat16 is coarse near 1, and fine near 0
 
     def rows(self, ids: Tensor, W: Tensor) -> Tensor:
         y = self.inner.rows(ids, W)
@@ -73,4 +77,4 @@ class DoRAAdapter(Adapter):
     @torch.no_grad()
     def settle_(self) -> None:
         self.inner.settle_()
-        self.magnitude.abs_()  # W' has rows of norm |m|: a negative m is in its direction now
+        self.magnitude.abs_()  # rows of W' have norm |m|: the sign of m is now in their direction

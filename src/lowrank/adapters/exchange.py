@@ -1,7 +1,7 @@
-"""Heads on several ranks: what each rank says of its heads, and when (LTE, arXiv 2402.16828, as it was meant).
+"""Heads on several ranks: what the ranks send each other of their heads, and when (LTE, arXiv 2402.16828).
 
-Between merges, nothing. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all ranks, where a matrix travels as
-whatever is fewer bytes:
+Between merges nothing is sent. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all ranks, where the changes of a
+matrix travel as whatever is fewer bytes:
 
     factors   everyone's (A, B) to everyone, N·rank·(in + out) numbers; every rank then computes the very product that
               one process with N heads computes. Kept factors do not travel: each rank keeps those of all heads.
@@ -10,10 +10,10 @@ whatever is fewer bytes:
 Either way all ranks hold the same bits afterwards. Heads of ranks that are ``left_out`` (not finite, restarted) do not
 count: the mean is over the others.
 
-``whole_heads`` shows every rank all heads for a while, for evaluation and checkpoints: adapters then are as in one
+``whole_heads`` gives every rank all heads for a while, for evaluation and checkpoints: adapters are then as in one
 process, and so is ``state_dict()``.
 
-Shapes: R ranks, N heads in all, H here; A (H, rank, in), B (H, out, rank), D (H, out, in).
+Shapes: N heads in all, H of them on this rank; A (H, rank, in), B (H, out, rank), D (H, out, in).
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ KEPT = ("kept_A", "kept_B")
 
 
 def split_adapters(model: nn.Module) -> list[SplitAdapter]:
-    """The adapters whose heads split the batch, and so are divided between ranks; tied layers share one."""
+    """The adapters whose heads split the batch, and so are divided between ranks; shared ones are listed once."""
     found = {id(a): a for _, layer in adapted_layers(model) for _, a, _ in layer.pieces() if a.split}
     return [adapter for adapter in found.values() if isinstance(adapter, SplitAdapter)]
 
@@ -50,8 +50,13 @@ def sends_factors(adapter: Adapter) -> bool:
 def merge_across_(model: nn.Module, ranks: Ranks, left_out: Collection[int] = ()) -> None:
     """Fold every adapter into the weights, as ``merge_adapters_`` does, over the heads of all ranks.
 
+    Args:
+        model: with its adapters; every rank calls this.
+        ranks: the processes.
+        left_out: the ranks whose heads do not take part, the same on all ranks.
+
     Raises:
-        FloatingPointError: no rank is left to take part.
+        FloatingPointError: no rank is left to take part, or a merged matrix is not finite.
     """
     if len(left_out) == ranks.count:
         raise FloatingPointError(
@@ -86,7 +91,7 @@ def merge_across_(model: nn.Module, ranks: Ranks, left_out: Collection[int] = ()
 
 @contextmanager
 def whole_heads(model: nn.Module, ranks: Ranks) -> Iterator[None]:
-    """Meanwhile every split adapter holds the heads of all ranks. All of them travel, dense ones whole."""
+    """A context in which every split adapter holds the heads of all ranks; all of them are sent, dense ones whole."""
     adapters = split_adapters(model)
     own = [_tensors_by_head(adapter) for adapter in adapters]
     gathered = gather_heads(own, adapters, ranks)
@@ -99,9 +104,10 @@ def whole_heads(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 def gather_heads(
     tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Ranks
 ) -> list[dict[str, Tensor]]:
-    """For each entry's tensors (H, ...), of the adapter beside it, those of all heads, (N, ...), in the heads' order.
+    """The tensors of all heads, (N, ...) in the heads' order, from each rank's own, (H, ...).
 
-    Shares may differ by one head: what is sent is padded to the largest.
+    ``tensors`` has one mapping, by name, for each of ``adapters``. Shares may differ by one head: what is sent is
+    padded to the largest.
     """
     flat = [(entry, name, t) for entry, named in enumerate(tensors) for name, t in named.items()]
     padded = [_padded(t, largest_share(adapters[entry].all_heads, ranks.count)) for entry, _, t in flat]
@@ -113,20 +119,20 @@ def gather_heads(
 
 
 def own_part(adapter: Adapter, name: str, whole: Tensor) -> Tensor:
-    """Of a tensor of all heads, (N, ...), what this rank's adapter holds under that name."""
+    """What this rank's adapter holds under ``name`` of the tensor of all heads, ``whole`` (N, ...)."""
     if name in KEPT and sends_factors(adapter):
         return whole
     return whole[adapter.first_head : adapter.first_head + adapter.heads]
 
 
 def _tensors_by_head(adapter: SplitAdapter) -> dict[str, Tensor]:
-    """Of the adapter's tensors those that another rank has not got."""
+    """Those of the adapter's tensors that the other ranks do not have."""
     kept = {} if sends_factors(adapter) else {n: b for n, b in adapter.named_buffers() if n in KEPT}
     return {**dict(adapter.named_parameters()), **kept}
 
 
 def _merged_from(adapter: SplitAdapter, factors: Mapping[str, Tensor], taking_part: list[int], W: Tensor) -> Tensor:
-    """``merged(W)`` of the heads taking part, by the arithmetic of one process that holds just these."""
+    """``merged(W)`` over the heads taking part, by the arithmetic of one process that holds only these."""
     kept = {n: b for n, b in adapter.named_buffers() if n in KEPT}
     everything = {**factors, **kept}
     if len(taking_part) < adapter.all_heads:
@@ -137,7 +143,7 @@ def _merged_from(adapter: SplitAdapter, factors: Mapping[str, Tensor], taking_pa
 
 @contextmanager
 def _holding(adapter: SplitAdapter, tensors: Mapping[str, Tensor], heads: int) -> Iterator[None]:
-    """Meanwhile the adapter has these ``heads`` heads, and no others exist."""
+    """A context in which the adapter holds these ``heads`` heads, and no others exist."""
     parameters, buffers = dict(adapter._parameters), dict(adapter._buffers)
     before = adapter.heads, adapter.all_heads, adapter.first_head
     for name, tensor in tensors.items():

@@ -2,12 +2,12 @@
 
 An :class:`AdaptedLinear` takes over the very ``weight`` and ``bias`` parameters of the layer that it replaces, under
 the same names, so that a state dict keeps its keys (adapters only add ``<layer>.adapters.<part>.…``) and tied
-parameters stay tied. It stands for ``nn.Linear``, for transformers' ``Conv1D`` (weight (in, out)), as
-:class:`AdaptedPatches` for a ViT's convolutional patch embedding, and as :class:`AdaptedEmbedding` for the embedding
-whose table is tied to an adapted output layer.
+parameters stay tied. It replaces ``nn.Linear`` and transformers' ``Conv1D`` (weight (in, out)); :class:`AdaptedPatches`
+replaces a ViT's convolutional patch embedding, and :class:`AdaptedEmbedding` the embedding whose table is tied to an
+adapted output layer.
 
 Parts: a fused projection (GPT-2's ``c_attn``, timm's ``qkv``) holds several matrices in one. Adapters on parts join the
-one fused product; the parts without adapter cost nothing.
+one fused product; parts without an adapter cost nothing.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ HOOKS = (
 
 
 def is_conv1d(module: nn.Module) -> bool:
-    """transformers' ``Conv1D``, a linear layer with its weight transposed; told by name, to import no transformers."""
+    """Whether this is transformers' ``Conv1D``, a linear layer stored transposed; told by name, without the import."""
     return type(module).__name__ == "Conv1D" and hasattr(module, "nf") and getattr(module, "weight", None) is not None
 
 
@@ -49,9 +49,11 @@ def is_patch_embedding(module: nn.Module) -> bool:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Whether adapters can replace this module: it computes what ``nn.Linear`` or ``Conv1D`` does (a subclass with its
-    own ``forward`` may not), or embeds patches, with a weight of its own (a parametrised one is made anew at each
-    call)."""
+    """Whether an adapted layer can replace this module.
+
+    It must compute what ``nn.Linear`` or ``Conv1D`` does (a subclass with its own ``forward`` may not), or embed
+    patches, and own its weight (a parametrised one is made anew at each call).
+    """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     owned = module._parameters.get("weight") is not None
     return owned and (plain or is_conv1d(module) or is_patch_embedding(module))
@@ -103,7 +105,7 @@ class AdaptedLayer(nn.Module):
         return module.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Whatever else is asked of the layer (``in_features``, ``nf``, …) the original answers."""
+        """Attributes that this layer does not have (``in_features``, ``nf``, …), from the original."""
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -114,8 +116,11 @@ class AdaptedLayer(nn.Module):
 
 
 def _keep_off_the_fast_path(module: nn.Module, args: object) -> None:
-    """Never called, since an ``nn.ModuleDict`` is not. In evaluation ``nn.TransformerEncoderLayer`` reads the weights
-    of its layers without calling them, and would miss their adapters, unless some module in it has a hook."""
+    """A hook that is never called, since an ``nn.ModuleDict`` is not; that it exists is enough.
+
+    In evaluation ``nn.TransformerEncoderLayer`` reads the weights of its layers without calling them, and would miss
+    their adapters, unless some module in it has a hook.
+    """
 
 
 class AdaptedLinear(AdaptedLayer):
@@ -158,7 +163,8 @@ class AdaptedLinear(AdaptedLayer):
 class AdaptedPatches(AdaptedLinear):
     """A patch embedding (see :func:`is_patch_embedding`) as the linear layer that it is, on patches as rows.
 
-    x (batch, channels, h, w) → (batch, out, h/p, w/q); W (out, channels·p·q) is a view of the convolution's weight.
+    x (batch, channels, h, w) → (batch, out, h // p, w // q); W (out, channels·p·q) is a view of the convolution's
+    weight.
     """
 
     @property
@@ -190,7 +196,7 @@ class AdaptedEmbedding(AdaptedLayer):
 
 
 def check_embedding(module: nn.Embedding, name: str) -> None:
-    """Refuse the options of an embedding that its adapted form would not honour."""
+    """Raise ValueError for options of an embedding that its adapted form would not honour."""
     if module.max_norm is not None or module.scale_grad_by_freq or module.sparse:
         raise ValueError(
             f"{name} is tied to an adapted layer and uses max_norm, scale_grad_by_freq or sparse, which an adapted "
@@ -202,7 +208,7 @@ def check_embedding(module: nn.Embedding, name: str) -> None:
 def fold_(layer: AdaptedLayer, skip: set[int]) -> None:
     """W ← merged(W) for every adapter of ``layer`` not in ``skip`` (tied layers share one), which then settles.
 
-    Extends ``skip``. The arithmetic is float32 or wider; into a bfloat16 weight it is rounded stochastically.
+    Extends ``skip``, a set of ids. The arithmetic is float32 or wider; a bfloat16 weight is rounded stochastically.
     """
     for part, adapter, W in layer.pieces():
         if id(adapter) in skip:
@@ -214,7 +220,11 @@ def fold_(layer: AdaptedLayer, skip: set[int]) -> None:
 
 @torch.no_grad()
 def write_merged_(W: Tensor, merged: Tensor, adapter: Adapter, part: str) -> None:
-    """W ← merged, which is wide, before ``adapter`` settles."""
+    """W ← ``merged``, float32 or wider and of the same shape, before ``adapter`` settles.
+
+    Raises:
+        FloatingPointError: ``merged`` is not finite.
+    """
     if not torch.isfinite(merged).all():
         raise FloatingPointError(
             f"the adapter on part {part!r} of a layer has grown to values that are not finite; nothing was merged "

@@ -1,20 +1,22 @@
 """LoRA (arXiv 2106.09685), with one head or many: W + (s/N) Σ_h B_h A_h.
 
-* scale s = alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732). True division: alpha below the rank is allowed.
+* scale: s = alpha / rank, or alpha / √rank (rsLoRA, arXiv 2312.03732). True division: alpha below the rank is allowed.
 * heads share the batch (multi-head LoRA) or split it (LTE, arXiv 2402.16828); the mean over heads is the paper's s/N.
-* A starts as ``init`` says, B at zero:
-  ``kaiming``     U(−1/√in, 1/√in), the reference code of LoRA
-  ``orthogonal``  semi-orthogonal rows times √(out/in), the LTE paper's
-  ``reference``   semi-orthogonal rows times √(in/rank), the LTE code's, which goes with its alpha of 4096
-  ``pissa``       the leading singular vectors of W (arXiv 2404.02948), and B not zero. PiSSA puts W − B⁰A⁰ in
-                  the place of W; here W stays and B⁰A⁰ is kept and subtracted: the same function, W untouched.
+* init: how A starts; B starts at zero, except for ``pissa``.
+
+      kaiming     U(−1/√in, 1/√in), as in LoRA's reference code
+      orthogonal  semi-orthogonal rows times √(out/in), the LTE paper's
+      reference   semi-orthogonal rows times √(in/rank), the LTE code's, which goes with its alpha of 4096
+      pissa       B⁰A⁰ from the leading singular vectors of W (arXiv 2404.02948). PiSSA puts W − s·B⁰A⁰ in the place of
+                  W; here W stays and B⁰A⁰ is kept and subtracted: the same function, W untouched.
+
 * reset-less merging (LTE): the factors go on; the copy (A⁰, B⁰) kept at the merge is subtracted, W x + s(B A − B⁰A⁰) x,
   as one product of twice the rank, B A − B⁰A⁰ = (B − B⁰) A + B⁰ (A − A⁰). So written it is exactly zero right after a
-  merge, and loses nothing in bfloat16 to the cancellation of two large products. With a restart, A is drawn anew and B
-  is zero.
+  merge, and loses nothing in bfloat16 to the cancellation of two large products.
+* merging with a restart (ReLoRA): A is drawn anew and B is zero.
 
-New factors come from the stream (seed, layer, head, merge count): they do not depend on which rank draws them. Under
-several ranks (``adapters.exchange``) split heads are divided between them, and ``heads`` counts those here.
+New factors come from the stream (seed, layer, head, merge count): they do not depend on which rank draws them. Over
+several ranks (``adapters.exchange``) split heads are divided between them, and ``heads`` counts those of this rank.
 
 Shapes: W (out, in), A (heads, rank, in), B (heads, out, rank), x (batch, ..., in).
 """
@@ -45,9 +47,13 @@ class LoRA:
         alpha: the scale is alpha / rank; None means alpha = rank.
         heads: how many pairs of factors; their changes are averaged.
         split: the heads split the batch between them (LTE) instead of all seeing it.
-        rank_stabilised: scale alpha / √rank (rsLoRA).
-        init: how A starts (module docstring).
-        dropout: on the adapter's input, in training.
+        rank_stabilised: the scale is alpha / √rank instead (rsLoRA).
+        init: how the factors start: ``kaiming``, ``orthogonal``, ``reference`` or ``pissa`` (module docstring).
+        dropout: probability of dropping a number of the adapter's input, in training.
+
+    Raises:
+        ValueError: a value out of its range, an unknown ``init``, ``pissa`` with several heads; when called, a rank
+            above the smaller side of the matrix.
     """
 
     rank: int = 8
@@ -105,7 +111,7 @@ class LoRAAdapter(Additive):
         self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
         self.subtracts = config.init == "pissa"
         if self.keep or self.subtracts:
-            # Where factors travel, what all heads have merged is kept here, so that it need never travel.
+            # Where factors are sent, every rank keeps what all heads have merged, so that it need never be sent.
             kept = config.heads if self.sends_factors else self.heads
             self.register_buffer("kept_A", self.A.new_zeros(kept, *self.A.shape[1:]))
             self.register_buffer("kept_B", self.B.new_zeros(kept, *self.B.shape[1:]))
@@ -125,7 +131,7 @@ class LoRAAdapter(Additive):
 
     @torch.no_grad()
     def _draw(self) -> None:
-        """A anew for every head, B to zero."""
+        """Draw A anew for every head here, and set B to zero."""
         count = int(self.merges)
         for h in range(self.heads):
             self.A[h].copy_(self._draw_head(self.first_head + h, count))
@@ -154,8 +160,10 @@ class LoRAAdapter(Additive):
         return add_low_rank_(y, x, A, B, self.config.scale / self.heads, [x.shape[0]], start)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
-        """Of what the change Σ_h B_h A_h is made: (heads, R, in), (heads, out, R) with R = rank, or 2·rank where kept
-        factors are subtracted."""
+        """Factors (heads, R, in) and (heads, out, R) of the change Σ_h B_h A_h.
+
+        R = rank, or 2·rank where kept factors are subtracted.
+        """
         if not self.subtracts:
             return self.A, self.B
         kept_A, kept_B = self.kept_A[self._own], self.kept_B[self._own]
@@ -181,8 +189,10 @@ class LoRAAdapter(Additive):
     # --- merging -------------------------------------------------------------------------------------------------
 
     def delta(self) -> Tensor:
-        """(s/N) Σ_h (B_h A_h − B⁰_h A⁰_h) of the N heads here, (out, in), in the factors' dtype: exactly zero right
-        after a kept merge."""
+        """(s/N) Σ_h (B_h A_h − B⁰_h A⁰_h) of the N heads here, (out, in), in the factors' dtype.
+
+        Exactly zero right after a merge that keeps the factors.
+        """
         A, B = self._factors()
         return B.transpose(0, 1).flatten(1) @ A.flatten(0, 1) * (self.config.scale / self.heads)
 
@@ -205,14 +215,14 @@ class LoRAAdapter(Additive):
 
     @torch.no_grad()
     def restart_(self) -> None:
-        """The heads here begin anew, as if they had just been merged and nothing of them taken."""
+        """Restart the heads held here, as if they had just been merged and had contributed nothing."""
         self._draw()
         if self.keep:
             self.kept_A[self._own].copy_(self.A)
             self.kept_B[self._own].copy_(self.B)
 
     def row_norms(self, W: Tensor) -> Tensor:
-        """From the factors, without a matrix of W's size: ‖w + Δ‖² = ‖w‖² + 2⟨w, Δ⟩ + ‖Δ‖², row by row."""
+        """As in ``Adapter``, from the factors: ‖w + δ‖² = ‖w‖² + 2⟨w, δ⟩ + ‖δ‖² for each row, without a dense Δ."""
         W = W.to(self.A.dtype)
         A, B = self._factors()
         A, B = A.flatten(0, 1), B.transpose(0, 1).flatten(1) * (self.config.scale / self.heads)
@@ -230,7 +240,9 @@ class LoRAAdapter(Additive):
 
 
 def factors_are_fewer(heads: int, rank: int, shape: tuple[int, ...], ranks: int) -> bool:
-    """Whether at a merge of ``ranks`` processes everyone's factors to everyone are no more bytes than a sum of dense
-    changes of this shape (out, in)."""
+    """Whether a merge over ``ranks`` processes sends no more bytes as factors than as dense changes of ``shape``.
+
+    Factors are gathered by every rank, the dense changes (out, in) are summed.
+    """
     factors = largest_share(heads, ranks) * rank * sum(shape)
     return ring_gather_bytes(factors, ranks) <= ring_sum_bytes(shape[0] * shape[1], ranks)

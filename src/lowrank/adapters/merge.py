@@ -22,7 +22,10 @@ class Merge:
     Args:
         merge_every: steps between merges, the paper's T.
         keep: go on with the factors, subtracting what was merged (reset-less), instead of restarting them.
-        forget: share of the factors' optimizer state dropped at a merge, the smallest numbers first; 1 drops all.
+        forget: share of the factors' moments zeroed at a merge, where the first moment is smallest; 1 starts them anew.
+
+    Raises:
+        ValueError: a ``merge_every`` that is not a whole number of at least 1, or ``forget`` outside [0, 1].
     """
 
     merge_every: int

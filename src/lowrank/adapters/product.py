@@ -1,4 +1,4 @@
-"""The thin product y += s · B A x, in place and with no more kept for backward than it needs.
+"""The low-rank product y += s · B A x, in place and with no more kept for backward than it needs.
 
 One autograd function for every case: G shards of the batch, each with its own factors. Heads that share the batch are
 one shard of G·rank stacked rows. Written by hand because autograd would keep or copy tensors of y's size: it keeps x
@@ -6,8 +6,8 @@ once (the layer's frozen W keeps nothing), z = A x (rank-sized) and the factors.
 
     z = A x        y += s·B z        dz = s·Bᵀ dy        dB = s·dy zᵀ        dA = dz xᵀ        dx += Aᵀ dz
 
-Shapes: y (rows, width), x (rows, in), A (G, R, in), B (G, out, R), z (rows, R); the change goes to
-columns start : start + out of y.
+Shapes: y (rows, width), x (rows, in), A (G, R, in), B (G, out, R), z (rows, R);  the change is added to columns
+start : start + out of y.
 """
 
 from __future__ import annotations
@@ -81,7 +81,7 @@ class _AddLowRank(torch.autograd.Function):
 
 
 def _spans(sizes: list[int], rows: int) -> list[tuple[int, int]]:
-    """First and last row of each shard, for ``sizes`` examples of equally many rows each."""
+    """(first row, end) of each shard, for shards of ``sizes`` examples of equally many rows each."""
     each, spans, at = rows // max(sum(sizes), 1), [], 0
     for size in sizes:
         spans.append((at, at + size * each))

@@ -1,5 +1,7 @@
-"""The adapter that adds nothing: W stays as it is. With it a comparison gets its control, "these layers frozen, the
-rest trained"."""
+"""The adapter that adds nothing: W stays as it is.
+
+With it a comparison gets its control, "these layers frozen, the rest trained".
+"""
 
 from __future__ import annotations
 
@@ -19,6 +21,8 @@ class Unchanged:
 
 
 class UnchangedAdapter(Additive):
+    """The adapter of :class:`Unchanged`: no parameters, and W stays as it is."""
+
     def add_(self, y: Tensor, x: Tensor, start: int = 0) -> Tensor:
         return y
 

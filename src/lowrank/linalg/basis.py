@@ -1,14 +1,13 @@
-"""Bases: which low-dimensional subspace of the rows or columns a gradient is read in.
+"""Bases: the low-dimensional subspace of its rows or columns that a gradient is projected onto.
 
-    SVD             the leading singular vectors, exactly                                   GaLore, arXiv 2403.03507
+    SVD             the leading singular vectors, exactly (GaLore, arXiv 2403.03507)
     PowerIteration  Y = G Gᵀ Q, Q ← orth(Y), started at the old basis: as the subspace moves slowly, one or two rounds
                     follow it (subspace iteration: Halko, Martinsson, Tropp, arXiv 0909.4061; PowerSGD, 1905.13727)
-    Gaussian        entries N(0, 1/rank), drawn anew from a seed and never stored: Flora 2402.03293, APOLLO 2412.05270
+    Gaussian        entries N(0, 1/rank), drawn from a seed and never stored (Flora, 2402.03293; APOLLO, 2412.05270)
 
-A basis is a small frozen value with ``fit``. Spectral ones are orthonormal; the sign (for ``SVD`` also the order)
-of their vectors is LAPACK's choice, so by default every new vector is flipped to agree with the old one in its
-place: a run then does not depend on the library at hand, and moments that are kept stay meaningful where the
-subspace stayed.
+A basis is a small frozen value with ``fit``. The first two are orthonormal; the sign (for ``SVD`` also the order) of
+their vectors is LAPACK's choice, so by default every new vector is flipped to agree with the old one in its place: a
+run then does not depend on the library at hand, and moments that are kept stay meaningful where the subspace stayed.
 
 Deviation: galore-torch decomposes in float32 and stores the basis in the gradient's dtype; we keep float32.
 
@@ -33,16 +32,23 @@ class Basis(Protocol):
 
     @property
     def stored(self) -> bool:
-        """Whether the basis is state; if not, it can be made again from the seed and the shape alone."""
+        """Whether the basis is kept as state; if not, it can be made again from the seed and the shape alone."""
         ...
 
     @property
     def orthonormal(self) -> bool:
-        """Whether QᵀQ = 1 at every refresh."""
+        """Whether QᵀQ = I at every refresh."""
         ...
 
     def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
-        """A basis of ``rank`` vectors for one side of ``g``. ``old`` is the present one, None at a cold start.
+        """A basis (..., rows or cols, rank) for one side of ``g`` (..., rows, cols).
+
+        Args:
+            g: the gradient, or a stack of gradients.
+            side: ``left`` for the rows, ``right`` for the columns.
+            rank: how many vectors, at most min(rows, cols).
+            old: the present basis, None at a cold start.
+            seed: of whatever is random in the new one.
 
         Raises:
             torch.linalg.LinAlgError: the decomposition failed, for instance on a gradient that is not finite.
@@ -52,7 +58,7 @@ class Basis(Protocol):
 
 @dataclass(frozen=True, kw_only=True)
 class SVD:
-    """The exact leading singular vectors of G, decomposed as it lies in memory (as galore-torch does).
+    """The exact leading singular vectors of G, decomposed in its stored orientation (as galore-torch does).
 
     Args:
         align: flip each vector to agree with the old one in its place.
@@ -73,18 +79,22 @@ class SVD:
 class PowerIteration:
     """Subspace iteration, started at the old basis; at a cold start at a Gaussian sketch of G.
 
-    An iteration is two products with G and one QR of (side, rank). All but the last read only every ``sample``-th
-    vector of G, since they need only come near, and from the second on they work on G Gᵀ − α with α half the last
-    eigenvalue wanted, which falls off faster outside the subspace (dashSVD, arXiv 2404.09276). Two of these cost
-    1.3 plain iterations and capture more than two plain ones. Householder QR, since gradients are so far from full
-    rank that the Gram matrix of Cholesky-QR is singular even in float64. Where G has nothing to say, the old
+    An iteration is two products with G and one QR of a matrix (side, rank). All but the last read only every
+    ``sample``-th vector of G, since they need only come near, and from the second on they work on G Gᵀ − α with α half
+    the smallest eigenvalue wanted, whose spectrum falls off faster outside the subspace (dashSVD, arXiv 2404.09276).
+    Two of these cost 1.3 plain iterations and capture more than two plain ones. QR is Householder's, since gradients
+    are so far from full rank that the Gram matrix of Cholesky-QR is singular even in float64. Where G is zero, the old
     vectors stay.
 
     Args:
-        iterations: at a refresh. ``benchmarks/results`` has the energy that one and two capture. At a cold start,
-            which every layer has in the same step, the sketch stands for the first and the last reads a third of G.
-        sample: 1 lets every iteration read all of G.
+        iterations: iterations at a refresh; ``benchmarks/results`` has the energy that one and two capture. At a cold
+            start, which every layer has in the same step, the sketch replaces the first, and the last reads a third of
+            G.
+        sample: all iterations but the last read every ``sample``-th vector of G; 1 reads all of it.
         align: flip each vector to agree with the old one in its place.
+
+    Raises:
+        ValueError: ``iterations`` or ``sample`` below 1.
     """
 
     iterations: int = 2
@@ -138,10 +148,9 @@ class Gaussian:
 
 
 def orthonormalise(y: Tensor) -> tuple[Tensor, Tensor]:
-    """Orthonormal columns that span those of ``y`` (..., size, rank), and the least |diagonal| of the other factor.
+    """(Q, least): QR of ``y`` (..., size, rank), and the least |diagonal entry| of R, (..., 1, 1).
 
-    ``y`` is scaled first (in place), so that the squares of small gradients do not underflow; the second value is
-    (..., 1, 1).
+    ``y`` is scaled first (in place), so that the squares of small gradients do not underflow.
     """
     scale = _largest(y)
     q, r = torch.linalg.qr(y.div_(scale))
@@ -161,7 +170,7 @@ def _every(g: Tensor, stride: int) -> Tensor:
 
 
 def _iterate(g: Tensor, q: Tensor, shift: Tensor) -> Tensor:
-    """(G Gᵀ − shift) Q, plus a trace of Q that decides where G is zero."""
+    """(G Gᵀ − shift) Q, plus a tiny multiple of Q, which is what remains where G is zero."""
     y = g @ (g.mT @ q)
     return y.addcmul_(q, _largest(y) * 1e-7 - shift)
 
@@ -178,5 +187,5 @@ def align_signs(new: Tensor, old: Tensor) -> Tensor:
 
 
 def captured_energy(g: Tensor, q: Tensor, side: Side) -> Tensor:
-    """‖QᵀG‖²_F (on the right ‖GQ‖²_F): how much of ‖G‖²_F an orthonormal basis keeps."""
+    """‖QᵀG‖²_F (on the right ‖GQ‖²_F) of each matrix: how much of ‖G‖²_F an orthonormal basis keeps."""
     return (q.mT @ g if side == "left" else g @ q).square().sum(dim=(-2, -1))

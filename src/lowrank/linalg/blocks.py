@@ -35,7 +35,13 @@ GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 
 @dataclass(frozen=True, kw_only=True)
 class Code:
-    """One way to write a number in ``bits`` (8 or 4, the latter two to a byte, signed only)."""
+    """One way to encode numbers.
+
+    Args:
+        bits: 8, or 4 (two to a byte, signed only).
+        signed: whether the numbers have signs.
+        power: k in the module's formula: 1, 2 or 4.
+    """
 
     bits: int = 8
     signed: bool = True
@@ -43,6 +49,7 @@ class Code:
 
     @property
     def levels(self) -> int:
+        """L, the largest code."""
         return 2 ** (self.bits - 1) - 1 if self.signed else 2**self.bits - 1
 
     @property
@@ -87,7 +94,7 @@ class Code:
         return code.copysign_(x) if self.signed else code, scale
 
     def decode(self, stored: dict[str, Tensor], shape: tuple[int, ...], dtype: torch.dtype = torch.float32) -> Tensor:
-        """The numbers again, in ``shape``."""
+        """The numbers that ``stored`` stands for, as a tensor of ``shape`` and ``dtype``."""
         lead, _, size = split(shape)
         code = stored["codes"].to(dtype) if self.bits == 8 else _unpack(stored["codes"], size).to(dtype)
         x = code.div_(self.levels)
@@ -98,7 +105,7 @@ class Code:
 
 
 def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-    """(leading dimensions, blocks, numbers in a block) for a tensor; at most blocks − 1 numbers of padding a matrix."""
+    """(leading dimensions, blocks, numbers in a block) for a ``shape``; a matrix has at most blocks − 1 of padding."""
     lead, numbers = tuple(shape[:-2]), math.prod(shape[-2:])
     blocks = max(1, math.ceil(numbers / BLOCK))
     return lead, blocks, math.ceil(numbers / blocks)
@@ -120,12 +127,12 @@ def round_bfloat16(x: Tensor, tick: Tensor | int) -> Tensor:
 
 
 def _root(x: Tensor, power: int) -> Tensor:
-    """The root of that power (1, 2 or 4), in memory of its own."""
+    """The ``power``-th root (1, 2 or 4) of ``x``, in a new tensor."""
     return x.clone() if power == 1 else _root(x.sqrt(), power // 2)
 
 
 def _raise(x: Tensor, power: int) -> Tensor:
-    """x to that power (1, 2 or 4); a general power costs ten times the squares."""
+    """``x`` to the ``power`` (1, 2 or 4), by squaring, since ``pow`` takes ten times as long."""
     return x if power == 1 else _raise(x.square(), power // 2)
 
 

@@ -3,9 +3,10 @@
     R = Qᵀ G P        project   (a side without a basis drops out)
     U = Q S Pᵀ        lift
 
-Shape legend: G, U (..., rows, cols);  Q = left (..., rows, rank);  P = right (..., cols, rank);  R, S (..., rank,
-cols), (..., rows, rank) or, with both bases, (..., rank, rank). No product copies a transpose: BLAS reads it in
-place.
+No product copies a transpose: BLAS reads it in place.
+
+Shape legend: G, U (..., rows, cols);  Q = left (..., rows, rank);  P = right (..., cols, rank);
+R, S (..., rank, cols) with a left basis, (..., rows, rank) with a right one, (..., rank, rank) with both.
 """
 
 from __future__ import annotations
@@ -18,20 +19,20 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subspace:
-    """Bases for the rows (``left``), the columns (``right``), or both."""
+    """Bases for the rows (``left``), the columns (``right``), or both; at least one is given."""
 
     left: Tensor | None = None
     right: Tensor | None = None
 
     @property
     def channel_dim(self) -> int | None:
-        """The dimension of R along which the rank runs: what remains are channels. None with both bases."""
+        """The dimension of R along which the rank runs (the other counts channels); None with both bases."""
         if self.left is not None and self.right is not None:
             return None
         return -2 if self.left is not None else -1
 
     def clone(self) -> Subspace:
-        """The same subspace in memory of its own."""
+        """A copy of the subspace, bases included."""
         return Subspace(
             **{side: q.clone() for side, q in (("left", self.left), ("right", self.right)) if q is not None}
         )
@@ -72,7 +73,7 @@ def multiply_into_(target: Tensor, first: Tensor, second: Tensor, *, alpha: floa
 
 
 def residual(g: Tensor, r: Tensor, subspace: Subspace) -> Tensor:
-    """G − Q R Pᵀ, the part of G outside the subspace: the one gradient-sized tensor a lift may make."""
+    """G − Q R Pᵀ, the part of G outside the subspace: the one gradient-sized tensor that a lift may allocate."""
     outside = torch.empty_like(g, memory_format=torch.contiguous_format).copy_(g)
     subspace.lift_into_(outside, r, alpha=-1.0)
     return outside

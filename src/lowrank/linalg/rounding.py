@@ -1,10 +1,9 @@
 """Stochastic rounding from float32 into bfloat16.
 
 A bfloat16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the
-nearest. Rounded up with a probability equal to the discarded fraction, it survives in expectation (Gupta et al., arXiv
-1502.02551).
-bfloat16 is the upper half of a float32, so this is: add a uniform 16-bit integer to the bits, then cut the lower half
-off.
+nearest. Rounded up with a probability equal to the discarded fraction, it survives in expectation (Gupta et al.,
+arXiv 1502.02551). As bfloat16 is the upper half of a float32, this takes two operations: add a uniform 16-bit integer
+to the bits, then clear the lower half.
 """
 
 import torch
@@ -15,8 +14,8 @@ from torch import Tensor
 def round_into_(target: Tensor, source: Tensor, noise: torch.Generator | None = None) -> Tensor:
     """Write float32 ``source`` into ``target`` of the same shape, in place, and return ``target``.
 
-    bfloat16 targets are rounded stochastically with ``noise`` (the device's default generator where it is None); every
-    other dtype is rounded to the nearest. Values that are not finite are carried over as they are.
+    bfloat16 targets are rounded stochastically with ``noise`` (the device's default generator where it is None);
+    targets of any other dtype to the nearest. Values that are not finite are carried over as they are.
     """
     if target.dtype is not torch.bfloat16:
         return target.copy_(source)

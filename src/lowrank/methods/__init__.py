@@ -7,12 +7,14 @@ Each function here returns the :class:`Method` of one paper with that paper's de
 where the defaults differ. Arguments mean the same everywhere:
 
 * ``target_modules``, ``exclude_modules``: which linear layers (``lowrank.targets`` lists the groups and forms);
-* ``rank``, ``alpha``, ``heads``, ``dropout``: of the adapters; the scale is alpha / rank, heads are averaged;
+* ``rank``, ``alpha``, ``heads``, ``dropout``: of the adapters; the scale is alpha / rank, heads are averaged. For the
+  methods with low-rank gradients, ``rank`` is that of the subspace;
 * ``merge_every``: steps between two merges;
-* ``rest``: every parameter that was not chosen: ``"train"``, ``"freeze"``, or ``"auto"``: train what was initialised at
-  random, freeze what was loaded. Over several ranks ``"train"`` sums its gradients every step; ``"local"`` trains it on
-  each rank by itself and averages it every ``rest_every`` steps (four merge intervals), which is what ``"auto"`` does
-  for methods whose heads split the batch;
+* ``refresh_every``: steps between two refreshes of a gradient's basis; ``scale`` multiplies the projected steps;
+* ``rest``: what becomes of the parameters that were not chosen: ``"train"``, ``"freeze"``, or ``"auto"`` (train what
+  was initialised at random, freeze what was loaded). Over several ranks ``"train"`` sums their gradients every step;
+  ``"local"`` trains them on each rank by itself and averages them every ``rest_every`` steps (by default four merge
+  intervals), which is what ``"auto"`` does for methods whose heads split the batch;
 * ``freeze``: patterns frozen in any case, such as ``"*.bias"``, ``"wte"`` or ``"first:4"`` (the first four blocks);
 * ``ties``: a chosen layer whose weight is tied to another's (GPT-2's ``lm_head`` and ``wte``): ``"adapt"`` both as the
   one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first.

@@ -2,9 +2,9 @@
 
 The ancestors of this library set out to combine the two and never ran it; there is no paper. Two senses are offered:
 
-``mixed``      LTE heads on some layers (attention), projected AdamW on the other matrices; each method where it saves
+    mixed      LTE heads on some layers (attention), projected AdamW on the other matrices: each method where it saves
                most
-``explorers``  every head is a full-rank local change of W, trained on its own shard by projected AdamW: what a head
+    explorers  every head is a full-rank local change of W, trained on its own shard by projected AdamW: what a head
                adds between two merges has low rank all the same, because its basis is refreshed only at merges
 """
 
@@ -42,18 +42,23 @@ def lte_galore(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """LTE with GaLore (Huh et al., arXiv 2402.16828; Zhao et al., arXiv 2403.03507): heads on the targets, projected
-    AdamW elsewhere.
+    """LTE + GaLore (Huh et al., arXiv 2402.16828; Zhao et al., 2403.03507): heads on some matrices, GaLore on others.
 
     Args:
         kind: what a head is: ``mixed`` a LoRA of rank ``rank`` trained by AdamW; ``explorers`` a dense change trained
             by projected AdamW of rank ``rank``, its basis refreshed at every merge.
         target_modules, rank, heads, merge_every: of the heads, as in ``lte``.
-        alpha: of the LoRA heads (4·rank where None); explorers have none.
-        galore_modules, galore_rank, refresh_every: the matrices without heads that are projected, their rank and
-            refresh.
+        alpha: of the LoRA heads, 4·rank where None; explorers have none.
+        galore_modules, galore_rank, refresh_every: the matrices without heads that are projected, the rank and the
+            steps between refreshes of their bases.
         scale: of every projected step.
-        rest_every: under several ranks with rest="local", steps between two averages of the rest.
+        basis: of every projected matrix, ``power``, ``svd`` or ``gaussian``.
+        embeddings: the rule of embeddings and output layer, as in ``galore``.
+        exclude_modules, rest, ties, freeze: as in every method.
+        rest_every: over several ranks with rest="local", steps between two averages of the rest.
+
+    Raises:
+        ValueError: an unknown kind, or an alpha for explorers.
     """
     if kind not in ("mixed", "explorers"):
         raise ValueError(f"kind={kind!r} is unknown; it is 'mixed' or 'explorers'")

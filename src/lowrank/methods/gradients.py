@@ -1,9 +1,10 @@
 """Methods with low-rank gradients: every weight is trained, the optimizer's state lives in a moving subspace.
 
-All are one rule, :class:`~lowrank.optim.Projected`, with other slots. ``target_modules`` are the matrices that are
-projected (by default every linear layer but the output, as in the papers' codes); everything else follows plain AdamW,
-at the run's full learning rate. ``embeddings`` says what becomes of embeddings and output layer, which are up to half
-of a small model: ``adamw`` (as published), ``adamw8bit`` or ``project``.
+All are one rule, :class:`~lowrank.optim.Projected`, with different values in its slots. ``target_modules`` are the
+matrices that are projected (by default every linear layer but the output, as in the papers' codes); everything else
+follows plain AdamW, at the run's full learning rate. ``embeddings`` chooses the rule of the embeddings and the output
+layer, which are up to half of a small model: ``adamw`` (as published), ``adamw8bit`` or ``project``. ``basis`` is
+``power`` (warm power iteration), ``svd`` (exact) or ``gaussian`` (random).
 """
 
 from __future__ import annotations
@@ -40,14 +41,13 @@ def galore(
     rest: Rest = "train",
     freeze: Targets = (),
 ) -> Method:
-    """GaLore (Zhao et al., arXiv 2403.03507): AdamW in the leading singular subspace of the gradient, refreshed every
-    200 steps.
+    """GaLore (Zhao et al., arXiv 2403.03507): AdamW in the leading singular subspace of the gradient.
 
-    The basis follows by warm power iteration (``svd`` decomposes exactly, at many times the cost). ``transport`` says
-    what becomes of the moments at
-    a refresh: ``keep`` them as the reference does, ``rotate`` them into the new basis, or ``reset``. ``lazy`` refreshes
-    less often where the subspace stands still (Q-GaLore, arXiv 2407.08296). The paper's learning rate is 0.01, of which
-    projected matrices see ``scale``.
+    The basis is refreshed every ``refresh_every`` steps, by warm power iteration (``basis="svd"`` decomposes exactly,
+    at many times the cost). ``transport`` says what becomes of the moments at a refresh: ``keep`` them as the reference
+    does, ``rotate`` them into the new basis, or ``reset`` them. ``lazy`` refreshes less often where the subspace stands
+    still (Q-GaLore, arXiv 2407.08296). The paper's learning rate is 0.01, which is multiplied by ``scale`` for
+    projected matrices.
     """
     rule = Projected(
         rank=rank,
@@ -75,10 +75,9 @@ def galore_8bit(
     rest: Rest = "train",
     freeze: Targets = (),
 ) -> Method:
-    """8-bit GaLore (Zhao et al., arXiv 2403.03507, section 4.3): GaLore with AdamW's moments kept in int8, block by
-    block.
+    """8-bit GaLore (Zhao et al., arXiv 2403.03507, section 4.3): GaLore with AdamW's moments in block-wise int8.
 
-    ``basis_storage="int4"`` with ``lazy=True`` is Q-GaLore's state (arXiv 2407.08296), its weights apart.
+    ``basis_storage="int4"`` with ``lazy=True`` is Q-GaLore's state (arXiv 2407.08296), without its quantised weights.
     """
     rule = Projected(
         inner=AdamW(storage="int8"),
@@ -121,8 +120,10 @@ def apollo(
     rest: Rest = "train",
     freeze: Targets = (),
 ) -> Method:
-    """APOLLO (Zhu et al., arXiv 2412.05270): a random subspace only estimates each channel's step length; the raw
-    gradient is the direction."""
+    """APOLLO (Zhu et al., arXiv 2412.05270): the raw gradient, each channel scaled as in a random subspace.
+
+    The subspace only estimates each channel's step length; the gradient is the direction.
+    """
     rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis], lift=Rescale())
     return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
@@ -139,7 +140,10 @@ def apollo_mini(
     rest: Rest = "train",
     freeze: Targets = (),
 ) -> Method:
-    """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one step length for the whole matrix, times √scale."""
+    """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one step length for the whole matrix, times √scale.
+
+    ``scale`` is under a root as in the authors' code, whose default of 128 it keeps.
+    """
     rule = Projected(
         rank=rank,
         refresh_every=refresh_every,
@@ -162,8 +166,10 @@ def fira(
     rest: Rest = "train",
     freeze: Targets = (),
 ) -> Method:
-    """Fira (Chen et al., arXiv 2410.01623): GaLore, and what lies outside the subspace scaled by the subspace's own
-    step length."""
+    """Fira (Chen et al., arXiv 2410.01623): GaLore, plus the gradient outside the subspace at the inside's step length.
+
+    ``scale`` multiplies both (the paper's α).
+    """
     rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis], lift=Residual())
     return _method("fira", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
@@ -182,7 +188,11 @@ def _method(
 
 
 def embedding_rules(embeddings: Embeddings, rule: Projected) -> tuple[Use, ...]:
-    """The rule of embeddings and output layer, where it is not the catch-all's AdamW."""
+    """The rule of embeddings and output layer; empty where that is the catch-all's AdamW.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
     chosen: dict[str, Rule | None] = {"adamw": None, "adamw8bit": AdamW(storage="int8"), "project": rule}
     if embeddings not in chosen:
         raise ValueError(f"embeddings={embeddings!r} is unknown; it is one of {', '.join(chosen)}")

@@ -23,7 +23,7 @@ FACTOR_B = ("*.adapters.*.B",)
 
 @dataclass(frozen=True)
 class Adapt:
-    """Which linear layers get which adapter; ``make(linear) -> Adapter``."""
+    """Which linear layers get which adapter; ``make`` is called with each layer's :class:`~lowrank.adapters.Site`."""
 
     target_modules: Targets
     make: Callable[[Site], Adapter]
@@ -34,8 +34,11 @@ class Adapt:
 class Use:
     """Which parameters follow which rule, at ``lr`` times the run's learning rate.
 
-    ``decay``: whether the run's weight decay applies. The catch-all ``"*"`` spares adapter factors all the same, since
-    what decays on them is merged into W; a Use that names them decides for itself.
+    ``decay``: whether the run's weight decay applies. The catch-all ``"*"`` exempts adapter factors all the same, since
+    the decay of factors would be merged into W; a Use that names them decides for itself.
+
+    Raises:
+        ValueError: an ``lr`` that is not above 0.
     """
 
     target_modules: Targets
@@ -57,11 +60,22 @@ class Use:
 
 @dataclass(frozen=True, kw_only=True)
 class Method:
-    """A training method: adapters (first match wins), rules (first match wins), merging, and what becomes of the
-    rest.
+    """A training method: adapters, rules, merging, and what becomes of the rest.
 
-    ``rest_every`` is for several ranks, where the rest may train locally: steps between two averages of it; None: four
-    merge intervals, or 40 steps without merges.
+    Args:
+        adapt: which layers get which adapter; the first match wins.
+        rules: which parameters follow which rule; the first match wins.
+        merge: when adapters fold into the weights, or None for never.
+        lr: a schedule that multiplies the run's own.
+        rest: what becomes of parameters that are not chosen: ``auto``, ``train``, ``freeze`` or ``local``.
+        rest_every: over several ranks, where the rest may train locally, steps between two averages of it; None means
+            four merge intervals, or 40 steps without merges.
+        ties: what becomes of a chosen layer with a tied weight: ``adapt``, ``leave`` or ``untie``.
+        freeze: patterns of parameters that are frozen in any case.
+        name: for tables and messages.
+
+    Raises:
+        ValueError: an unknown word, a ``rest_every`` that nothing would use, a merge without adapters.
     """
 
     adapt: tuple[Adapt, ...] = ()

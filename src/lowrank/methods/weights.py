@@ -21,14 +21,13 @@ def frozen(
 ) -> Method:
     """The control of every comparison: the targets frozen as they are, no adapter, everything else trained.
 
-    What an adapter method gains over this is what its adapters did. Not from a paper.
+    What an adapter method gains over this is due to its adapters. Not from a paper.
     """
     return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
 
 
 def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
-    """Linear probing: the output layer alone (``classifier`` or ``lm_head``), everything else frozen (Alain and Bengio,
-    arXiv 1610.01644)."""
+    """Linear probing (Alain and Bengio, arXiv 1610.01644): the output layer alone is trained, all else is frozen."""
     return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
 
 
@@ -43,8 +42,10 @@ def lora(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha/rank)·B A, on q and v as in the paper; A Kaiming-uniform, B
-    zero."""
+    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha/rank)·B A, on q and v as in the paper.
+
+    A starts Kaiming-uniform, B at zero.
+    """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
     adapt = (Adapt(target_modules, make, exclude_modules),)
     return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
@@ -61,8 +62,10 @@ def rslora(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """Rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732): the scale is alpha/√rank, so that high ranks learn as
-    fast as low ones."""
+    """Rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732): LoRA at scale alpha/√rank.
+
+    High ranks then learn as fast as low ones.
+    """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout, rank_stabilised=True)
     adapt = (Adapt(target_modules, make, exclude_modules),)
     return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
@@ -96,8 +99,10 @@ def pissa(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts from the leading singular vectors of W, at scale 1 (alpha
-    = rank)."""
+    """PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts from the leading singular vectors of W.
+
+    The scale is 1 by default (``alpha`` None means alpha = rank).
+    """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout, init="pissa")
     adapt = (Adapt(target_modules, make, exclude_modules),)
     return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
@@ -115,8 +120,7 @@ def lora_plus(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """LoRA+ (Hayou et al., arXiv 2402.12354): LoRA with ``ratio`` times the learning rate for B (the paper's λ =
-    16)."""
+    """LoRA+ (Hayou et al., arXiv 2402.12354): LoRA with ``ratio`` times the learning rate for B (the paper's λ)."""
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
     return Method(
         name="lora_plus",
@@ -168,17 +172,16 @@ def lte(
     ties: Ties = "adapt",
     freeze: Targets = (),
 ) -> Method:
-    """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged every
-    ``merge_every`` steps.
+    """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged regularly.
 
-    Reset-less by default (``keep=True``): the factors go on, and what they had added at the merge is subtracted. The
-    paper's ViT-S runs use 32 heads of rank 64 at T = 10 and advise heads·rank of at least the largest side; the small
-    default here suits small models. ``alpha`` is 4·rank, by our own measurement; with ``init="reference"`` (A times
-    √(in/rank)) the reference's alpha of 4096.
+    They merge every ``merge_every`` steps, reset-less by default (``keep=True``): the factors go on, and what they had
+    added at the merge is subtracted. The paper's ViT-S runs use 32 heads of rank 64 at T = 10, and it advises
+    heads·rank of at least the largest side; the small defaults here suit small models. ``alpha`` defaults to 4·rank, by
+    our own measurement; ``init="reference"`` (A times √(in/rank)) goes with the reference's alpha of 4096.
 
-    Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and they talk only at merges;
-    ``rest_every``: steps between two averages of the rest of the model, where that trains locally (four merge
-    intervals).
+    Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and ranks communicate only at
+    merges and, where the rest of the model trains locally, when it is averaged: every ``rest_every`` steps (by default
+    four merge intervals).
     """
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
     return Method(
@@ -208,11 +211,10 @@ def relora(
 ) -> Method:
     """ReLoRA (Lialin et al., arXiv 2307.05695): LoRA merged and restarted every ``merge_every`` steps.
 
-    At a restart the factors are drawn anew, ``forget`` of their moments (the smallest) is dropped, and the learning
-    rate ramps up again over
-    ``restart_warmup`` steps: 100 where that fits, else a tenth of ``merge_every``. The paper's 5000 steps of full
-    training before the first LoRA (its greatest single gain) are a run of their own: ``--method full``, then
-    ``--init-from`` that run.
+    At a restart the factors are drawn anew, a share ``forget`` of their moments is zeroed (where the first moment is
+    smallest), and the learning rate ramps up again over ``restart_warmup`` steps, by default a tenth of ``merge_every``
+    and at most 100. The paper's 5000 steps of full training before the first LoRA (its greatest single gain) are a run
+    of their own: ``--method full``, then ``--init-from`` that run.
     """
     warmup = min(100, merge_every // 10) if restart_warmup is None else restart_warmup
     return Method(

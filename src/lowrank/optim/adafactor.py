@@ -7,9 +7,10 @@ The paper's step is u·max(ε₂, RMS(p))·ρ with ρ = min(0.01, 1/√t). Both 
 so that the run's learning rate means what it means for every other rule; ``galore_torch`` has the reference's
 defaults. The parameter's RMS is what ``observe_`` last saw (``apply_`` and ``Projected`` show it before each step).
 
-Shape legend: g, u (..., rows, cols);  row (..., rows);  col (..., cols);  leading dimensions are a stack of
-matrices. State: row and col (a vector: its whole second moment), ``exp_avg`` with ``beta1``, the count (8 bytes on
-the CPU), and one number a matrix for ``scale_parameter``.
+State: row and col (for a vector its whole second moment), ``exp_avg`` with ``beta1``, the step count (8 bytes on the
+CPU), and one number a matrix with ``scale_parameter``.
+
+Shape legend: g, u (..., rows, cols);  row (..., rows);  col (..., cols);  leading dimensions are a stack of matrices.
 """
 
 from __future__ import annotations
@@ -27,16 +28,19 @@ from lowrank.optim.storage import wide
 
 @dataclass(frozen=True, kw_only=True)
 class Adafactor:
-    """The rule above.
+    """Adafactor as an update rule (module docstring).
 
     Args:
-        eps: (ε₁ added to squared gradients, ε₂ the least parameter scale).
-        clip_threshold: largest RMS of an update.
+        eps: the pair (ε₁, added to squared gradients; ε₂, the least parameter scale).
+        clip_threshold: the largest RMS of an update.
         decay_rate: exponent of the second moment's decay, below 0.
         beta1: decay of a first moment of the updates, or None for none.
         scale_parameter: multiply the step by max(ε₂, RMS of the parameter).
-        relative_step: multiply the step by min(0.01, 1/√t).
-        warmup_init: with ``relative_step``, min(1e-6·t, 1/√t) instead.
+        relative_step: multiply the step by min(0.01, 1/√t), t the step counted from 1.
+        warmup_init: with ``relative_step``, multiply by min(1e-6·t, 1/√t) instead.
+
+    Raises:
+        ValueError: a value out of its range, or ``warmup_init`` without ``relative_step``.
     """
 
     eps: tuple[float, float] = (1e-30, 1e-3)
@@ -71,7 +75,7 @@ class Adafactor:
         return state
 
     def observe_(self, param: Tensor, state: State) -> None:
-        """Note the parameter's RMS, a matrix at a time."""
+        """Note the RMS of each matrix of ``param`` (..., rows, cols), at least ε₂, for the coming step."""
         if self.scale_parameter:
             scale = cast(Tensor, state["scale"])
             scale.copy_(_rms(param.to(scale.dtype)).view(scale.shape).clamp_(min=self.eps[1]))
@@ -110,7 +114,7 @@ class Adafactor:
             moment.copy_(move(moment, 1))
 
     def _whiten(self, g: Tensor, state: State, beta: float) -> Tensor:
-        """g / √v, in a tensor of its own."""
+        """g / √v, in a new tensor of g's shape."""
         squares = g.square().add_(self.eps[0])
         if "exp_avg_sq" in state:
             return cast(Tensor, state["exp_avg_sq"]).lerp_(squares, 1 - beta).rsqrt().mul_(g)
@@ -129,6 +133,6 @@ class Adafactor:
 
 
 def _rms(x: Tensor) -> Tensor:
-    """Root mean square of each matrix (of a vector, a number), in dimensions of size 1."""
+    """Root mean square of each matrix, (..., 1, 1); of a vector, (1,); of a number, its magnitude."""
     dims = tuple(range(-min(x.dim(), 2), 0))
     return torch.linalg.vector_norm(x, dim=dims or None, keepdim=True) / math.prod(x.shape[-2:]) ** 0.5

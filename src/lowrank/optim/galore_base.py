@@ -1,4 +1,4 @@
-"""What galore-torch's optimizers have in common: groups with a rank, state made lazily, hooks, loading."""
+"""What the three drop-ins for galore-torch share: groups with a rank, state made at the first step, hooks, loading."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ Params = Iterable[Any]  # tensors, (name, tensor) pairs or group dicts, as torch
 
 
 class GaLoreOptimizer(torch.optim.Optimizer):
-    """What the three have in common. A group with ``rank`` is projected; the other keys default to galore-torch's."""
+    """The base of the three drop-ins: a group with ``rank`` is projected, its other keys default to galore-torch's."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, per_layer: bool):
         if defaults["weight_decay"] < 0:
@@ -56,7 +56,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step. With ``per_layer`` every parameter has been stepped by the backward pass already."""
+        """One step; returns the closure's loss. With ``per_layer`` the backward pass has stepped them all already.
+
+        Raises:
+            RuntimeError: a sparse gradient.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -108,10 +112,10 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
-        """Load what ``state_dict`` gave; tensors keep the dtypes they were saved in.
+        """Load what ``state_dict`` gave; tensors keep the dtypes that they were saved in.
 
         Raises:
-            ValueError: a checkpoint of galore-torch, or state of another method or shape.
+            ValueError: a checkpoint of galore-torch, or state of another method or shape; nothing was changed.
         """
         states = self._states_from(state_dict)  # all checks come before any change
         super().load_state_dict({**state_dict, "state": {}})

@@ -36,14 +36,16 @@ class GaLoreAdamW(GaLoreOptimizer):
     """galore-torch's ``GaLoreAdamW`` (arXiv 2403.03507): AdamW as in transformers 4, projected where there is a rank.
 
     Args:
-        params: tensors, (name, tensor) pairs, or groups; one with ``rank`` may set ``update_proj_gap`` (200),
-        ``scale``
-            (0.25) and ``proj_type``: ``std`` (the short side), ``reverse_std`` (the long one), ``left``, ``right``,
-            ``full``.
+        params: tensors, (name, tensor) pairs, or groups; a group with ``rank`` may set ``update_proj_gap`` (200 steps),
+            ``scale`` (0.25) and ``proj_type``: ``std`` (the short side, the default), ``reverse_std`` (the long one),
+            ``left``, ``right`` or ``full``.
+        lr: the learning rate.
+        betas: decay of the first and of the second moment.
         eps: added to √v before bias correction.
+        weight_decay: decoupled, applied after the update.
         correct_bias: False leaves bias correction out.
         no_deprecation_warning: accepted for galore-torch's sake, whose warning does not exist here.
-        per_layer: step in the backward pass, freeing gradients; ``step()`` then does nothing more.
+        per_layer: step in the backward pass, freeing each gradient; ``step()`` then does nothing more.
 
     Raises:
         ValueError: a value out of range, an unknown ``proj_type``, a parameter given twice.
@@ -71,15 +73,18 @@ class GaLoreAdamW(GaLoreOptimizer):
 
 
 class GaLoreAdamW8bit(GaLoreOptimizer):
-    """galore-torch's ``GaLoreAdamW8bit``: moments in block-wise 8 bits, of the library's own (no bitsandbytes).
+    """galore-torch's ``GaLoreAdamW8bit``: AdamW with its moments in this library's block-wise 8 bits.
 
     Args:
-        params, lr, betas, eps, weight_decay: as in :class:`GaLoreAdamW`, with other defaults (bitsandbytes').
-        min_8bit_size: moments of fewer numbers stay float32. amsgrad, optim_bits, args, percentile_clipping,
-        block_wise, is_paged: galore-torch's; only their defaults exist here.
+        params, lr, betas, eps, weight_decay: as in :class:`GaLoreAdamW`, with bitsandbytes' defaults; ``eps`` is added
+            after bias correction, as in ``torch.optim.AdamW``.
+        amsgrad, optim_bits, args, percentile_clipping, block_wise, is_paged: galore-torch's; only their defaults are
+            supported.
+        min_8bit_size: moments of fewer numbers stay float32.
+        per_layer: as in :class:`GaLoreAdamW`.
 
     Raises:
-        ValueError: also where one of those is not at its default.
+        ValueError: as in :class:`GaLoreAdamW`, and where an unsupported option is not at its default.
     """
 
     def __init__(
@@ -119,11 +124,16 @@ class GaLoreAdafactor(GaLoreOptimizer):
     """galore-torch's ``GaLoreAdafactor``: Adafactor as in transformers, projected where a group has a rank.
 
     Args:
-        params: as in :class:`GaLoreAdamW`. lr: None with ``relative_step``, which brings its own. eps,
-        clip_threshold, decay_rate, beta1, scale_parameter, relative_step, warmup_init: as in :class:`Adafactor`;
-        clipping acts
-            inside the subspace.
+        params: as in :class:`GaLoreAdamW`.
+        lr: the learning rate; None with ``relative_step``, which brings its own.
+        eps, clip_threshold, decay_rate, beta1, scale_parameter, relative_step, warmup_init: as in
+            :class:`~lowrank.optim.Adafactor`; clipping acts inside the subspace.
+        weight_decay: decoupled, applied before the update.
         per_layer: as in :class:`GaLoreAdamW`.
+
+    Raises:
+        ValueError: as in :class:`GaLoreAdamW`; an ``lr`` beside ``relative_step``, neither of them, or ``warmup_init``
+            without ``relative_step``.
     """
 
     def __init__(
@@ -164,11 +174,11 @@ class GaLoreAdafactor(GaLoreOptimizer):
         )
 
     def _advance_(self, rule: Rule, target: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> None:
-        """The reference's step size holds for the decay too, and its first moment is one of whole steps."""
+        """As in the reference, the step size multiplies the decay too, and the first moment is one of whole steps."""
         lr = self._lr(target, state, group)
         inner = cast(State, state.get("inner", state))
         moment = cast("Tensor | None", inner.get("exp_avg"))
-        if moment is not None:  # kept times the step size, as there; the rule keeps it without
+        if moment is not None:  # stored times the step size, as in the reference; the rule's own is without it
             moment.div_(lr)
         target.mul_(1 - lr * group["weight_decay"])
         step_(rule, [target], [g], [state], lr=lr, decay=0.0)
@@ -189,7 +199,10 @@ class GaLoreAdafactor(GaLoreOptimizer):
 
 @dataclass(frozen=True, kw_only=True)
 class EarlyEpsAdam:
-    """Adam as in transformers 4: direction m / (√v + ε), gain √(1 − β₂ᵗ)/(1 − β₁ᵗ). State: 8 bytes a number, and 8."""
+    """Adam as in transformers 4: direction m / (√v + ε), gain √(1 − β₂ᵗ)/(1 − β₁ᵗ).
+
+    State: 8 bytes a number in float32, and 8 for the step count.
+    """
 
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-6

@@ -1,4 +1,4 @@
-"""Which sides of a matrix are projected, and the shapes that follow: of the bases and of R (see ``projected``)."""
+"""Which sides of a matrix are projected, and the shapes that follow: of the bases Q and of R (see ``projected``)."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ ProjectedSide = Literal["short", "long", "left", "right", "both"]
 
 
 def check_side(side: str) -> None:
-    """Raises ValueError for an unknown side."""
+    """Raise ValueError for an unknown side."""
     if side not in get_args(ProjectedSide):
         raise ValueError(f"side={side!r} is unknown; it is one of {', '.join(get_args(ProjectedSide))}")
 
@@ -36,7 +36,7 @@ def basis_shapes(shape: tuple[int, ...], side: ProjectedSide, rank: int) -> dict
 
 
 def inside_shape(shape: tuple[int, ...], side: ProjectedSide, rank: int) -> tuple[int, ...]:
-    """The shape of R."""
+    """The shape of R for a stack of matrices of ``shape`` (..., rows, cols)."""
     *lead, rows, cols = shape
     bases = basis_shapes(shape, side, rank)
     return (*lead, bases["left"][-1] if "left" in bases else rows, bases["right"][-1] if "right" in bases else cols)

@@ -1,21 +1,17 @@
 """Lifts: from a direction S in the subspace back to an update U of the whole matrix.
 
-    GaLore    U = Q S                                     what lies outside the subspace is dropped        arXiv
-              2403.03507
-    Rescale   U = G · |S| / |R|                           S only says how long the step is                 arXiv
-              2412.05270 (APOLLO)
-    Residual  U = Q S + (G − Q R) · |S| / |R|             the outside too, at the subspace's step length   arXiv
-              2410.01623 (Fira)
+    GaLore    U = Q S                          what lies outside the subspace is dropped        arXiv 2403.03507
+    Rescale   U = G · |S| / |R|                S only says how long the step is                 2412.05270 (APOLLO)
+    Residual  U = Q S + (G − Q R) · |S| / |R|  the outside too, at the subspace's step length   2410.01623 (Fira)
 
 |S| / |R| is taken per channel, that is per column for a left basis and per row for a right one, or over the whole
 matrix.
 
-The norm-growth limiter of both papers: where |U_t| > γ |U_{t-1}|, U_t is scaled down to γ |U_{t-1}|; for Fira U
-stands
-for the second term alone. Its state is the last norm (one float32 a matrix), 0 before the first. As in the papers'
+The norm-growth limiter of both papers: where |U_t| > γ |U_{t-1}|, U_t is scaled down to γ |U_{t-1}|; for Fira U stands
+for the second term alone. Its state is the last norm (one float32 a matrix), 0 before the first step. As in the papers'
 codes, S is the inner rule's direction before bias correction. Deviations: a norm of 0 starts the limiter anew (in the
-codes nothing could follow it), and the 1e-8 that guards the quotients there is here a test for 0, so that small
-gradients are scaled like large ones.
+codes every later update would be 0 too), and where those guard the quotients by adding 1e-8, here they are tested for
+0, so that small gradients are scaled like large ones.
 
 Shape legend: G, U (..., rows, cols);  R, S as in ``linalg.products``.
 """
@@ -41,15 +37,15 @@ class Lift(Protocol):
     needs_gradient: ClassVar[bool]  # whether U depends on G itself; if not, micro-batches may be kept as R
 
     def check(self, side: str) -> None:
-        """Raises ValueError if it cannot serve this ``side`` of ``Projected``."""
+        """Raise ValueError if the lift cannot serve this ``side`` of ``Projected``."""
         ...
 
     def init(self, like: Tensor) -> State:
-        """Fresh state for a gradient like this one (..., rows, cols)."""
+        """Fresh state for a gradient G like this one, (..., rows, cols)."""
         ...
 
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
-        """U, as the definition says it. Changes ``state``."""
+        """U (..., rows, cols), by the definition; ``state`` is changed in place."""
         ...
 
     def add_(
@@ -64,7 +60,10 @@ class Lift(Protocol):
         alpha: Factor,
         beta: float,
     ) -> None:
-        """target ← β·target + α·U, in place, equal to rounding. ``g`` is None only where it is not needed."""
+        """target ← β·target + α·U, in place, equal to ``__call__`` up to rounding.
+
+        ``g`` may be None where ``needs_gradient`` is False.
+        """
         ...
 
 
@@ -105,8 +104,12 @@ class Rescale:
     """U = G·|S|/|R| (APOLLO). The basis only estimates a step length, so a random one serves.
 
     Args:
-        scope: one length a channel, or one for the whole tensor (APOLLO-Mini, whose scale of 128 is applied as √128).
-        limiter: γ of the norm-growth limiter, or None for none.
+        scope: one length a ``channel``, or one for the whole ``tensor`` (APOLLO-Mini, whose scale of 128 is applied as
+            √128).
+        limiter: γ of the norm-growth limiter, at least 1, or None for none.
+
+    Raises:
+        ValueError: an unknown scope, or a limiter below 1.
     """
 
     scope: Scope = "channel"
@@ -153,8 +156,11 @@ class Residual:
     """U = QS + (G − QR)·|S|/|R| (Fira): full-rank updates from low-rank state.
 
     Args:
-        scope: the outside is scaled a channel at a time, or as a whole.
-        limiter: γ of the norm-growth limiter on the outside, or None for none.
+        scope: the part outside the subspace is scaled a ``channel`` at a time, or as one ``tensor``.
+        limiter: γ of the norm-growth limiter on that part, at least 1, or None for none.
+
+    Raises:
+        ValueError: an unknown scope, or a limiter below 1.
     """
 
     scope: Scope = "channel"
@@ -209,13 +215,13 @@ def _length(s: Tensor, r: Tensor, scope: Scope, subspace: Subspace) -> Tensor:
 
 
 def _scaled_norm(g: Tensor, length: Tensor, channel_dim: int | None) -> Tensor:
-    """‖g·length‖_F for each matrix, without a matrix in between."""
+    """‖g·length‖_F of each matrix, (...,), without a tensor of g's size in between."""
     dim: Any = (-2, -1) if channel_dim is None else channel_dim
     return torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=dim, keepdim=True) * length, dim=(-2, -1))
 
 
 def _limit(norm: Tensor, growth: float, state: State) -> Tensor:
-    """The factor (..., 1, 1) that keeps ``norm`` within ``growth`` times the last one, which is replaced."""
+    """The factor (..., 1, 1) that keeps ``norm`` (...,) within ``growth`` times the last; the limited norm is noted."""
     last = cast(Tensor, state["norm"])
     factor = torch.where((last > 0) & (norm > growth * last), growth * last / norm, 1)
     last.copy_(norm * factor)

@@ -9,9 +9,9 @@ when a merge is due, so that nobody can forget to.
 
 Per layer (``per_layer=True``) the same step runs in a hook as soon as a parameter's gradient is complete, which is then
 freed: only one layer's gradient exists at a time (LOMO, arXiv 2306.09782; GaLore, arXiv 2403.03507, section 4.3). The
-numbers are those of the ordinary step, bitwise. With ``accumulate=K`` the hook waits for the K-th micro-batch; a rule
-whose coming step needs the gradient only in a smaller form (``folds``) keeps that form between micro-batches, every
-other keeps ``p.grad``.
+result equals the ordinary step's, bitwise. With ``accumulate=K`` the hook waits for the K-th micro-batch; a rule whose
+coming step needs the gradient only in a smaller form (``folds``) keeps that form between micro-batches, every other
+keeps ``p.grad``.
 
 Over several ranks the gradients of ``shared`` parameters are summed before the step (each rank divides its loss by the
 global batch, so that the sum is the mean's gradient): plain sums of our own gradients after the backward pass, in
@@ -52,10 +52,10 @@ class Optimizer(torch.optim.Optimizer):
     """Runs one rule per parameter group; ``plan.optimizer(...)`` makes it for a bound method.
 
     Args:
-        groups: dicts with ``params`` (a list of (name, parameter) pairs), ``rule``, ``lr``, and optionally ``lr_ratio``
-            (1.0) and ``decay`` (0.0).
+        groups: dicts with ``params`` (a list of parameters or of (name, parameter) pairs), ``rule``, and optionally
+            ``lr`` (1e-3), ``lr_ratio`` (1.0) and ``decay`` (0.0).
         per_layer: step each parameter inside the backward pass and free its gradient.
-        accumulate: micro-batches to one step; only ``per_layer`` needs to know.
+        accumulate: micro-batches in one step; only ``per_layer`` needs to know.
         clip_per_layer: scale each parameter's gradient so that its norm is at most this.
         scaler: with ``per_layer`` under float16, the ``torch.amp.GradScaler``; ``step()`` then updates it, and a layer
             whose gradient overflows skips that step. Call neither ``scaler.step`` nor ``scaler.update``. Without
@@ -65,11 +65,12 @@ class Optimizer(torch.optim.Optimizer):
         expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
-        ranks: the processes that train together, and ``shared`` the parameters whose gradients they sum; each other
-            parameter is its rank's own business. The loss must be divided by the global batch.
+        ranks: the processes that train together; each divides its loss by the global batch.
+        shared: the parameters whose gradients the ranks sum; every other is trained by each rank on its own.
 
     Raises:
-        ValueError: no parameters, a parameter given twice, a frozen one, sizes that are not positive.
+        ValueError: no parameters, a parameter given twice or frozen, a group without a rule, a size that is not
+            positive, or a ``scaler`` without ``per_layer`` or with several ranks.
     """
 
     def __init__(
@@ -111,7 +112,11 @@ class Optimizer(torch.optim.Optimizer):
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
-        """As in torch; the group needs a ``rule``, and its parameters join at the step that the others are at."""
+        """Add a group, as in torch; it needs a ``rule``, and joins at the step that the others are at.
+
+        Raises:
+            ValueError: no rule, a parameter given twice, a frozen one, or one that is not floating point.
+        """
         if "rule" not in param_group:
             raise ValueError("every parameter group of lowrank.Optimizer needs a rule, such as lowrank.optim.AdamW()")
         super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
@@ -134,7 +139,7 @@ class Optimizer(torch.optim.Optimizer):
             if self.per_layer:
                 _HOOKS[p] = p.register_post_accumulate_grad_hook(self._on_gradient)
 
-    # --- what there is -------------------------------------------------------------------------------------------
+    # --- names and sizes -----------------------------------------------------------------------------------------
 
     @property
     def steps(self) -> int:
@@ -142,13 +147,14 @@ class Optimizer(torch.optim.Optimizer):
         return self.param_groups[0]["steps"]
 
     def name_of(self, p: nn.Parameter) -> str:
+        """The name that ``p`` was given with, or its number."""
         group = self._place[p][1]
         names = group.get("param_names")
         index = next(i for i, q in enumerate(group["params"]) if q is p)
         return names[index] if names else f"parameter {self._place[p][0]}"
 
     def state_bytes(self) -> int:
-        """Bytes of state held now, kept micro-batch gradients included."""
+        """Bytes of state held now, micro-batch gradients kept as R included (those kept in ``p.grad`` are not)."""
         tensors = [t for p in self._place for _, t in leaves(self.state[p])]
         return sum(t.numel() * t.element_size() for t in [*tensors, *self._folded.values()])
 
@@ -161,8 +167,15 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step; then the boundary. With ``per_layer`` the parameters have been stepped by the backward pass
-        already."""
+        """One step, then the boundary; returns the closure's loss.
+
+        With ``per_layer`` the backward pass has stepped the parameters already; what is left is to check that it ran,
+        to update the scaler, and the boundary.
+
+        Raises:
+            RuntimeError: a sparse gradient; an expected parameter without a gradient at the first step; with
+                ``per_layer`` fewer backward passes than ``accumulate``.
+        """
         loss = None
         if closure is not None:
             with torch.enable_grad():
@@ -186,9 +199,9 @@ class Optimizer(torch.optim.Optimizer):
     def synchronise_(self, *, whole: bool = False) -> None:
         """Sum the gradients of shared parameters over the ranks; ``step()`` does it where it has not been done.
 
-        Afterwards ``grad`` is the same on all ranks, or None where a rule needs only R = QᵀG, which then was sent;
-        ``whole=True`` sends G all the same, for who needs its norm. A parameter without a gradient on some ranks counts
-        as zero there. Nothing to do in one process, and with ``per_layer``.
+        Afterwards ``grad`` is the same on all ranks, or None where the rule needs only R = QᵀG, which was then summed
+        in its place; ``whole=True`` sums G all the same, for callers that need its norm. A parameter without a gradient
+        on some ranks counts as zero there. Does nothing in one process, and with ``per_layer``.
         """
         if not self._shared or self._ranks is None or self.per_layer or self._synchronised:
             return
@@ -211,7 +224,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @property
     def holds_projections(self) -> bool:
-        """Whether some gradients are known only as R = QᵀG, so that their norm is not."""
+        """Whether some gradients are held only as R = QᵀG, so that their norm is unknown."""
         return bool(self._folded)
 
     def _folds(self, p: nn.Parameter) -> bool:
@@ -238,7 +251,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._step_one(p, group, _dense(p.grad))
 
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
-        """One parameter, widened to float32 if it is narrower and then rounded stochastically."""
+        """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
         if self.clip_per_layer is not None:
             g = _clip(g, self.clip_per_layer)
         self._write(p, lambda target: self._advance(target, g.to(target.dtype), self.state[p], group))
@@ -262,7 +275,7 @@ class Optimizer(torch.optim.Optimizer):
         return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
 
     def _check_expected(self) -> None:
-        """An adapter whose layer never ran would stay as it is for ever; better to hear of it at the first step."""
+        """Raise RuntimeError at the first step for adapters whose layer never ran: they would never be trained."""
         seen = self._stepped if self.per_layer else {p for p in self._expect if p.grad is not None}
         missing = sorted({label for p, label in self._expect.items() if p not in seen and p not in self._micro})
         if missing:
@@ -277,7 +290,7 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def _on_gradient(self, p: nn.Parameter) -> None:
-        """A parameter's gradient for one micro-batch is complete."""
+        """The hook: the gradient of ``p`` for one micro-batch is complete."""
         if p.grad is None:
             raise RuntimeError(
                 f"the gradient of {self.name_of(p)} was taken by another hook before the step: only one can free it"
@@ -297,7 +310,7 @@ class Optimizer(torch.optim.Optimizer):
             self._complete(p)
 
     def _complete(self, p: nn.Parameter) -> None:
-        """All micro-batches that reach this parameter have: step it, and free its gradient."""
+        """Every micro-batch that reaches this parameter has done so: step it, and free its gradient."""
         group = self._place[p][1]
         del self._micro[p]
         self._stepped.add(p)
@@ -320,7 +333,7 @@ class Optimizer(torch.optim.Optimizer):
         self._write(p, lambda target: rule.apply_folded_(target, r, self.state[p], lr=lr, decay=decay))
 
     def _unscaled(self, g: Tensor) -> Tensor | None:
-        """The gradient without the scaler's factor; None where it overflowed and this layer must skip."""
+        """The gradient divided by the scaler's scale; None where it overflowed and this layer must skip the step."""
         if self._scaler is None:
             return g
         if self._inverse_scale is None:
@@ -330,7 +343,7 @@ class Optimizer(torch.optim.Optimizer):
         return g.to(wide(g.dtype)).mul_(self._inverse_scale) if finite else None
 
     def _finish_backward(self) -> None:
-        if self._stepped:  # so K backward passes have run, and who is still waiting was not reached by all of them
+        if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them
             for p in list(self._micro):
                 self._complete(p)
         if self._micro:
@@ -347,7 +360,7 @@ class Optimizer(torch.optim.Optimizer):
         self._overflowed, self._inverse_scale = [], None
 
     def _update_scale(self, overflowed: bool) -> None:
-        """GradScaler's own policy, through its public interface: it has seen no gradient, since none is left to see."""
+        """GradScaler's own growth and backoff, through its public interface: the gradients it would read are freed."""
         assert self._scaler is not None
         scale = self._scaler.get_scale()
         self._scale_age = 0 if overflowed else self._scale_age + 1
@@ -358,7 +371,7 @@ class Optimizer(torch.optim.Optimizer):
             self._scale_age = 0
 
     def zero_grad(self, set_to_none: bool = True) -> None:
-        """As in torch. With ``per_layer`` it also drops what earlier micro-batches of an unfinished step have left."""
+        """As in torch; also drops the kept micro-batches of an unfinished step."""
         super().zero_grad(set_to_none)
         self._micro.clear()
         self._folded.clear()
@@ -368,10 +381,13 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def forget(self, params: Iterable[nn.Parameter], share: float) -> None:
-        """Drop a ``share`` of what is kept for ``params`` (ReLoRA's partial reset, arXiv 2307.05695).
+        """Zero a ``share`` of the entries in the moments of ``params`` (ReLoRA's partial reset, arXiv 2307.05695).
 
-        The entries go at which the first moment is smallest, in each head apart, and from all moments alike;
-        ``share=1`` starts the state anew, its step count included.
+        Those at which the first moment is smallest, in each head apart, and the same ones in all moments; ``share=1``
+        starts the state anew, its step count included.
+
+        Raises:
+            ValueError: a share outside [0, 1], or state that is more than moments (``state.check_forgets``).
         """
         if not 0.0 <= share <= 1.0:
             raise ValueError(f"share={share} must lie in [0, 1]")
@@ -390,8 +406,7 @@ class Optimizer(torch.optim.Optimizer):
     # --- saving and loading --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": {i: nested dict of tensors}, "param_groups": [...]}``, torch's form; rules are given as their
-        text."""
+        """``{"state": {i: nested dict of tensors}, "param_groups": [...]}``, torch's form; rules are saved as text."""
         number = {p: index for p, (index, _) in self._place.items()}
         groups = []
         for group in self.param_groups:
@@ -404,8 +419,8 @@ class Optimizer(torch.optim.Optimizer):
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:
         """Load what ``state_dict`` gave, matched by parameter name where both have names, else by position.
 
-        Nothing is changed unless everything fits. Raises ValueError naming the first parameter whose rule, name, shape
-        or dtype differs.
+        Raises:
+            ValueError: names the first parameter whose rule, name, shape or dtype differs; nothing was changed.
         """
         saved = self._saved_by_key(state_dict)
         pairs: list[tuple[Tensor, Tensor]] = []

@@ -5,12 +5,15 @@
 
 One rule with a few slots, each a small value. The papers are values of it:
 
-    GaLore       Projected(rank=r)                                          2403.03507, algorithm 2
-    Q-GaLore     … inner=AdamW(storage="int8"), basis_storage="int4", lazy=Lazy()      2407.08296, weights as they are
-    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1), transport="rotate"    2410.16103, no feedback
-    APOLLO       … basis=Gaussian(), lift=Rescale(), scale=1                2412.05270
-    APOLLO-Mini  … rank=1, basis=Gaussian(), lift=Rescale(scope="tensor"), scale=128 ** 0.5
-    Fira         … lift=Residual()                                          2410.01623
+    GaLore       Projected(rank=r)                                              2403.03507, algorithm 2
+    Q-GaLore     … inner=AdamW(storage="int8"), basis_storage="int4",           2407.08296; weights are not quantised
+                 lazy=Lazy()
+    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1),         2410.16103; without error feedback
+                 transport="rotate"
+    APOLLO       … basis=Gaussian(), lift=Rescale(), scale=1                    2412.05270
+    APOLLO-Mini  … rank=1, basis=Gaussian(), lift=Rescale(scope="tensor"),      2412.05270
+                 scale=128 ** 0.5
+    Fira         … lift=Residual()                                              2410.01623
 
 Leading dimensions are a stack of matrices, as in A (heads, rank, in); ``stack=False`` reads a tensor (out, ...) as
 one matrix (out, −1), and a plan shows convolutions as such matrices itself. Vectors, and matrices whose projected
@@ -27,8 +30,8 @@ long·r at "long", both at "both", none for Gaussian); the inner rule's state fo
 for a limiter; with ``lazy`` 8 + 4·window bytes. With AdamW at side="short": (short + 2·long)·r numbers and 40 + 4
 bytes.
 
-Shape legend: G, U (..., rows, cols);  Q (..., side, r);  R, S (..., r, cols), (..., rows, r) or, for both, (..., r,
-r).
+Shape legend: G, U (..., rows, cols);  Q (..., rows or cols, r);
+R, S (..., r, cols) with a left basis, (..., rows, r) with a right one, (..., r, r) with both.
 """
 
 from __future__ import annotations
@@ -67,20 +70,22 @@ class Projected:
     """Run ``inner`` in a subspace of rank ``rank``. Itself a rule, so it nests.
 
     Args:
-        inner: any rule. rank: of the subspace; no more than min(rows, cols) of it can be used. basis:
-        ``PowerIteration``, ``SVD`` or ``Gaussian``. lift: ``GaLore``, ``Rescale`` (APOLLO) or ``Residual`` (Fira).
-        refresh_every: steps between refreshes of the basis. scale: multiplies the step of projected matrices
-        (GaLore's scale, Fira's alpha). side: which side is projected: the ``short`` one (the paper's; columns of a
-        square), the ``long`` one, ``left``
+        inner: any rule.
+        rank: of the subspace; at most min(rows, cols) of it is used.
+        basis: ``PowerIteration``, ``SVD`` or ``Gaussian``.
+        lift: ``GaLore``, ``Rescale`` (APOLLO) or ``Residual`` (Fira).
+        refresh_every: steps between refreshes of the basis.
+        scale: multiplies the step of projected matrices (GaLore's scale, Fira's alpha).
+        side: which side is projected: the ``short`` one (the paper's; columns of a square), the ``long`` one, ``left``
             (rows), ``right`` (columns), or ``both``.
-        transport: what becomes of the moments at a refresh: ``keep`` their coordinates (galore-torch), ``rotate``
-        them
-            into the new basis, the first by C = QₙᵀQₒ and the second by its squares (LDAdam), or ``reset``.
+        transport: what becomes of the moments at a refresh: ``keep`` their coordinates (galore-torch), ``rotate`` them
+            into the new basis, the first by C = QₙᵀQₒ and the second by C's squared entries (LDAdam), or ``reset``.
         stagger: spread the refreshes of the layers over the interval, so that no step pays for all of them.
-        lazy: refresh ever less often where the subspace stands still.
-        basis_storage: how the basis is kept.
+        lazy: refresh ever less often where the subspace stands still (``Lazy``), or None.
+        basis_storage: how the basis is kept: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
         stack: whether leading dimensions are a stack of matrices; else a tensor (out, ...) is one matrix (out, −1).
-        fallback: whether a rank that does not compress leaves the inner rule alone; else it projects all the same.
+        fallback: whether a matrix that the rank does not compress follows the inner rule alone; else it is projected
+            all the same.
 
     Raises:
         ValueError: a size that is not a positive whole number, an unknown word, or slots that do not go together.
@@ -141,15 +146,17 @@ class Projected:
         return min(self.rank, rows, cols)
 
     def inside_shape(self, shape: tuple[int, ...]) -> tuple[int, ...]:
-        """The shape that the inner rule works on: that of R, or the parameter's own where it is not projected."""
+        """The shape that the inner rule sees: that of R, or the parameter's own where it is not projected."""
         if self.rank_for(shape) is None:
             return tuple(shape)
         return inside_shape(self._matrix_shape(shape), self.side, self.rank)
 
     def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
-        """The rule that a parameter like this one really follows: itself, or ``inner`` where projecting would compress
-        nothing. ``stacked``: whether its leading dimensions are a stack of matrices (as in adapter factors) and not
-        those of a convolution."""
+        """The rule that a parameter like this one follows: this one, or ``inner`` where projecting compresses nothing.
+
+        ``stacked``: whether its leading dimensions are a stack of matrices (as in adapter factors) and not those of a
+        convolution, which is read as one matrix.
+        """
         rule = self if self.stack == stacked or like.dim() <= 2 else replace(self, stack=stacked)
         return self.inner if rule.rank_for(tuple(like.shape)) is None else rule
 
@@ -181,14 +188,14 @@ class Projected:
         return g.new_empty(self.inside_shape(g.shape))
 
     def place_(self, state: State, index: int) -> None:
-        """``index`` of the parameter: its phase in the interval and its random streams follow from it."""
+        """Note the parameter's ``index``: its phase in the refresh interval and its random streams follow from it."""
         if "due" in state:
             cast(Tensor, state["index"]).fill_(index)
         if hasattr(self.inner, "place_"):
             self.inner.place_(self._inner_state(state), index)
 
     def observe_(self, param: Tensor, state: State) -> None:
-        """Shows the parameter to an inner rule that wants to see it (Adafactor's parameter scale)."""
+        """Show the parameter to an inner rule that wants to see it (Adafactor's parameter scale)."""
         if hasattr(self.inner, "observe_"):
             matrix = param.reshape(self._matrix_shape(param.shape)) if "due" in state else param
             self.inner.observe_(matrix, self._inner_state(state))
@@ -226,14 +233,14 @@ class Projected:
     def _advance_(
         self, p: Tensor, g: Tensor | None, r: Tensor, subspace: Subspace, state: State, *, lr: float, decay: float
     ) -> None:
-        """p ← p·(1 − lr·decay) − lr·c·scale·U, without a matrix for U."""
+        """p ← p·(1 − lr·decay) − lr·c·scale·U, without a tensor for U."""
         self.observe_(p, state)
         inner, keep = self._inner_state(state), 1 - lr * decay
         if self.lift.needs_gradient or hasattr(self.inner, "observe_"):
             s, gain = self.inner.update(r, inner)
             alpha = gain * (-lr * self.scale)
         else:
-            # Let the inner rule step a zero of R's size: −lr·c·S, by whatever kernel it has for steps.
+            # Let the inner rule step a zero tensor of R's shape: that gives −lr·c·S, by whatever kernel it has.
             s, alpha = torch.zeros_like(r), self.scale
             step_(self.inner, [s], [r], [inner], lr=lr, decay=0.0)
         with matrix_of(p, self._matrix_shape(p.shape)) as target:
@@ -250,7 +257,7 @@ class Projected:
         return "due" in state and not self.lift.needs_gradient and not is_due(state)
 
     def fold(self, g: Tensor, state: State) -> Tensor:
-        """R of one micro-batch; their sum is R of the step."""
+        """R of one micro-batch's gradient ``g``; the sum over the micro-batches is the step's R."""
         g = self._as_matrix(g)
         return self._present(g, state).project(g)
 
@@ -265,7 +272,7 @@ class Projected:
         return self._refresh(g, state) if is_due(state) else self._present(g, state)
 
     def _present(self, like: Tensor, state: State) -> Subspace:
-        """The basis in force, read from the state or drawn again, for a matrix like this one."""
+        """The present basis for a matrix like this one, read from the state or drawn again."""
         shapes = basis_shapes(tuple(like.shape), self.side, self.rank)
         if not self.basis.stored:
             rank, seed = next(iter(shapes.values()))[-1], stream(state)

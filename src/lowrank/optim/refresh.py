@@ -1,13 +1,15 @@
 """When and how a projected rule's basis changes: the clock, the fit, and what becomes of the moments.
 
-    due at steps 0, T − phase, 2T − phase, …     phase = frac(index·φ)·T spreads any number of layers over the interval
-    M ← C M,  V ← (C∘C) V,  C = Qₙᵀ Qₒ           moments carried into the new basis (arXiv 2410.16103)
+    due at steps 0, T − phase, 2T − phase, …   phase = frac(index·φ)·T spreads any number of layers over the interval
+    M ← C M,  V ← (C∘C) V,  C = Qₙᵀ Qₒ         moments carried from the old basis into the new one (arXiv 2410.16103)
 
 The clock is five int64 scalars on the CPU, so that an ordinary step on a GPU never waits for it:
 
-    step        steps done                      index      which parameter this is (phase, random streams)
-    due         the step of the next refresh    refreshes  done so far
-    failures    matrices that had to keep their old basis
+    step       steps done
+    due        the step of the next refresh
+    index      which parameter this is (phase, random streams)
+    refreshes  refreshes done
+    failures   matrices that had to keep their old basis, summed over the refreshes
 
 Shape legend: G (..., rows, cols);  Q (..., side, rank);  M, V as R in ``linalg.products``.
 """
@@ -32,11 +34,19 @@ GOLDEN = (math.sqrt(5) - 1) / 2
 
 @dataclass(frozen=True, kw_only=True)
 class Lazy:
-    """Q-GaLore's lazy refresh (arXiv 2407.08296): where the subspace has stopped moving, look at it less often.
+    """Q-GaLore's lazy refresh (arXiv 2407.08296): where the subspace has stopped moving, refresh it less often.
 
     After a refresh the |cosine| between the old and the new leading vector is noted (absolute, as signs are
-    arbitrary). Once the last ``window`` of them average at least ``threshold``, the interval of this matrix is
-    multiplied by ``factor`` and the window starts anew.
+    arbitrary; the mean over a stack and over both sides). Once the last ``window`` of them average at least
+    ``threshold``, the interval of this parameter is multiplied by ``factor`` and the window starts anew.
+
+    Args:
+        threshold: the mean |cosine| that counts as standing still, in (0, 1].
+        factor: by which the interval grows, above 1.
+        window: refreshes that are averaged.
+
+    Raises:
+        ValueError: a value out of its range.
     """
 
     threshold: float = 0.4
@@ -48,13 +58,14 @@ class Lazy:
             raise ValueError(f"{self!r}: threshold must lie in (0, 1], factor be above 1 and window at least 1")
 
     def init(self, interval: int) -> State:
+        """Fresh state: the interval in steps, and an empty window (−1 stands for no cosine yet)."""
         return {
             "interval": torch.tensor(interval, dtype=torch.int64, device="cpu"),
             "cosines": torch.full((self.window,), -1.0, dtype=torch.float32, device="cpu"),
         }
 
     def note_(self, state: State, old: Iterable[Tensor], new: Iterable[Tensor]) -> None:
-        """Note how far the leading vectors have moved, and widen the interval if that was little for long."""
+        """Note how far the leading vectors have moved, and widen the interval if they have long stood still."""
         moved = [(a[..., 0] * b[..., 0]).sum(dim=-1).abs().mean() for a, b in zip(old, new, strict=True)]
         cosine = torch.stack(moved).mean().float().cpu()
         window, interval = cast(Tensor, state["cosines"]), cast(Tensor, state["interval"])
@@ -65,11 +76,13 @@ class Lazy:
 
 
 def new_clock() -> State:
+    """The clock at step 0 (module docstring)."""
     names = ("step", "due", "index", "refreshes", "failures")
     return {name: torch.zeros((), dtype=torch.int64, device="cpu") for name in names}
 
 
 def is_due(clock: State) -> bool:
+    """Whether the coming step refreshes the basis."""
     return count(clock, "step") >= count(clock, "due")
 
 
@@ -89,14 +102,17 @@ def schedule_next_(clock: State, interval: int, *, stagger: bool) -> None:
 
 
 def stream(clock: State) -> int:
-    """The seed of what is random in the present refresh of this parameter."""
+    """The seed of everything random in the present basis of this parameter."""
     return stable_seed(count(clock, "index"), count(clock, "refreshes"))
 
 
 def fit(
     basis: Basis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
 ) -> tuple[Subspace, int]:
-    """New bases, and how many matrices failed and kept the old ones (at a cold start: got a random one)."""
+    """New bases for ``sides`` of ``g``, and how many matrices failed.
+
+    Those keep their old basis, or get a random one at a cold start (``old`` is None).
+    """
     found: dict[str, Tensor] = {}
     failed = ~g.sum(dim=(-2, -1)).isfinite()
     for side in sides:
@@ -112,7 +128,7 @@ def fit(
 
 
 def rotation(old: Subspace, new: Subspace) -> Move:
-    """(M, power) → C M with the entries of C to that power, from the right M Cᵀ: the moment in the new basis."""
+    """The map (M, power) → C M C'ᵀ into the new basis, with the entries of C (left) and C' (right) to that power."""
     left = None if old.left is None or new.left is None else new.left.mT @ old.left
     right = None if old.right is None or new.right is None else new.right.mT @ old.right
 
@@ -127,7 +143,8 @@ def rotation(old: Subspace, new: Subspace) -> Move:
 def copy_into_(state: State, fresh: State) -> None:
     """Overwrite a state by another of the same form, tensor by tensor, each staying in its dtype and on its device.
 
-    Raises ValueError, before any change to the tensor concerned, where keys, shapes or dtypes differ.
+    Raises:
+        ValueError: keys, shapes or dtypes differ; tensors before the first that differs have been overwritten.
     """
     if state.keys() != fresh.keys():
         raise ValueError(f"the state given holds {sorted(fresh)}, expected {sorted(state)}")
@@ -145,7 +162,7 @@ def copy_into_(state: State, fresh: State) -> None:
 
 
 def _fit_each(basis: Basis, g: Tensor, side: Side, rank: int, old: Tensor | None, seed: int) -> Tensor:
-    """``basis.fit``, where it fails NaN: for the one matrix of a stack that it fails for, not for all."""
+    """``basis.fit``, with NaN for those matrices of a stack for which the decomposition fails, not for all."""
     try:
         return basis.fit(g, side, rank, old=old, seed=seed)
     except torch.linalg.LinAlgError:

@@ -7,10 +7,10 @@ optimizer then does, for a learning rate η and a decay λ,
     p ← p·(1 − η·λ) − η·c·U
 
 so that no rule ever sees the parameter, the learning rate or the decay. ``update`` is the definition; a rule may also
-give ``apply_``, the same step in place for many parameters at once, equal to rounding, which the optimizer prefers.
+give ``apply_``, the same step in place for many parameters at once, equal up to rounding, which the optimizer prefers.
 
-State is a nested dict of tensors whose keys, shapes and dtypes are fixed by ``init``. It is float32 (float64 for
-float64 parameters) whatever the parameter's own dtype: arithmetic is never narrower.
+State is a nested dict of tensors whose keys, shapes and dtypes are fixed by ``init``. Unless a rule's ``storage`` says
+otherwise it is float32 (float64 for float64 parameters) whatever the parameter's dtype: arithmetic is never narrower.
 """
 
 from __future__ import annotations
@@ -26,21 +26,21 @@ from torch.optim.adamw import adamw
 from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
 
 State = dict[str, "Tensor | State"]
-Move = Callable[[Tensor, int], Tensor]  # (a moment, its power of the gradient) -> that moment in another basis
+Move = Callable[[Tensor, int], Tensor]  # (a moment, the power of the gradient in it) -> that moment in another basis
 
 
 @runtime_checkable
 class Rule(Protocol):
-    """What the optimizer needs of an update rule. Beside these two, it uses where present:
+    """What the optimizer needs of an update rule: ``init`` and ``update``. Where present, it also uses
 
-    ``apply_(params, grads, states, *, lr, decay)``  the whole step in place, for float32 or float64 parameters
-    ``place_(state, index)``                         told once which parameter a state is for (to stagger, to seed)
-    ``folds / fold / apply_folded_``                 micro-batch gradients kept in a smaller form (``projected``)
+        apply_(params, grads, states, *, lr, decay)  the whole step in place, for float32 or float64 parameters
+        place_(state, index)                         told once which parameter a state is for (to stagger, to seed)
+        folds, fold, apply_folded_                   micro-batch gradients kept in a smaller form (``projected``)
 
     and ``Projected``, of a rule inside it:
 
-    ``transport_(state, like, move)``                the basis has changed: pass every moment through ``move``
-    ``observe_(param, state)``                       shown the parameter before a step (Adafactor's parameter scale)
+        transport_(state, like, move)                the basis has changed: pass every moment through ``move``
+        observe_(param, state)                       shown the parameter before a step (Adafactor's parameter scale)
     """
 
     def init(self, like: Tensor) -> State:
@@ -68,8 +68,16 @@ def step_(
 class AdamW:
     """Adam with decoupled weight decay (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it.
 
-    ``storage`` says how the moments are kept (``optim.storage``). State: ``exp_avg``, ``exp_avg_sq`` (the parameter's
-    shape) and ``step`` (one float32): 8 bytes a number, and 4; as int8, 2 bytes a number and 8 a block of 256.
+    State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape) and ``step`` (one float32): 8 bytes a number, and 4; as
+    int8, 2 bytes a number, 8 a block of up to 256 numbers, and 4.
+
+    Args:
+        betas: decay of the first and of the second moment, each in [0, 1).
+        eps: added to the root of the second moment, after bias correction.
+        storage: how the moments are kept: ``float32``, ``bfloat16`` or ``int8`` (``optim.storage``).
+
+    Raises:
+        ValueError: a value out of its range, or an unknown storage.
     """
 
     betas: tuple[float, float] = (0.9, 0.999)
@@ -91,7 +99,7 @@ class AdamW:
         }
 
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
-        """Direction m / (√v + ε√c₂) and gain √c₂ / c₁, with c = 1 − βᵗ: bias correction is all in the gain."""
+        """Direction m / (√v + ε√c₂) and gain √c₂ / c₁, where cᵢ = 1 − βᵢᵗ: bias correction is all in the gain."""
         beta1, beta2 = self.betas
         g = g.to(wide(g.dtype))
         m, v = self._read(state, g)
@@ -160,9 +168,16 @@ def _laid_out_alike(p: Tensor, *others: object) -> bool:
 
 @dataclass(frozen=True)
 class SGD:
-    """Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it, the decay decoupled.
+    """Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it, but with decoupled weight decay.
 
     State: ``momentum_buffer`` (the parameter's shape) where ``momentum`` is not 0, else nothing.
+
+    Args:
+        momentum: decay of the sum of gradients, in [0, 1).
+        nesterov: step along g + momentum·buffer (Nesterov's accelerated gradient).
+
+    Raises:
+        ValueError: a momentum out of its range, or ``nesterov`` without one.
     """
 
     momentum: float = 0.0

@@ -1,4 +1,4 @@
-"""What can be done with any rule's state, a nested dict of tensors: walk, copy and compare it, forget a part of it."""
+"""Operations on any rule's state, a nested dict of tensors: walk, copy and compare it, zero a part of it."""
 
 from __future__ import annotations
 
@@ -11,8 +11,10 @@ from lowrank.optim.rules import Rule, State
 
 
 def check_forgets(rule: Rule, like: Tensor, name: str) -> None:
-    """Raise ValueError unless all that the rule keeps for a parameter like this is moments of its shape: what drops the
-    smallest of those would spoil a basis, or codes."""
+    """Raise ValueError unless the rule keeps nothing but moments of the parameter's shape.
+
+    Zeroing the smallest numbers would spoil a basis, or quantised codes.
+    """
     state = rule.init(torch.empty_like(like, device="meta"))
     if any(t.numel() > 1 and (t.shape != like.shape or not t.is_floating_point()) for _, t in leaves(state)):
         raise ValueError(
@@ -25,7 +27,7 @@ def forget_smallest_(moments: list[Tensor], share: float) -> None:
     """Zero the ``share`` of the entries at which the first of the moments is smallest, in all of them.
 
     The same entries everywhere: a first moment that outlived its second would be divided by nearly nothing. In each
-    matrix apart: what one head forgets is its own business.
+    matrix (head) of a stack apart.
     """
     first = moments[0]
     rows = first.flatten(-2) if first.dim() > 2 else first.flatten()
@@ -45,12 +47,16 @@ def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
 
 
 def copied(state: State) -> State:
-    """The state with tensors of its own."""
+    """A deep copy of the state, detached."""
     return {k: v.detach().clone() if isinstance(v, Tensor) else copied(v) for k, v in state.items()}
 
 
 def matched(ours: State, saved: State, label: str) -> list[tuple[Tensor, Tensor]]:
-    """(our tensor, the saved one) for every tensor of a state; ValueError where key, shape or dtype differ."""
+    """(our tensor, the saved one) for every tensor of the state called ``label``.
+
+    Raises:
+        ValueError: a key, shape or dtype differs.
+    """
     mine, theirs = dict(leaves(ours)), dict(leaves(saved))
     if mine.keys() != theirs.keys():
         raise ValueError(f"the saved state of {label!r} holds {sorted(theirs)}, its rule needs {sorted(mine)}")

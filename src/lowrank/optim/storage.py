@@ -1,12 +1,16 @@
-"""How a tensor of state is kept: float32, bfloat16, or block-wise int8 (a basis in int4 too).
+"""How a tensor of state is kept: in float32, bfloat16, or block-wise int8 (a basis also in int4).
 
 Storage is not another optimizer: a rule reads its moments as float32, computes, and writes them back. What is kept is
 plain tensors (``codes`` and ``scales``), so that it loads with ``weights_only=True`` and fits in safetensors, which
 torchao's quantised tensor does not. bfloat16 and int8 moments are written with dithered rounding (``linalg.blocks``),
 since a second moment changes by 0.1 % a step and a code is coarser than that.
 
-Bytes for n numbers in b = ceil(n/256) blocks: float32 4n (float64 8n for float64 parameters), bfloat16 2n, int8 n +
-4b, int4 n/2 + 4b, with n rounded up to a multiple of b (int4: of 2b).
+Bytes for n numbers in b = ceil(n/256) blocks, n rounded up to a multiple of b for int8 and of 2b for int4:
+
+    float32   4n (8n for float64 parameters)
+    bfloat16  2n
+    int8      n + 4b
+    int4      n/2 + 4b
 """
 
 from __future__ import annotations
@@ -32,7 +36,7 @@ def basis_code(storage: str) -> Code:
 
 
 def check_storage(name: str, value: str, allowed: Any = Storage) -> None:
-    """Raises ValueError unless ``value`` is one of the kinds of storage."""
+    """Raise ValueError unless ``value``, of the argument ``name``, is one of the kinds of storage in ``allowed``."""
     kinds = get_args(allowed)
     if value not in kinds:
         raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(kinds)}")
@@ -44,7 +48,7 @@ def wide(dtype: torch.dtype) -> torch.dtype:
 
 
 def allocate(like: Tensor, storage: str, code: Code) -> Stored:
-    """Zeros for a tensor of this shape and device, kept as ``storage``; float32 is float64 where ``like`` is."""
+    """Zeros in the shape and on the device of ``like``, kept as ``storage`` ("float32": float64 where ``like`` is)."""
     if storage == "float32":
         return torch.zeros_like(like, dtype=wide(like.dtype))
     if storage == "bfloat16":
@@ -53,14 +57,14 @@ def allocate(like: Tensor, storage: str, code: Code) -> Stored:
 
 
 def read(stored: Stored, code: Code, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
-    """The tensor in ``dtype``. A tensor kept in that dtype is returned itself: what is done to it in place is kept."""
+    """What is stored, in ``dtype``. A tensor kept in that dtype is returned itself: changes in place are kept."""
     if isinstance(stored, Tensor):
         return stored.to(dtype)
     return code.decode(stored, shape, dtype)
 
 
 def write_(stored: Stored, value: Tensor, code: Code, tick: Tensor | int | None) -> None:
-    """Keep ``value``; narrower storage is dithered by ``tick``, or rounded to the nearest where it is None."""
+    """Store ``value``; narrower storage is dithered by ``tick``, or rounded to the nearest where that is None."""
     if not isinstance(stored, Tensor):
         code.encode_(stored, value, tick)
     elif stored.dtype is torch.bfloat16 and tick is not None:

@@ -1,14 +1,15 @@
-"""Low-rank gradients of tensors with more than two dimensions: a basis for every mode (Tensor-GaLore, 2501.02379).
+"""Low-rank gradients of tensors with more than two dimensions: a basis per mode (Tensor-GaLore, arXiv 2501.02379).
 
-    every T steps   Q_k ← basis(unfolding of G along mode k)        modes no longer than their rank are left as they are
+    every T steps   Q_k ← basis(unfolding of G along mode k)        modes no longer than their rank have none
     each step       R = G ×₁ Q₁ᵀ … ×_d Q_dᵀ,   (S, c) = inner(R),   U = S ×₁ Q₁ … ×_d Q_d
 
 A convolution (out, in, 3, 3) then keeps its spatial modes and compresses both channels, where ``Projected`` on the
-matrix (out, in·3·3) compresses one side. This is what galore-torch's tensor projector sets out to do; that one ignores
-Adam's output on the way back and never refreshes.
+matrix (out, in·3·3) compresses one side. galore-torch's tensor projector sets out to do the same, but it ignores Adam's
+output on the way back and never refreshes.
 
-State: Q_k (n_k·r_k numbers) for the compressed modes, the inner rule's state for R (Π r_k numbers a moment), the clock
-(40 bytes). Tensors of fewer than three dimensions, and those that no rank compresses, follow the inner rule alone.
+State: Q_k (n_k·r_k numbers) for the compressed modes, the inner rule's state for R (Π r_k numbers a moment, r_k = n_k
+where mode k has no basis), the clock (40 bytes). Tensors of fewer than three dimensions, and those of which no mode is
+longer than its rank, follow the inner rule alone.
 
 Shape legend: G, U (n₁, …, n_d);  Q_k (n_k, r_k);  R, S (r₁, …, r_d).
 """
@@ -37,7 +38,7 @@ class Tucker:
         inner: any rule.
         rank: the rank of every mode, or a tuple with one for each.
         basis: ``PowerIteration`` or ``SVD``.
-        refresh_every, scale, stagger: as in ``Projected``. Moments keep their coordinates at a refresh.
+        refresh_every, scale, stagger: as in ``Projected``; moments keep their coordinates at a refresh.
 
     Raises:
         ValueError: a size that is not a positive whole number, or a basis that is not orthonormal.
@@ -59,9 +60,10 @@ class Tucker:
             raise ValueError(f"{self.basis!r} is not orthonormal; use PowerIteration() or SVD()")
 
     def ranks_for(self, shape: tuple[int, ...]) -> dict[int, int]:
-        """The rank of each mode that is compressed; empty where the inner rule is followed alone.
+        """The rank of each mode that is compressed, by mode; empty where the inner rule is followed alone.
 
-        Raises ValueError where ``rank`` is a tuple of another length than the shape.
+        Raises:
+            ValueError: ``rank`` is a tuple of another length than the shape.
         """
         if len(shape) < 3:
             return {}
@@ -122,5 +124,5 @@ class Tucker:
 
 
 def multiply_mode(x: Tensor, matrix: Tensor, mode: int) -> Tensor:
-    """``x`` with its dimension ``mode`` contracted with the rows of ``matrix`` and replaced by the columns."""
+    """x ×ₖ Mᵀ: dimension ``mode`` of ``x``, of size n, times ``matrix`` (n, m), so that its size becomes m."""
     return torch.tensordot(x, matrix, dims=([mode], [0])).movedim(-1, mode)
