@@ -1,10 +1,12 @@
 """Low-rank training of neural networks: adapters, projected optimizers, merging, and an honest comparison.
 
-method = lowrank.methods.lte(target_modules="attention", rank=4, heads=4, merge_every=10)
-plan = lowrank.apply_(model, method)
-opt = plan.optimizer(lr=6e-4, weight_decay=0.1)
-...                                              # loss.backward(); opt.step(); opt.zero_grad()
-lowrank.merge_and_unload(model)
+In short:
+
+    method = lowrank.methods.lte(target_modules="attention", rank=4, heads=4, merge_every=10)
+    plan = lowrank.apply_(model, method)
+    opt = plan.optimizer(lr=6e-4, weight_decay=0.1)
+    ...                                              # loss.backward(); opt.step(); opt.zero_grad()
+    lowrank.merge_and_unload(model)
 """
 
 from lowrank import adapters, methods, optim

@@ -1,11 +1,11 @@
-"""Who is adapted, who is frozen, who is trained by which rule: the decisions behind ``plan.apply_``.
+"""Which parameters are adapted, frozen, or trained by which rule: the decisions behind ``plan.apply_``.
 
-A parameter is trained when, in this order:
+Whether a parameter is trained is decided by the first of these that applies:
 
 1. it belongs to an adapter: yes; it is the weight under an adapter: no
 2. it was frozen before, or a ``freeze`` pattern covers it: no
 3. a ``Use`` other than the catch-all names it: yes
-4. else as ``rest`` says: ``train``, ``freeze``, or ``auto``: yes if it was initialised at random, no if it was loaded.
+4. otherwise by ``rest``: ``train``: yes; ``freeze``: no; ``auto``: yes if initialised at random, no if loaded
 
 A parameter counts as loaded when ``lowrank.mark_loaded_`` said so (the loaders of ``lowrank.models`` do) or
 transformers' ``from_pretrained`` filled it.
@@ -47,8 +47,8 @@ Across = Literal["shared", "own", "local"]
 class Row:
     """One parameter of the model under the plan: its rule, or why it does not train.
 
-    ``across`` several ranks: ``shared`` is the same on all, its gradients summed; ``own`` are heads that this rank
-    alone trains; ``local`` trains on each rank by itself and is averaged at times.
+    ``across`` says how several ranks train it: ``shared``: the same on all, its gradients are summed; ``own``: heads
+    that this rank alone trains; ``local``: each rank trains its own copy, which is averaged now and then.
     """
 
     name: str
@@ -91,14 +91,14 @@ class Binding:
         self.undoing: list[Callable[[], None]] = []
 
     def undo(self) -> None:
-        """Give back the model as it was."""
+        """Put the model back as it was before ``apply_``."""
         for action in reversed(self.undoing):
             action()
 
     # --- adapters ------------------------------------------------------------------------------------------------
 
     def place_adapters(self) -> None:
-        """Decide who gets which adapter, make them all (a rank may be refused here), and only then put them in."""
+        """Decide which layer gets which adapter, make them all (a rank may be refused here), only then put them in."""
         if self.method.adapt and targets.is_linear(self.model):
             raise ValueError("the model is one linear layer, which nothing holds: give nn.Sequential(model)")
         for adapt in self.method.adapt:
@@ -142,7 +142,10 @@ class Binding:
             )
 
     def _claim_part(self, layer: Layer, part: str, adapt: Adapt, spared: set[str]) -> None:
-        """First match wins; a whole layer of which parts are taken or spared gives its other parts."""
+        """Claim ``part`` of ``layer`` for ``adapt``, unless an earlier one has: the first match wins.
+
+        Where the whole layer is meant and some of its parts are taken or spared, its other parts are claimed.
+        """
         taken = self.claims.get(layer.name, {})
         if WHOLE in taken:
             return
@@ -235,7 +238,7 @@ class Binding:
     # --- every parameter -----------------------------------------------------------------------------------------
 
     def check_rest(self) -> None:
-        """Errors that need no adapter to be seen: patterns of rules and of ``freeze`` that match nothing."""
+        """Raise ValueError for what is seen without adapters: patterns of rules and ``freeze`` that match nothing."""
         names = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
         for pattern in self.freeze:
             if pattern not in (*targets.GROUPS, targets.EMBEDDINGS) and not any(_covers(pattern, n) for n in names):
@@ -271,7 +274,7 @@ class Binding:
         return rows
 
     def _check_patterns(self) -> None:
-        """What is only seen with the adapters in place: patterns of ``freeze`` and of rules that cover no parameter."""
+        """Raise ValueError for what only adapters in place show: rules and ``freeze`` patterns that cover nothing."""
         plain = [n for key, names in self.names_of.items() if key not in self.factors for n in names]
         every = [n for names in self.names_of.values() for n in names]
         given = [("freeze", pattern, plain) for pattern in self.freeze]
@@ -299,7 +302,7 @@ class Binding:
         return Row(names[0], tuple(p.shape), p.dtype, use, rule, why, self._across(p, why))
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
-        """Over several ranks: one rank's own, or trained by each alone, or by all together."""
+        """How several ranks train ``p`` (see ``Row.across``)."""
         if id(p) in self.split:
             return "own"
         if why in (ADAPTER, "chosen"):
@@ -327,8 +330,10 @@ class Binding:
         return chosen and not any(self._covers(pattern, names) for pattern in _excluded(use))
 
     def _covers(self, pattern: str, names: list[str]) -> bool:
-        """Whether ``pattern``, a group or a name, means the parameter of these names, its layer, or the layer
-        that it is an adapter of."""
+        """Whether ``pattern`` (a group or a name) means the parameter of these names, or its layer.
+
+        The layer of an adapter's parameter is the one that it adapts.
+        """
         if pattern == targets.EMBEDDINGS:
             return any(name.rpartition(".")[0] in self.tables for name in names) or self._covers("head", names)
         if pattern not in targets.GROUPS:
@@ -342,7 +347,7 @@ class Binding:
 
 
 def _notes_on_ranks(method: Method, ranks: Ranks | None, rows: list[Row], adapters: dict[str, Adapter]) -> list[str]:
-    """Who trains what, and when the ranks talk."""
+    """Notes for the reader of a plan: which ranks train what, and when they communicate."""
     if ranks is None:
         alone = method.rest == "local" or method.rest_every is not None
         return ["in one process the rest is not averaged: rest='local' is 'train'"] if alone else []
@@ -398,6 +403,6 @@ def _expand_freeze(model: nn.Module, freeze: targets.Targets) -> list[str]:
 
 
 def _resolved(rule: Rule, p: nn.Parameter, *, stacked: bool) -> Rule:
-    """The rule that this parameter really follows: a projected one gives way where it would compress nothing."""
+    """The rule that ``p`` really follows: a projected one gives way to its inner rule where it compresses nothing."""
     resolve: Callable[..., Rule] | None = getattr(rule, "resolve", None)
     return rule if resolve is None else resolve(p, stacked=stacked)

@@ -3,9 +3,9 @@
 A resample gives each image (or each patient, whose images go together) a count w; every figure here is a function of
 the counts:
 
-    TP_k = Σ_{i ≤ k} w_i y_i,  FP_k = Σ_{i ≤ k} w_i (1 − y_i)         images by falling score, k at the end of each tie
-    AUC = Σ_k (FPR_k − FPR_{k−1})(TPR_k + TPR_{k−1})/2                 AUPRC = Σ_k (TPR_k − TPR_{k−1}) TP_k/(TP_k +
-    FP_k)
+    TP_k = Σ_{i ≤ k} w_i y_i,  FP_k = Σ_{i ≤ k} w_i (1 − y_i)     images by falling score, k at the end of each tie
+    AUC = Σ_k (FPR_k − FPR_{k−1})(TPR_k + TPR_{k−1})/2
+    AUPRC = Σ_k (TPR_k − TPR_{k−1}) TP_k/(TP_k + FP_k)
 
 Intervals are the 2.5th and 97.5th percentile (Efron and Tibshirani, 1993).
 
@@ -59,8 +59,7 @@ def ranked_figures(
 
 
 def answer_figures(positive: np.ndarray, answer: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
-    """``sensitivity``, ``specificity``, ``precision``, ``npv``, ``f1`` (resamples,) of the answers given; NaN where
-    undefined."""
+    """``sensitivity``, ``specificity``, ``precision``, ``npv``, ``f1`` of the answers, (resamples,); NaN: undefined."""
     tp, fn = counts @ (positive & answer), counts @ (positive & ~answer)
     fp, tn = counts @ (~positive & answer), counts @ (~positive & ~answer)
     with np.errstate(invalid="ignore", divide="ignore"):

@@ -2,10 +2,10 @@
 
     merge due      W ← mean of merged(W) over the heads of all ranks (``adapters.exchange``); adapters settle
     average due    the rest that trains locally ← its mean over the ranks (local SGD, arXiv 1805.09767)
-    both           first everyone says whether its own numbers are finite. A rank whose are not is left out, counted and
-                   told of; its heads and their state begin anew, and its rest is the mean of the others'
+    before both    every rank tells whether its own numbers are finite. One whose are not is left out, counted and
+                   reported; its heads and their state are restarted, and its rest becomes the mean of the others'
 
-``whole`` shows every rank the model that all of them make together, for evaluation and for checkpoints.
+``whole`` gives every rank the model that all of them make together, for evaluation and for checkpoints.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ if TYPE_CHECKING:
 
 
 def talks(plan: Plan, steps: int) -> bool:
-    """Whether the ranks have something to say to each other after ``steps`` completed steps."""
+    """Whether the ranks communicate after ``steps`` completed steps: a merge or an average is due."""
     if plan.ranks is None:
         return False
     return bool(plan.shared) or (bool(plan.own) and _merging(plan, steps)) or _averaging(plan, steps)
@@ -71,10 +71,10 @@ def _merge_(plan: Plan, opt: Optimizer | None, left_out: Collection[int] = ()) -
 
 @torch.no_grad()
 def heal_(plan: Plan, opt: Optimizer | None) -> frozenset[int]:
-    """The ranks whose own numbers are not finite; on those, heads and optimizer state begin anew.
+    """The ranks whose own numbers are not finite; on those, heads and their optimizer state are restarted.
 
     Raises:
-        FloatingPointError: that is so on every rank.
+        FloatingPointError: no rank's numbers are finite.
     """
     ranks, mine = plan.ranks, [*plan.own, *plan.local]
     if ranks is None or not mine:
@@ -116,9 +116,9 @@ def _average_(tensors: Sequence[Tensor], ranks: Ranks, left_out: Collection[int]
 
 @contextmanager
 def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
-    """Meanwhile the model is what all ranks make together: all heads, the mean of the rest.
+    """A context in which the model is what all ranks make together: all heads, the mean of the rest.
 
-    In one process the model is that anyway.
+    In one process it is so anyway, and nothing is done.
     """
     if plan.ranks is None or not (plan.own_adapters or plan.local):
         yield

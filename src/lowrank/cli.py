@@ -1,7 +1,7 @@
 """The command line: which commands there are, how they explain themselves, and how errors look.
 
-`main` parses, calls (`lowrank.commands`) and prints. What the user can mend is one clear message and exit status 2;
-LOWRANK_DEBUG=1 shows where it came from.
+`main` parses, calls (`lowrank.commands`) and prints. An error that the user can mend is one clear message and exit
+status 2; LOWRANK_DEBUG=1 adds the traceback.
 """
 
 from __future__ import annotations

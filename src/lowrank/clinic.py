@@ -1,4 +1,4 @@
-"""What a clinician's engineer looks at: figures by class with intervals, curves, calibration and the worst mistakes.
+"""The report on an image classifier: figures by class with intervals, curves, calibration and the worst mistakes.
 
 :func:`write_report` fills a folder beside a run:
 
@@ -34,7 +34,7 @@ Figure = dict[str, Any]  # {"value": float or None, "low": …, "high": …}
 
 @dataclass(frozen=True, kw_only=True)
 class Judged:
-    """A split with what a model said of it.
+    """A split with a model's predictions.
 
     ``labels`` (n,) or (n, classes); ``scores`` (n, classes) probabilities; ``images`` (n, h, w[, 3]) uint8, for the
     sheet of mistakes; ``names`` and ``patients`` may be empty.
@@ -145,8 +145,10 @@ def _class_figures(
 
 
 def _balanced(draws: list[dict[str, np.ndarray]], kind: Kind, rows: int) -> np.ndarray:
-    """Balanced accuracy of the last ``rows`` resamples, from the classes' sensitivities (and specificities, for several
-    labels)."""
+    """Balanced accuracy of the last ``rows`` resamples, (rows,), from the classes' sensitivities.
+
+    With several labels, from their specificities too.
+    """
     parts = [drawn["sensitivity"][-rows:] for drawn in draws]
     if kind == "multi-label":
         parts = [_mean([drawn["sensitivity"][-rows:], drawn["specificity"][-rows:]]) for drawn in draws]
@@ -154,7 +156,7 @@ def _balanced(draws: list[dict[str, np.ndarray]], kind: Kind, rows: int) -> np.n
 
 
 def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over what is defined."""
+    """The mean over the values that are defined (not NaN)."""
     stacked = np.stack(list(parts))
     defined = np.isfinite(stacked)
     with np.errstate(invalid="ignore"):

@@ -1,5 +1,4 @@
-"""The pictures of a report on images: confusion matrix, ROC curves, calibration, the worst mistakes. Needs
-matplotlib."""
+"""The pictures of a report on images: confusion matrix, ROC curves, calibration, the worst mistakes (matplotlib)."""
 
 from __future__ import annotations
 

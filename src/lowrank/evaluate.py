@@ -55,7 +55,7 @@ def tallied(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
 ) -> Tally:
-    """What :func:`evaluate` takes its metrics from, for those who want the single answers too."""
+    """The tally from which :func:`evaluate` takes its metrics, for callers that want the single answers too."""
     tally, seen = _count(model, batches, task, torch.device(device), autocast)
     _check_seen(seen)
     return tally

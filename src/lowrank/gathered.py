@@ -1,10 +1,10 @@
-"""Checkpoints of several ranks: what one process with all the heads would have saved, so that any number can go on.
+"""Checkpoints of several ranks: what one process with all heads would have saved, so that any number can resume.
 
     save    inside ``boundary.whole``: the model's own ``state_dict``, and here the optimizer's, all heads gathered
     load    each rank takes its heads out of it; one process takes it as it is
 
-State of a rest that trains locally is rank 0's, as its weights are the ranks' mean: such a run goes on as if it had
-just been averaged. All else goes on bitwise with as many ranks as it was saved by.
+Of a rest that trains locally the weights saved are the ranks' mean and the optimizer's state is rank 0's: such a run
+resumes as if it had just been averaged. Everything else resumes bitwise, with as many ranks as saved it.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from lowrank.plan import Plan
 
 
 def split_names(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:
-    """By name in the ``state_dict`` the tensors that have the heads first: (adapter, name in it)."""
+    """The tensors with a dimension for split heads: name in the ``state_dict`` → (adapter, name in the adapter)."""
     found: dict[str, tuple[SplitAdapter, str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SplitAdapter) and module.split:
@@ -60,13 +60,13 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer) -> dict[str, Any]:
 
 
 def own_model_state(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """Of a checkpoint's tensors what this rank's model holds."""
+    """What this rank's model holds of a checkpoint's ``tensors``."""
     split = split_names(plan.model)
     return {name: own_part(*split[name], t) if name in split else t for name, t in tensors.items()}
 
 
 def own_optimizer_state(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """Of a checkpoint's optimizer state what this rank's optimizer holds; ``saved`` is changed."""
+    """What this rank's optimizer holds of a checkpoint's optimizer state; ``saved`` is changed."""
     by_name = _by_name(saved)
     for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
         if (nest := by_name.get(opt.name_of(p))) is not None:

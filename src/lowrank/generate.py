@@ -28,15 +28,15 @@ def generate(
     seed: int = 0,
     device: str = "auto",
 ) -> str:
-    """``prompt`` and what the model of ``source`` says next.
+    """``prompt`` and the model's continuation of it.
 
     Args:
         source: a run's folder or one of its checkpoints, or a model's folder or name on the hub.
         prompt: where to begin.
         tokens: how many to add.
-        temperature: below 1 is surer, above 1 wilder; 0 always takes the likeliest token.
-        top_k: choose among so many likeliest tokens; None among all.
-        seed: of the choices.
+        temperature: divides the logits; 0 always takes the likeliest token.
+        top_k: sample among so many likeliest tokens; None among all.
+        seed: of the sampling.
         device: auto, cpu or cuda.
     """
     _check(prompt, tokens, temperature, top_k)

@@ -1,4 +1,4 @@
-"""The last word on a run of images: its best checkpoint on the test split, once, and the report beside the run."""
+"""The final test of a run on images: its best checkpoint on the test split, once, and the report beside the run."""
 
 from __future__ import annotations
 

@@ -3,8 +3,8 @@
     weights     every parameter and buffer of the model, adapters included, tied ones once
     gradients   of every trained parameter; with per-layer updates, the largest one
     state       what the rules keep, counted from ``rule.init`` on tensors without storage
-    kept        copies that adapters hold beside their factors (LTE's merged factors); a part of weights' buffers, shown
-                apart
+    kept        copies that adapters hold beside their factors (LTE's merged factors): buffers, and so part of weights,
+                but shown apart
 
 Activations depend on batch and context and are not in it; a run's log has the measured peak.
 """

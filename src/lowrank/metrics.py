@@ -44,7 +44,7 @@ def auc(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
 
 
 def class_auc(positive: np.ndarray, score: np.ndarray) -> float:
-    """Of one class against the rest; NaN where there is only one of the two."""
+    """Area under the ROC curve of one class against the rest; NaN where there is only one of the two."""
     from sklearn.metrics import roc_auc_score
 
     if positive.all() or not positive.any():
@@ -63,8 +63,7 @@ def accuracy(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
 
 
 def balanced_accuracy(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
-    """The mean sensitivity over the classes that occur; for several labels, the mean of each label's balanced
-    accuracy."""
+    """The mean sensitivity over the classes that occur; of several labels, the mean of their balanced accuracies."""
     if kind == "multi-label":
         answers = scores > 0.5
         means = [_mean_recall(labels[:, i], answers[:, i].astype(int)) for i in range(scores.shape[1])]
@@ -82,10 +81,10 @@ def predicted(scores: np.ndarray, kind: Kind) -> np.ndarray:
 
 
 def calibration_error(labels: np.ndarray, scores: np.ndarray, kind: Kind, bins: int = 15) -> float:
-    """Expected calibration error (Guo et al., arXiv 1706.04599): |accuracy − confidence| over equal bins of confidence,
-    weighted.
+    """Expected calibration error (Guo et al., arXiv 1706.04599): the weighted mean of |accuracy − confidence|.
 
-    For several labels, over all answers, confidence being the probability of the answer given.
+    The mean is over bins of confidence of equal width, weighted by their counts; for several labels, over all answers,
+    confidence being the probability of the answer given.
     """
     confidence, right = answers_given(labels, scores, kind)
     which = np.minimum((confidence * bins).astype(int), bins - 1)

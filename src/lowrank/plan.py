@@ -30,9 +30,12 @@ from lowrank.optim.state import check_forgets
 
 @dataclass
 class Plan:
-    """A model bound to a method. ``rows`` holds every parameter once; ``notes`` what a reader should know; ``ranks``
-    the processes that train it together, None for one; ``left_out`` a rank's number for each time it was left out of
-    a merge because its numbers were not finite."""
+    """A model bound to a method.
+
+    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``ranks`` the processes that train it
+    together, None for one; ``left_out`` a rank's number for each time that it was left out of a merge or an average
+    because its numbers were not finite.
+    """
 
     model: nn.Module
     method: Method
@@ -114,7 +117,8 @@ class Plan:
             weight_decay: decoupled decay, for every trained parameter but adapter factors (unless a ``Use`` names
                 those).
             per_layer, accumulate, clip_per_layer, scaler: see :class:`lowrank.optim.Optimizer`.
-            merge: ``"auto"``: ``step()`` merges when it is due; ``"manual"``: you call ``lowrank.merge_(plan, opt)``.
+            merge: ``"auto"``, where ``step()`` merges when it is due, or ``"manual"``, where you call
+                ``lowrank.merge_(plan, opt)``.
 
         Raises:
             ValueError: a negative or not finite ``lr`` or ``weight_decay``, or an unknown ``merge``.

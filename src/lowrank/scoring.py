@@ -1,8 +1,10 @@
 """Models outside the loop: scored on any split, planned without their data, exported as plain models.
 
-score             loss and perplexity of a run, a checkpoint or a pre-trained model, as nanoGPT's eval_gpt2 gives
-planned_session   what a run would train; its data is not read unless the model's shape depends on it
-export            the merged weights under their original keys, with the tokenizer
+    score             loss and perplexity of a run, a checkpoint or a pre-trained model, as nanoGPT's eval_gpt2 gives
+    planned_session   what a run would train; its data is not read unless the model's shape depends on it
+    export            the merged weights under their original keys, with the tokenizer
+
+Nothing here trains.
 """
 
 from __future__ import annotations
@@ -55,7 +57,7 @@ def score(
         device: where to compute.
 
     Raises:
-        ValueError: a pre-trained model without data, a tokenizer given for a run, which has its own.
+        ValueError: a pre-trained model without data, or a tokenizer given for a run, which has its own.
     """
     folder = Path(source).expanduser()
     if batch_size < 1 or (batches is not None and batches < 1):
@@ -92,14 +94,16 @@ def planned_session(run: Run) -> Session:
 
 
 def export(source: Path, out: Path, *, which: str = "best") -> int:
-    """Write a run's model, adapters merged, as a plain one: `model.safetensors`, with transformers' `config.json` if
-    it is one of theirs.
+    """Write a run's model, adapters merged, as a plain one: `model.safetensors`, and what its library needs to load it.
+
+    A model of transformers gets its `config.json`.
 
     Returns:
         The step of the checkpoint that was exported.
 
     Raises:
-        FileExistsError: the folder is not empty. ValueError: no such checkpoint kind.
+        FileExistsError: the folder is not empty.
+        ValueError: no such checkpoint kind.
     """
     if which not in ("best", "latest"):
         raise ValueError(f"--checkpoint {which}: it is best or latest")
@@ -158,8 +162,7 @@ def _same_classes(data: ImageData, trained: ImageData) -> ImageData:
 
 
 def _same_tokenizer(session: Session) -> str:
-    """A name under which other text gets the same ids; a tokenizer learnt from the run's text lies beside its
-    tokens."""
+    """The name of the run's tokenizer for other text; one learnt from the run's text lies beside its tokens."""
     spec = str(session.data.tokenizer.spec)
     learnt = spec == "chars" or spec.startswith("bpe:")
     return str(session.data.tokens.folder) if learnt else spec

@@ -1,8 +1,9 @@
-"""From a run as data to the things it names: data, model, plan. Training, evaluation, generation and export all start
-here.
+"""From a run as data to the things it names: data, model, plan. Training, evaluation and export all start here.
 
-    Session   built from a Run: what a run trains
-    restore   built from a run's folder: what it has trained
+    open_session   the session of a Run: what it will train
+    restore        the session of a run's folder: what it has trained
+
+Nothing here trains.
 """
 
 from __future__ import annotations
@@ -73,11 +74,11 @@ def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, r
 def restore(
     folder: Path, which: Literal["best", "latest"] = "best", *, device: str = "auto", data: Any = None
 ) -> tuple[Session, int]:
-    """The session of a run's folder (or of one of its checkpoints) with its trained weights, in evaluation mode; and
-    the step.
+    """(session, step) of a run's folder, or of one of its checkpoints: the trained weights, in evaluation mode.
 
     Raises:
-        FileNotFoundError: the folder holds no run. CheckpointError: it holds no sound checkpoint.
+        FileNotFoundError: the folder holds no run.
+        CheckpointError: it holds no sound checkpoint.
     """
     root = run_folder(folder)
     run = Run.read(root / "run.json")
@@ -134,8 +135,10 @@ def pick_device(name: str) -> torch.device:
 
 
 def precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[object]], bool]:
-    """(the autocast context, whether a GradScaler is needed). bfloat16 on a GPU below compute capability 8 becomes
-    float16."""
+    """(the autocast context, whether a GradScaler is needed) for a precision by name.
+
+    bfloat16 on a GPU below compute capability 8 becomes float16.
+    """
     if name in ("fp32", "bf16-weights"):
         return nullcontext, False
     old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8

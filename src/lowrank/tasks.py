@@ -1,6 +1,6 @@
 """What is learnt: how a task turns a batch into a loss, and predictions into metrics.
 
-The loop and the evaluator know a task by these few things, so that text and images share both.
+The loop and the evaluator use a task only through :class:`Task`, so that text and images share both.
 """
 
 from __future__ import annotations
@@ -30,9 +30,15 @@ class Tally(Protocol):
 
 
 class Task(Protocol):
-    """unit: what throughput counts. metric: the validation metric that decides which checkpoint is best, and ``lower``
-    whether less is better. shown: the metrics that an evaluation prints. judged: whether the best
-    checkpoint is scored on the test split when the run ends."""
+    """What the loop and the evaluator need of a task.
+
+    Attributes:
+        unit: what throughput counts, such as "tokens".
+        metric: the validation metric that decides which checkpoint is best.
+        lower: whether less of it is better.
+        shown: the metrics that an evaluation prints.
+        judged: whether the best checkpoint is scored on the test split when the run ends.
+    """
 
     unit: str
     metric: str

@@ -21,7 +21,7 @@ Batch = dict[str, Tensor]
 
 
 class ImageTask:
-    """Classification of images; what kind of labels there are, the batches say."""
+    """Classification of images; the kind of labels is taken from the batches."""
 
     unit, metric, lower = "images", "auc", False
     shown: tuple[str, ...] = ("auc", "acc")
@@ -86,6 +86,5 @@ def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
 
 
 def probabilities(logits: Tensor, *, several: bool) -> Tensor:
-    """(batch, classes) → each class's probability: their sum is 1, or with ``several`` labels each stands for
-    itself."""
+    """Logits (batch, classes) → probabilities: a softmax, or with ``several`` labels a sigmoid of each."""
     return logits.sigmoid() if several else logits.softmax(dim=1)

@@ -3,11 +3,11 @@
 Three ways to divide the loss, by what the ranks do with its gradients:
 
     summed every step (some parameters are shared)   by the predictions of all ranks, which they tell each other
-    heads alone, the rest frozen                     the same, estimated from this rank's rows: nothing is said
+    heads alone, the rest frozen                     the same, estimated from this rank's rows: nothing is sent
     the rest trains locally                          by this rank's own: each rank is a run of its own between averages
 
-So the logged loss and norm are those of the whole batch in the first case, and this rank's own in the others. Clipping
-goes by that norm.
+So the logged loss and gradient norm are those of the whole batch in the first case, and this rank's own in the others.
+Clipping uses that norm.
 """
 
 from __future__ import annotations
@@ -76,12 +76,12 @@ class Team:
         return forecast(self.plan, ranks.count, whole=self.run.max_grad_norm is not None and not self.run.per_layer)
 
     def wait(self) -> None:
-        """Until all ranks have come here."""
+        """Wait until all ranks have come here."""
         if self.ranks is not None:
             self.ranks.total(0.0)
 
     def everyones(self, value: T) -> list[T]:
-        """Everyone's value in the order of the ranks."""
+        """The value of every rank, in the order of the ranks."""
         return [value] if self.ranks is None else self.ranks.gather_objects(value)
 
     @property
@@ -127,7 +127,7 @@ class Team:
         return torch.tensor((ours + self.ranks.total(mine)[0]) ** 0.5, device=self.ranks.device)
 
     def after_step(self, record: Mapping[str, Any], stop: bool, steps: int) -> tuple[Tensor, bool]:
-        """(the loss to log, whether to stop): agreed wherever the ranks have something to say anyway."""
+        """(the loss to log, whether to stop): agreed between the ranks wherever they communicate anyway."""
         loss: Tensor = record["loss"]
         if self.ranks is None:
             return loss, stop
@@ -138,7 +138,7 @@ class Team:
         return own, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
 
     def traffic(self) -> dict[str, int]:
-        """Bytes sent and received since the last time of asking; empty in one process."""
+        """Bytes sent and received since the last call; empty in one process."""
         if self.ranks is None:
             return {}
         now, before = self.ranks.traffic, self._told
@@ -146,8 +146,7 @@ class Team:
         return {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
 
     def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
-        """How many ranks there were, what one of them sent in the logged steps and would send in a step of DDP, and how
-        often one was left out."""
+        """For the run's summary: ranks, bytes that one sent in the logged steps, DDP's, how often one was left out."""
         if self.ranks is None:
             return {}
         sent = sum(record.get("bytes_sent", 0) for record in records)

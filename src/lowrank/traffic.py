@@ -1,11 +1,11 @@
-"""What several ranks will say to each other, in bytes that each one sends, before the first step; and what DDP would.
+"""Forecast of the bytes that each of several ranks will send, before the first step; and what DDP would send.
 
     merge      of each adapted matrix the factors of all heads, or a sum of dense changes, whichever is fewer
     average    of the rest that trains locally
     gradients  of the shared parameters, every step; between refreshes a projected one sends R = QᵀG
 
-Everything as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes. A few words of control
-come on top: ``merge_words`` at a merge or an average, and about fifty bytes at a step of the loop that sums gradients.
+All as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes. A few bytes of control come
+on top: ``merge_words`` at a merge or an average, and about fifty bytes at a step of the loop that sums gradients.
 """
 
 from __future__ import annotations
@@ -26,9 +26,11 @@ FINITE_BYTES, STOP_BYTES = 4, 8  # said at a merge or average: whether one's num
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Bytes that one of ``ranks`` sends: at a merge, at an average of the rest, with the gradients of a step (at a
-    refresh and between refreshes), and what DDP would send every step, of the whole model and of the adapted
-    matrices."""
+    """Bytes that one of ``ranks`` sends.
+
+    At a merge, at an average of the rest, with the gradients of a step (at a refresh and between refreshes), and what
+    DDP would send every step, of the whole model and of the adapted matrices.
+    """
 
     ranks: int
     merge: int
@@ -54,8 +56,10 @@ class Forecast:
 
 
 def forecast(plan: Plan, ranks: int, *, whole: bool = False) -> Forecast:
-    """The traffic of a plan's method on ``ranks`` ranks; its model may lie on any device, also meta. ``whole``: no
-    gradient travels projected (global-norm clipping needs them as they are)."""
+    """The traffic of a plan's method on ``ranks`` ranks; its model may lie on any device, also meta.
+
+    ``whole``: no gradient is sent projected, since global-norm clipping needs them whole.
+    """
     trained = [row for row in plan.rows if row.rule is not None]
     shared = [row for row in trained if row.across == "shared"]
     rules = {row.rule.refresh_every for row in shared if isinstance(row.rule, Projected)}
@@ -102,7 +106,7 @@ def _bytes(row: Row) -> int:
 
 
 def _bytes_between(row: Row) -> int:
-    """Of a gradient between two refreshes."""
+    """Bytes sent for one parameter's gradient at a step between two refreshes."""
     if isinstance(row.rule, Projected) and not row.rule.lift.needs_gradient:
         return torch.Size(row.rule.inside_shape(row.shape)).numel() * _width(row.dtype)
     return _bytes(row)

@@ -1,12 +1,11 @@
 """How we train: the one loop, from top to bottom.
 
-    for step: learning rate → micro-batches (loss summed, divided by the step's predictions) → clip → step (merges when
-    due)
-              → log → evaluate on the merged weights → checkpoint
+    for step: learning rate → micro-batches (loss summed, divided by the step's predictions) → clip
+              → step (merges when due) → log → evaluate on the merged weights → checkpoint
 
 Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``lowrank.team``). They
-evaluate together, each some of the batches; rank 0 writes the run's folder and speaks. When one is asked to stop, all
-do, after the next step at which they talk.
+evaluate together, each some of the batches; rank 0 writes the run's folder and prints. When one is asked to stop, all
+do, after the next step at which they communicate.
 
 A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
 ``run.steps`` is the schedule's horizon and ``run.stop_at`` ends early without changing it. Everything that the next

@@ -1,5 +1,4 @@
-"""Side room: data. Text becomes token files once (``prepare``), token files become batches (``Windows``,
-``Documents``).
+"""Side room: data. Text becomes token files once (``prepare``), and those batches (``Windows``, ``Documents``).
 
 Nothing here knows a method or a model; what leaves is tensors of ids and labels.
 """

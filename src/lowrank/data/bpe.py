@@ -1,4 +1,4 @@
-"""Training a byte-level BPE (Sennrich et al., 1508.07909, on bytes as in GPT-2) with the `tokenizers` library."""
+"""Training a byte-level BPE (Sennrich et al., arXiv 1508.07909, on bytes as in GPT-2) with the `tokenizers` library."""
 
 import threading
 from collections.abc import Callable, Iterable, Iterator

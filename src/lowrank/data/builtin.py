@@ -1,10 +1,9 @@
-"""Text that every Python has: its own language reference (``pydoc_data.topics``), some 465 KB of English, for trying
-things offline.
+"""Text that every Python has, for trying things offline: its own language reference (``pydoc_data.topics``).
 
-The topics repeat each other (the chapter on special method names also appears cut into its sections), so that a
-held-out part would partly be training text. Here every paragraph appears once, at its place in the longest topic that
-has it, which leaves about 375 KB, in passages of about 1,500 characters: short enough that enough of them can be held
-out. The text differs a little between versions of Python.
+It is some 465 KB of English, but the topics repeat each other (the chapter on special method names also appears cut
+into its sections), so that a held-out part would partly be training text. Here every paragraph appears once, at its
+place in the longest topic that has it, which leaves about 375 KB, in passages of about 1,500 characters: short enough
+that enough of them can be held out. The text differs a little between versions of Python.
 """
 
 import hashlib

@@ -62,7 +62,7 @@ class TextData:
         check_vocabulary(self.tokens, vocab_size)
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of the text by token, to turn nats a token into bits a byte."""
+        """UTF-8 bytes of text for one token, to turn nats a token into bits a byte; None where not known."""
         return self.tokens.bytes_per_token(split)
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
@@ -140,13 +140,16 @@ def text(
     limit: int | None = None,
     workers: int | None = None,
 ) -> TextData:
-    """Text to model: a name from ``lowrank data list``, a file, a folder, or a folder of tokens; tokenised at first
-    use.
+    """Text to model, tokenised at first use.
 
     Args:
+        source: a name from ``lowrank data list``, a file, a folder, or a folder of tokens.
         context: tokens in a sequence.
         packing: ``packed`` cuts the text into windows; ``documents`` takes one document a sequence, cut or padded.
-        The others are :func:`lowrank.data.prepare`'s.
+        tokenizer, column, val_fraction, test_fraction, limit, workers: as in :func:`lowrank.data.prepare`.
+
+    Raises:
+        ValueError, OSError: as in :func:`lowrank.data.prepare`.
     """
     if context < 1:
         raise ValueError(f"data.context={context} must be at least 1")
@@ -170,8 +173,9 @@ def stream(
     context: int = 256,
     packing: Packing = "documents",
 ) -> StreamedText:
-    """Text that is never prepared: read, tokenised and shuffled in a buffer as training goes. Resuming reads again up
-    to its place.
+    """Text that is never prepared: read, tokenised and shuffled in a buffer as training goes.
+
+    Resuming reads the source again up to its place.
 
     Args:
         source, column: as in ``text``.

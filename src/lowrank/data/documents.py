@@ -226,9 +226,7 @@ class Streamed:
 
 
 def padded(documents: list[np.ndarray], context: int, end: int | None) -> dict[str, Tensor]:
-    """Documents as rows of at most ``context`` tokens; one that is longer ends in ``end`` (if there is one) where it is
-    cut.
-    """
+    """Documents as rows of at most ``context`` tokens; a longer one is cut, and ends in ``end`` (if there is one)."""
     inputs = torch.zeros(len(documents), context, dtype=torch.int64)
     labels = torch.full((len(documents), context), IGNORED, dtype=torch.int64)
     for row, document in enumerate(documents):

@@ -1,5 +1,4 @@
-"""Images to diagnose: MedMNIST's sets, a ``.npz`` in their layout, people's own folders, and scikit-learn's digits
-offline.
+"""Images to diagnose: MedMNIST's sets, a ``.npz`` in their layout, people's own folders, and scikit-learn's digits.
 
 :func:`images` is what a run's ``--data`` names; its arguments are the ``--data.…`` options. The model says how large it
 wants its images and how normalised (:meth:`ImageData.for_model`).
@@ -45,7 +44,7 @@ class ImageData:
         return self.set.classes
 
     def to_json(self) -> dict[str, Any]:
-        """What must be known to judge other images alike, without the set itself."""
+        """What a model needs to know to treat other images in the same way, without the set itself."""
         return {"kind": self.kind, "classes": self.classes, "reading": asdict(self.reading), "spec": asdict(self.spec)}
 
     @staticmethod
@@ -193,7 +192,7 @@ def _table(folder: Path, labels: str | None) -> Path | None:
 
 
 def _refuse(source: str, what: str, **options: object) -> None:
-    """Options that would not do anything to this kind of source."""
+    """Raise ValueError for options that would do nothing for this kind of source."""
     given = [name for name, value in options.items() if value is not None]
     if given:
         raise ValueError(f"data.{given[0]} has no effect on {source}, {what}: leave it out")

@@ -1,11 +1,11 @@
-"""Augmentations on request: flips, random crops, RandAugment. Every draw comes from the batch's own generator, so that
-a batch is a pure function of (seed, n).
+"""Augmentations on request: flips, random crops, RandAugment.
 
     hflip, vflip     mirror each image with probability 1/2
     crop             a window of 50–100 % of the area with sides 3:4 to 4:3, resized back (Inception's crop, milder)
     randaugment      two operations of magnitude 9 of 30, drawn for each image (Cubuk et al., arXiv 1909.13719); no
-                     colour operation, since
-                     stain and grey level carry the diagnosis
+                     colour operation, since stain and grey level carry the diagnosis
+
+Every draw comes from the batch's own generator, so that a batch is a pure function of (seed, n).
 
 Shapes: x (batch, channels, h, w) uint8.
 """

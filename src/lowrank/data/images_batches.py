@@ -1,7 +1,7 @@
 """Batches of images, as the model wants them; training batches are a pure function of (seed, n).
 
-    uint8 (batch, h, w[, 3]) → augmented → resized → three channels → (x/255 − mean)/std → float32 (batch, 3, size,
-    size)
+    uint8 (batch, h, w[, 3]) → augmented → resized → three channels → (x/255 − mean)/std
+        → float32 (batch, 3, size, size)
 
 Training passes over the set in a new order each epoch, without a short last batch: the order of the next epoch follows
 on. With ``balance="sampler"`` every class is drawn equally often instead, with replacement.
@@ -61,8 +61,10 @@ class ImageBatches:
         return -(-len(self.split) // self.batch_size)
 
     def batch(self, n: int) -> Batch:
-        """{"images": (batch, 3, size, size) float32, "labels": (batch,) int64 or (batch, classes) float32}, perhaps
-        "weights" of the labels' shape."""
+        """Batch n ≥ 0, this rank's rows: ``images`` (batch, 3, size, size) float32, ``labels``, perhaps ``weights``.
+
+        Labels are (batch,) int64, or (batch, classes) float32 for several labels; weights have the labels' shape.
+        """
         rows = (self._sampled(n) if self.sampler else self._in_order(n))[self._own]
         noise = generator("cpu", self.seed, "augment", n, *((self.rank,) if self.ranks > 1 else ()))
         batch = {
@@ -93,7 +95,7 @@ class ImageBatches:
 
     @cached_property
     def _chances(self) -> Tensor:
-        """How likely each image is drawn: every class alike; an image of several labels goes by its rarest."""
+        """The weight with which each image is drawn, (n,): every class alike; of several labels the rarest counts."""
         return torch.from_numpy(1.0 / class_counts(self.split)[_rarest(self.split)])
 
     def _sampled(self, n: int) -> np.ndarray:
@@ -115,8 +117,10 @@ def label_tensor(split: Split, rows: np.ndarray) -> Tensor:
 
 
 def class_counts(split: Split) -> np.ndarray:
-    """Images of each class, (classes,); at least 1, so that it can divide. For several labels the last entry counts
-    images with none."""
+    """Images of each class, (classes,), at least 1, so that it can divide.
+
+    For several labels there is one more entry at the end, which counts images with none.
+    """
     if split.labels.ndim == 1:
         return np.maximum(np.bincount(split.labels), 1).astype(np.float64)
     none = (np.asarray(split.labels).sum(axis=1) == 0).sum()
@@ -124,10 +128,9 @@ def class_counts(split: Split) -> np.ndarray:
 
 
 def label_weights(split: Split) -> np.ndarray:
-    """The weight of each label's loss, inversely proportional to its class's frequency, with mean 1 over the split;
-    float32.
+    """The weight of each label's loss: inverse to its class's frequency, with mean 1 over the split, float32.
 
-    One label: (n,). Several: (n, classes), a positive and a negative answer of each class weighing the same in sum.
+    One label: (n,). Several: (n, classes); positive and negative labels of each class have the same total weight.
     """
     labels = np.asarray(split.labels)
     if labels.ndim == 1:

@@ -1,4 +1,4 @@
-"""One image file to eight bits: grey of 16 bits is windowed, never clipped to white; what is damaged is said so.
+"""One image file to eight bits: grey of 16 bits is windowed, never clipped to white; a damaged file is an error.
 
     y = 255 · clip((x − low) / (high − low), 0, 1)
 

@@ -232,8 +232,7 @@ def _encoded(entries: Sequence[Entry], classes: tuple[str, ...], kind: Kind) -> 
 def _splits(
     entries: Sequence[Entry], labels: np.ndarray, val_fraction: float | None, test_fraction: float | None, root: Path
 ) -> list[str]:
-    """Where each image goes. What the source divides itself stays so; a missing ``val`` is cut out of its training
-    part."""
+    """The split of each image: the source's own where it has splits; a missing ``val`` is cut out of its ``train``."""
     given = {entry.split for entry in entries} - {None}
     for split, fraction in (("val", val_fraction), ("test", test_fraction)):
         if fraction is not None and split in given:
@@ -252,7 +251,7 @@ def _splits(
 
 
 def _pixels(root: Path, paths: Sequence[str], decoding: Decoding) -> tuple[np.ndarray, set[int]]:
-    """One row a file, and which of them could be read."""
+    """The images as one array, a row a file, and the rows that could be read."""
     stats = [(path, (root / path).stat()) for path in paths]
     key = json.dumps([str(root.resolve()), *((p, s.st_size, s.st_mtime_ns) for p, s in stats), repr(decoding)])
     final = cache_root() / "images" / f"{root.name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"

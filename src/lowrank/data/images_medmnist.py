@@ -1,8 +1,8 @@
 """MedMNIST's sets (Yang et al., Scientific Data 2023), from their own ``.npz`` files: local ones, or downloaded once.
 
 A file holds ``{train,val,test}_{images,labels}``. A member of an ``.npz`` cannot be memory-mapped, but is itself an
-``.npy`` file, so
-each is copied once into the cache as it stands, in pieces, and mapped from there: the largest set has 12 GB.
+``.npy`` file, so each is copied once into the cache as it stands, in pieces, and mapped from there: the largest set has
+12 GB.
 """
 
 from __future__ import annotations
@@ -44,11 +44,11 @@ def facts(name: str, size: int) -> dict[str, Any]:
 
 
 def download(name: str, size: int) -> Path:
-    """The file of an official set, downloaded from MedMNIST's address and checked against its MD5 where it is not there
-    yet.
+    """The file of an official set; where it is not there yet it is downloaded and checked against MedMNIST's MD5.
 
     Raises:
-        ValueError: no such set or size. OSError: it could not be downloaded.
+        ValueError: no such set or size.
+        OSError: it could not be downloaded.
     """
     if name not in NAMES:
         raise ValueError(f"there is no MedMNIST set {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
@@ -165,8 +165,10 @@ def _labels(array: np.ndarray, path: Path, split: str) -> np.ndarray:
 
 
 def _shaped(labels: np.ndarray, kind: Kind) -> np.ndarray:
-    """(n, labels) of zeros and ones for several labels; otherwise (n,), or as it is where that cannot be (the set
-    refuses it)."""
+    """Labels as the set wants them: (n, classes) of zeros and ones for several labels, otherwise (n,).
+
+    Labels that cannot be brought to (n,) are returned as they are; the set refuses them.
+    """
     if kind == "multi-label":
         return labels if labels.dtype == np.uint8 else labels.astype(np.int64)
     return labels[:, 0].astype(np.int64) if labels.shape[1] == 1 else labels

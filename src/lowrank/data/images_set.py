@@ -1,5 +1,4 @@
-"""What every source of images becomes: named splits of eight-bit images in memory-mapped files, with labels and a kind
-of task.
+"""What every source of images becomes: named splits of eight-bit images with labels, and a kind of task.
 
 Images stay ``uint8`` and on the disk until a batch needs them, so that a set need not fit into memory. What the model
 wants (its size, mean and deviation) is an :class:`ImageSpec`, which the model brings.
@@ -37,8 +36,7 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Reading:
-    """How image files become arrays: pixels of a side, one channel or three, and what ``images_decode`` does on the
-    way."""
+    """How image files become arrays: pixels of a side, one channel or three, and the options of ``images_decode``."""
 
     size: int
     grey: bool = False

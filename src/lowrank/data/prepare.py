@@ -95,7 +95,8 @@ def prepare(
             default one line on a terminal, nothing elsewhere.
 
     Raises:
-        ValueError, FileNotFoundError: bad input, before any work; OSError: a download that failed.
+        ValueError, FileNotFoundError: bad input, before any work.
+        OSError: a download that failed.
     """
     if not isinstance(source, Source) and str(source) not in NAMES and holds_tokens(Path(source).expanduser()):
         given = {
@@ -233,8 +234,9 @@ def _total(request: Request) -> int | None:
 
 
 def _workers(request: Request) -> int:
-    """As told; else one a core for large texts, and one for bytes and characters, whose encoding is faster than
-    reading.
+    """Worker processes: as told; else one a core for large texts, but one for small ones, bytes and characters.
+
+    Bytes and characters are encoded faster than they are read.
     """
     if request.workers is not None:
         return request.workers

@@ -35,7 +35,8 @@ def open_source(name_or_path: str | Path, *, column: str | None = None) -> Sourc
         column: the text's column in tables.
 
     Raises:
-        FileNotFoundError: neither a name nor a path. ValueError: not readable as text; see ``files.open_files``.
+        FileNotFoundError: neither a name nor a path.
+        ValueError: not readable as text; see ``files.open_files``.
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     if name in NAMES:

@@ -7,8 +7,8 @@ Four kinds behind one small interface, each saved without pickle beside the toke
 ``chars``                 the characters of the corpus in code point order, as in nanoGPT's ``shakespeare_char``; an
                           unknown character is an error naming it. A corpus of several documents has one id more, to end
                           them
-``bpe:N``                 byte-level BPE (Sennrich et al. 1508.07909 on bytes, as in GPT-2) of at most N ids, trained on
-                          the training split; id 0, ``<|endoftext|>``, ends a document
+``bpe:N``                 byte-level BPE (Sennrich et al., arXiv 1508.07909, on bytes as in GPT-2) of at most N ids,
+                          trained on the training split; id 0, ``<|endoftext|>``, ends a document
 a name or a folder        any tokenizer of transformers, or a folder (or file) with nothing but a ``tokenizer.json``
 ========================  ==============================================================================================
 
@@ -30,14 +30,14 @@ from lowrank.infra.extras import import_extra
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SAVED = "lowrank_tokenizer.json"
-# Names under which vocabularies keep the id that ends a document, for a tokenizer.json without a configuration beside
-# it.
+# Tokens that end a document in known vocabularies, for a tokenizer.json without a configuration beside it.
 USUAL_ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
 
 
 class Tokenizer(ABC):
-    """Text to ids and back. ``spec`` is how it was asked for, ``end_of_document`` the id put after each document (or
-    None).
+    """Text to ids and back.
+
+    ``spec`` is how it was asked for; ``end_of_document`` is the id put after each document, or None.
     """
 
     kind: str
@@ -55,9 +55,7 @@ class Tokenizer(ABC):
 
     @abstractmethod
     def decode(self, ids: Iterable[int]) -> str:
-        """The text of the ids; the end of a document shows as the vocabulary writes it (``<|endoftext|>``, ``</s>``,
-        …).
-        """
+        """The text of the ids; the end of a document shows as in the vocabulary (``<|endoftext|>``, ``</s>``, …)."""
 
     def save(self, folder: Path) -> None:
         """Write what ``load_tokenizer`` needs into an existing folder."""
@@ -101,7 +99,11 @@ class Characters(Tokenizer):
         self._codes = np.array([ord(character) for character in self.characters], np.uint32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """Raises ValueError at a character that the corpus did not have."""
+        """As in ``Tokenizer``.
+
+        Raises:
+            ValueError: a character that the corpus did not have.
+        """
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
@@ -203,7 +205,8 @@ def open_tokenizer(
         several: the corpus has several documents, so that ``chars`` needs an id to end them.
 
     Raises:
-        ValueError: not a tokenizer. OSError: a name that could not be loaded.
+        ValueError: not a tokenizer.
+        OSError: a name that could not be loaded.
     """
     check_tokenizer_spec(spec)
     if spec == "bytes":
@@ -222,9 +225,7 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> Fast:
 
 
 def pretrained_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer from a folder, a ``tokenizer.json``, or by its name on the hub (downloaded, or from transformers' own
-    cache).
-    """
+    """A tokenizer from a folder, a ``tokenizer.json``, or by its name on the hub (or in transformers' own cache)."""
     path = Path(spec).expanduser()
     if (path / SAVED).is_file():
         return load_tokenizer(path)

@@ -46,8 +46,8 @@ class Tokens:
                 opened: a pickle can run any code).
 
         Raises:
-            FileNotFoundError: no tokens there. ValueError: damaged, of a later version, or made by another tokenizer
-            than told.
+            FileNotFoundError: no tokens there.
+            ValueError: damaged, of a later version, or made by another tokenizer than told.
         """
         folder = Path(folder).expanduser()
         if (folder / META).is_file():

@@ -1,11 +1,11 @@
 """Batches of tokens, each a pure function of (seed, n), so that resuming needs no state.
 
 Training: an epoch is a seeded permutation of windows that do not overlap, all moved by a seeded offset below the
-context, so that later epochs cut the text at other places. Window i of an epoch holds ``ids[offset + i·context : … +
-context]`` as inputs and the same moved by one as labels. The permutation is a Feistel network walked until it falls
-inside the range (Black & Rogaway 2002): any position of a corpus of any size costs a few multiplications and no memory,
-where a stored permutation of OpenWebText's windows would take 70 MB an epoch and as long as a few hundred steps to
-draw.
+context, so that later epochs cut the text at other places. Window i of an epoch starts at s = offset + i·context and
+holds ``ids[s : s + context]`` as inputs and the same moved by one as labels. The permutation is a Feistel network
+walked until it falls inside the range (Black & Rogaway 2002): any position of a corpus of any size costs a few
+multiplications and no memory, where a stored permutation of OpenWebText's windows would take 70 MB an epoch and as long
+as a few hundred steps to draw.
 
 Evaluation: consecutive windows, the last one shorter, so that every token but the split's first (which nothing
 precedes) is scored once.
@@ -127,9 +127,12 @@ def evaluation_batches(
     """Batches in which every token of the split (but the first) is scored exactly once.
 
     Args:
+        tokens: the prepared corpus.
+        split: one of its splits.
         context: window length; the last window is padded with labels −100.
         batch_size: rows of all ranks together.
-        limit: only so many batches: always the same windows, spread evenly over the split.
+        limit: only so many batches; always the same windows, spread evenly over the split.
+        rank, ranks: this process's number, and how many share each batch.
 
     Raises:
         ValueError: fewer than two tokens, or sizes that are not positive.

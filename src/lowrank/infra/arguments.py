@@ -56,7 +56,7 @@ class Command:
         summary: one line, for the list of commands.
         about: paragraphs and examples, for the command's own help.
         options: what it takes.
-        prefixes: openings of further options that it takes ("method."), checked by whom they concern.
+        prefixes: of further options that it takes ("method."), which are checked where they are used.
         positions: fewest and most words beside the options.
         call: does it, and returns the exit status.
     """

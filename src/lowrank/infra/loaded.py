@@ -1,4 +1,4 @@
-"""Which parameters were loaded from a file, and which initialised at random: what ``rest="auto"`` goes by."""
+"""Which parameters were loaded from a file, and which initialised at random: what ``rest="auto"`` decides by."""
 
 from __future__ import annotations
 
@@ -16,8 +16,10 @@ def mark_loaded_(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 
 def loaded_parameters(model: nn.Module) -> set[int]:
-    """The ids of the loaded parameters: marked by :func:`mark_loaded_`, or by transformers' ``from_pretrained`` (from
-    transformers 5 on by parameter; before, a model that came from somewhere counts as loaded as a whole)."""
+    """The ids of the loaded parameters: marked by :func:`mark_loaded_`, or by transformers' ``from_pretrained``.
+
+    transformers marks each parameter from version 5 on; before, a model with a name or path counts as all loaded.
+    """
     parameters = list(model.parameters())
     marked = {
         id(p) for p in parameters if getattr(p, "_lowrank_loaded", False) or getattr(p, "_is_hf_initialized", False)

@@ -38,7 +38,7 @@ class StepClock:
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """Meanwhile time stands still."""
+        """A context whose time is not counted."""
         stopped = time.perf_counter()
         yield
         self._began += time.perf_counter() - stopped

@@ -1,9 +1,9 @@
 """Nests of data and tensors (optimizer state, random states) as JSON beside a flat dict of tensors.
 
 `flatten` replaces each tensor of a nest by a reference and keeps what JSON alone would lose: integer keys, tuples and
-floats that are not finite.
-`pack` makes a flat dict fit for safetensors, which stores neither shared memory nor strides: a tensor that stands under
-several names is kept once, and one stored in another order than by rows is transposed and the order noted.
+floats that are not finite. `pack` makes a flat dict fit for safetensors, which stores neither shared memory nor
+strides: a tensor that stands under several names is kept once, and one stored in another order than by rows is
+transposed and the order noted.
 """
 
 from __future__ import annotations

@@ -1,11 +1,11 @@
-"""Several processes that train together: the group that ``torchrun`` starts, and what each one says to the others.
+"""Several processes that train together: the group that ``torchrun`` starts, and what they send each other.
 
-    with joined(device) as ranks:      None in a single process, which then needs nothing of this and pays nothing
+    with joined(device) as ranks:      None in a single process, which needs nothing of this and pays nothing
         ranks.sum_(tensors)            in place, bitwise the same on every rank
-        ranks.gather(tensors)          everyone's, in the order of the ranks
+        ranks.gather(tensors)          those of all ranks, in the order of the ranks
 
-All that is said goes through these few functions, which count it. Bytes are what a ring sends per rank, whatever the
-backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank gives to a gathering. Both directions are equal there.
+Everything that is sent goes through these few functions, which count it. Bytes are what a ring sends per rank, whatever
+the backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank contributes to a gather. A rank receives as much.
 
 A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a socket
 listening, its doorbell: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
@@ -48,7 +48,7 @@ class RanksDisagree(ValueError):
 
 @dataclass
 class Traffic:
-    """What one rank has said and heard."""
+    """Bytes that one rank has sent and received."""
 
     sent: int = 0
     received: int = 0
@@ -133,7 +133,7 @@ class Ranks:
                 tensor.copy_(part.view(tensor.shape))
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """For each tensor everyone's, (R, ...); all ranks give the same shapes and dtypes, in the same order."""
+        """Each tensor from all ranks, (R, ...); all ranks give the same shapes and dtypes, in the same order."""
         gathered: list[Tensor] = []
         for bucket in _buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
@@ -145,7 +145,7 @@ class Ranks:
         return gathered
 
     def gather_objects(self, value: T) -> list[T]:
-        """Everyone's ``value``, in the order of the ranks; for small things (pickled)."""
+        """The ``value`` of every rank, in the order of the ranks; for small objects, since it is pickled."""
         data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
         sizes = self.gather([torch.tensor([data.numel()], device=self.device)])[0].flatten().tolist()
         padded = data.new_zeros(max(sizes))
@@ -209,8 +209,10 @@ class Ranks:
 
 @contextmanager
 def joined(device: torch.device) -> Iterator[Ranks | None]:
-    """The ranks of this run: None in a single process; else the group of torch.distributed, made from the environment
-    that ``torchrun`` sets where the program has not made one, and then left at the end.
+    """The ranks of this run, None in a single process.
+
+    They are torch.distributed's group; where the program has made none, it is made from the environment that
+    ``torchrun`` sets, and left at the end.
 
     Raises:
         ValueError: the environment is incomplete, or there are more ranks on this machine than GPUs.

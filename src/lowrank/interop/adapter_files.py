@@ -1,15 +1,18 @@
 """Adapters as small files of their own, and many of them on one base model (MeLo, arXiv 2311.08236).
 
-folder/adapter.safetensors   the factors, the head, and whatever else was trained
-folder/adapter.json          method, model, classes, how images are read, and a digest of every weight of the base
-                             that the adapter
-                             was trained on: on another base it is refused
+An adapter is a folder of two files:
 
-bank = AdapterBank(model)                 # a plain model; its weights are never changed
-bank.load("adapters/pneumonia")
-bank.load("adapters/skin")
-bank.use("skin")(images)                  # nothing is loaded or copied: layers and the head are put in
-bank.use(None)                            # the base itself
+    folder/adapter.safetensors   the factors, the head, and whatever else was trained
+    folder/adapter.json          method, model, classes, how images are read, and a digest of every weight of the base
+                                 that the adapter was trained on: on another base it is refused
+
+A bank holds one base and any number of adapters:
+
+    bank = AdapterBank(model)                 # a plain model; its weights are never changed
+    bank.load("adapters/pneumonia")
+    bank.load("adapters/skin")
+    bank.use("skin")(images)                  # nothing is loaded or copied: layers and the head are put in
+    bank.use(None)                            # the base itself
 """
 
 from __future__ import annotations
@@ -96,7 +99,8 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         which: best or latest.
 
     Raises:
-        FileExistsError: the folder is not empty. ValueError: the run has no adapter apart from its weights.
+        FileExistsError: the folder is not empty.
+        ValueError: the run has no adapter apart from its weights.
     """
     if which not in ("best", "latest"):
         raise ValueError(f"--checkpoint {which}: it is best or latest")
@@ -134,7 +138,8 @@ def read_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """An adapter's description and tensors.
 
     Raises:
-        FileNotFoundError: there is none. ValueError: the files cannot be read.
+        FileNotFoundError: there is none.
+        ValueError: the files cannot be read.
     """
     for name in ("adapter.json", "adapter.safetensors"):
         if not (folder / name).is_file():
@@ -154,7 +159,7 @@ def trained_tensors(plan: Plan) -> dict[str, Tensor]:
 
 
 def digest(p: Tensor) -> str:
-    """Of a parameter's shape and bytes."""
+    """A fingerprint of a parameter's shape and bytes."""
     values = p.detach().cpu().contiguous()
     content = f"{tuple(values.shape)} {values.dtype}".encode() + values.view(-1).view(torch.uint8).numpy().tobytes()
     return hashlib.blake2b(content, digest_size=8).hexdigest()
@@ -174,8 +179,7 @@ def _refuse_inseparable(plan: Plan, source: Path) -> None:
 
 @dataclass
 class _Installed:
-    """An adapter ready to be put in: adapted layers by name, and its own parameters that take the place of the
-    base's."""
+    """An adapter ready for use: adapted layers by name, and its own parameters that replace some of the base's."""
 
     info: AdapterInfo
     layers: dict[str, AdaptedLayer]
@@ -207,8 +211,7 @@ class AdapterBank:
         return self._find(name).info
 
     def load(self, folder: Path | str, name: str | None = None) -> str:
-        """Load an adapter from its folder, and return its name (the folder's by default). Which one is in use does not
-        change.
+        """Load an adapter from its folder, and return its name (the folder's by default); it is not put in use.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or it is for another base, shape or task.
@@ -219,7 +222,7 @@ class AdapterBank:
         return name
 
     def add(self, name: str, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:
-        """The same from memory.
+        """Add an adapter from memory; it is not put in use.
 
         Raises:
             ValueError: the name is taken, or the adapter does not fit the base.

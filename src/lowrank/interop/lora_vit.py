@@ -4,9 +4,9 @@
     w_a_001, w_b_001   of v in the first block, and so on: two entries a block
     fc_768in_9out      the head's weight (9, 768)
 
-What the files leave out: the head's bias, which becomes zero, and the scale. LoRA-ViT computes it as ``alpha // r``,
-which is 1 for its usual r = alpha = 4 and 0 wherever r exceeds alpha: such an adapter had never added anything
-(``scale=0`` here leaves it out).
+The files do not hold the head's bias, which becomes zero, nor the scale. LoRA-ViT computes it as ``alpha // r``, which
+is 1 for its usual r = alpha = 4 and 0 wherever r exceeds alpha: such an adapter never added anything (``scale=0`` here
+leaves it out).
 """
 
 from __future__ import annotations
@@ -37,7 +37,8 @@ def read_lora_vit(
         classes: the names of the outputs; numbers by default.
 
     Raises:
-        FileNotFoundError: there is no file. ValueError: it is none of LoRA-ViT's, or for another model.
+        FileNotFoundError: there is no file.
+        ValueError: it is not LoRA-ViT's, or for another model.
     """
     file = Path(path)
     if not file.is_file():

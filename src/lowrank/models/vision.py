@@ -1,5 +1,4 @@
-"""Vision transformers, through timm and transformers: ``vit-mini`` for small images, any timm ViT by name, a folder of
-transformers'.
+"""Vision transformers, through timm and transformers: ``vit-mini``, any timm ViT by name, a folder of transformers'.
 
 Functions here are what a run's model can be; their keyword arguments are the run's ``--model.…`` options. The first
 argument is the data, which gives the number of outputs. A model says how it wants its images in ``image_spec``. The
@@ -89,7 +88,8 @@ def vit(
             ``.npz``) or a folder with one; none: at random.
         image_size: by default the model's own; another one resizes the position embeddings.
         patch_size, width, depth, heads: by default the name's.
-        dropout: before the head. drop_path: stochastic depth.
+        dropout: before the head.
+        drop_path: the probability of skipping a block's branch (stochastic depth).
     """
     _need_images(data, "vit")
     import timm
@@ -181,7 +181,8 @@ def load_timm_(model: nn.Module, source: str) -> None:
     """Start a timm model from a local file, all but the head, and mark what was loaded.
 
     Raises:
-        FileNotFoundError: there is no such file. ValueError: the weights do not fit; the keys are named.
+        FileNotFoundError: there is no such file.
+        ValueError: the weights do not fit; the keys are named.
     """
     file = _weights_file(source)
     heads = _timm_heads(model)

@@ -1,8 +1,8 @@
 """GPT-2 shapes: from minutes on a laptop's processor to the 124M model.
 
-Learning rates differ by method: what each one also sets stands in `per_method`, in the words of the command line, and
-goes into `run.json` with the rest. From scratch the rest of the model (embeddings, norms, biases) trains under every
-method; fine-tuning freezes it.
+Learning rates and other settings differ by method: they stand in `per_method`, in the words of the command line, and go
+into `run.json` with the rest. From scratch the rest of the model (embeddings, norms, biases) trains under every method;
+fine-tuning freezes it.
 """
 
 from __future__ import annotations

@@ -1,5 +1,4 @@
-"""Vision transformers on medical images: minutes on a laptop's processor, the ancestor's fine-tuning, the LTE paper's
-pre-training.
+"""Vision transformers on medical images: a small one for a laptop, fine-tuning, and the LTE paper's pre-training.
 
 Learning rates differ by method, as in the recipes of `gpt`. From scratch everything that is not adapted trains (class
 token, positions, norms, patch embedding); fine-tuning freezes what was loaded and always trains the new head
@@ -84,14 +83,13 @@ def vit_mini() -> Run:
 
 
 def vit_finetune() -> Run:
-    """ViT-B/16 at 224 pixels, pre-trained on natural images, with LoRA of rank 8 on q and v, on PathMNIST: the
-    ancestor's study.
+    """ViT-B/16 at 224 pixels, pre-trained on natural images, with LoRA of rank 8 on q and v, on PathMNIST.
 
     Command:  lowrank train vit-finetune --device cuda --precision bf16
               lowrank train vit-finetune --model.weights FILE --data pathmnist_224.npz      (offline)
-    Time:     about an hour an epoch-set on one recent GPU: 3 epochs of 89,996 images
+    Time:     about an hour on one recent GPU, 3 epochs of 89,996 images
     Expected: accuracy above the linear probe's 93.5 % and near full fine-tuning's 95.8 % (MedMNIST+ at 224 pixels,
-    ViT-B/16)
+              ViT-B/16)
     """
     return Run(
         recipe="vit-finetune",
@@ -110,8 +108,7 @@ def vit_finetune() -> Run:
 
 
 def vit_pretrain() -> Run:
-    """ViT-S/16 from scratch with LTE, 32 heads of rank 64 merged every 10 steps: the LTE paper's setting (arXiv
-    2402.16828, table 2).
+    """ViT-S/16 from scratch with LTE, 32 heads of rank 64 merged every 10 steps (arXiv 2402.16828, table 2).
 
     Command:  lowrank train vit-pretrain --data FOLDER --device cuda --precision bf16
     Time:     days on one GPU for a set of ImageNet's size; `lowrank plan vit-pretrain` costs nothing
