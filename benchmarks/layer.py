@@ -3,8 +3,8 @@
     python -m benchmarks.layer
 
 x 8 × 256 × 768, 768 → 3072 and back, 4 heads of rank 4, float32. Goals: at most 1.15 × the frozen layer, and no slower
-than PEFT's LoRA at one head;
-kept for backward: the input once, and rank-sized tensors. Also q, k and v as three adapters on one fused product.
+than PEFT's LoRA at one head; kept for backward: the input once, and rank-sized tensors. Also q, k and v as three
+adapters on one fused product.
 """
 
 from __future__ import annotations

@@ -2,8 +2,8 @@
 
     python -m benchmarks.loop
 
-Two processes' worth of work in one, in turns: ``train()``'s own step (log, progress, clipping, schedule) against the
-fewest lines that train the same model on the same batches with torch's fused AdamW. Goal: at most 3 % more.
+Both run in one process, in turns: ``train()``'s own step (log, progress, clipping, schedule) against the fewest lines
+that train the same model on the same batches with torch's fused AdamW. Goal: at most 3 % more.
 """
 
 from __future__ import annotations

@@ -123,7 +123,7 @@ def _row(
 
 
 def unigram_entropy(study: Study, data: str) -> float:
-    """Nats a token that a model knows who has only counted tokens."""
+    """The loss, in nats a token, of a model that knows how frequent each token is and nothing else."""
     session = open_session(resolve(override(find(study.recipe), {"data": data})))
     return session.data.tokens.unigram_entropy("val")
 

@@ -73,7 +73,7 @@ def time_of_a_step() -> dict[str, object]:
 
 
 def peak(name: str) -> None:
-    """Printed by a process of its own, since the peak is the process's."""
+    """Print the peak memory of a few steps; run in a process of its own, since the peak is the process's."""
     torch.set_num_threads(2)
     model, plan = bound(name)
     opt, run = plan.optimizer(lr=1e-4), round_trip(model)

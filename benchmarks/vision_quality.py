@@ -1,7 +1,7 @@
 """Which method is best on PneumoniaMNIST with vit-mini: from scratch, and adapting a vit-mini trained on the digits.
 
-    python -m benchmarks.vision_quality --data ../shared/data/pneumoniamnist.npz --out runs/vision-quality [--epochs 6]
-    [--seeds 0 1 2]
+    python -m benchmarks.vision_quality --data ../shared/data/pneumoniamnist.npz --out runs/vision-quality
+                                        [--epochs 6] [--seeds 0 1 2]
 
 Every method gets the same epochs and seeds, and the best rate of the same small grid; the rate is chosen by validation
 AUC on the first seed, so that the other seeds cost one run each. Runs that exist are not repeated: stopped, the same
@@ -38,8 +38,10 @@ GALORE = {"method.rank": 16, "method.refresh_every": 50}
 
 @dataclass(frozen=True)
 class Variant:
-    """A row of the study: a method with settings. ``rate_of``: the row whose learning rate it takes; by default it
-    looks for its own."""
+    """A row of the study: a method with settings.
+
+    ``rate_of`` is the row whose learning rate it takes; by default its own is searched for.
+    """
 
     name: str
     method: str

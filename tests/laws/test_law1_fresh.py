@@ -99,8 +99,10 @@ class TestAdapter:
 @settings(max_examples=60, deadline=None)
 @given(data=st.data())
 def test_heads_see_their_shards(data: st.DataObject) -> None:
-    """Training is W x + s (B A − B⁰A⁰) x of the head that owns the example, the mean over heads where they share the
-    batch; for every shape, number of heads and batch, divisible or not. Gradients are those of the plain formula."""
+    """Training computes W x + s (B A − B⁰A⁰) x of the head that owns the example, with the gradients of that formula.
+
+    Where heads share the batch, it is the mean over them; for every shape, number of heads and batch, divisible or not.
+    """
     out, wide = data.draw(st.integers(1, 9)), data.draw(st.integers(1, 9))
     rank, heads = data.draw(st.integers(1, min(out, wide))), data.draw(st.integers(1, 4))
     batch, more = data.draw(st.integers(1, 7)), data.draw(st.lists(st.integers(1, 3), max_size=2))

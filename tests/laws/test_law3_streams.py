@@ -1,5 +1,4 @@
-"""Law 3, the part within a process: new factors depend on (seed, layer, head, merge count) alone, and a merge
-conserves the mean model."""
+"""Law 3, within a process: new factors depend on (seed, layer, head, merge count), a merge conserves the mean model."""
 
 import pytest
 import torch

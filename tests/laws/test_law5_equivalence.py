@@ -1,5 +1,7 @@
-"""Law 5, the part of adapters: LTE that merges at every step, its heads all fed the same batch, is multi-head LoRA
-under the mean loss over the replicated batch."""
+"""Law 5 for adapters: LTE with ``merge_every=1``, its heads all fed the same batch, is multi-head LoRA.
+
+The loss is then the mean over the replicated batch.
+"""
 
 import pytest
 import torch

@@ -1,5 +1,4 @@
-"""Law 9: state bytes equal the ledger's, which are counted without making any; batched equals looped over leading
-dimensions."""
+"""Law 9: state bytes equal the ledger's, which allocates none; batched equals looped over leading dimensions."""
 
 import pytest
 import torch

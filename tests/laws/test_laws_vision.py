@@ -1,5 +1,4 @@
-"""The laws on vision transformers: timm's, with its fused qkv, and transformers', with separate layers; patches
-included."""
+"""The laws on vision transformers: timm's with its fused qkv, transformers' with separate layers, patch embeddings."""
 
 from __future__ import annotations
 

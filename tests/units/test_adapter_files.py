@@ -1,5 +1,4 @@
-"""Adapters as files: exported, loaded, switched on one base that stays as it is; LoRA-ViT's files; what does not
-fit."""
+"""Adapters as files: exported, loaded, switched on one base that stays as it is; LoRA-ViT's files; what is refused."""
 
 from __future__ import annotations
 

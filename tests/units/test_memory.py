@@ -1,4 +1,4 @@
-"""The ledger and its words."""
+"""The ledger of bytes, and how sizes and settings are written."""
 
 import pytest
 import torch

@@ -1,4 +1,4 @@
-"""The thin product: values, gradients, and the columns that it leaves alone."""
+"""The low-rank product: values, gradients, and the columns that it leaves alone."""
 
 import pytest
 import torch
