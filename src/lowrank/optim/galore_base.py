@@ -88,7 +88,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
 
     def _rule_for(self, p: Tensor, group: dict[str, Any]) -> Rule:
         if "rank" not in group:
-            return self._inner_rule(p, group, tuple(p.shape))
+            return self._inner_rule(group, tuple(p.shape))
         options = group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"]
         inside = _projected(AdamW(), *options).inside_shape(tuple(p.shape))
         if p.dim() < 2 and not self._warned:
@@ -98,11 +98,11 @@ class GaLoreOptimizer(torch.optim.Optimizer):
                 "(said once)",
                 stacklevel=4,
             )
-        inner: Any = self._inner_rule(p, group, inside)
+        inner: Any = self._inner_rule(group, inside)
         return _projected(inner, *options)
 
     @abstractmethod
-    def _inner_rule(self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
+    def _inner_rule(self, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
         """The rule for a parameter whose state has ``shape``."""
 
     def _advance_(self, rule: Rule, target: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> None:

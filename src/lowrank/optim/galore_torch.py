@@ -68,7 +68,7 @@ class GaLoreAdamW(GaLoreOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults, per_layer=per_layer)
 
-    def _inner_rule(self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
+    def _inner_rule(self, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
         return EarlyEpsAdam(betas=tuple(group["betas"]), eps=group["eps"], correct_bias=group["correct_bias"])
 
 
@@ -115,7 +115,7 @@ class GaLoreAdamW8bit(GaLoreOptimizer):
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
         super().__init__(params, defaults, per_layer=per_layer)
 
-    def _inner_rule(self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
+    def _inner_rule(self, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
         narrow = math.prod(shape) >= self._min_8bit_size
         return AdamW(betas=tuple(group["betas"]), eps=group["eps"], storage="int8" if narrow else "float32")
 
@@ -165,7 +165,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
         defaults |= {"weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step}
         super().__init__(params, {**defaults, "warmup_init": warmup_init}, per_layer=per_layer)
 
-    def _inner_rule(self, p: Tensor, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
+    def _inner_rule(self, group: dict[str, Any], shape: tuple[int, ...]) -> Rule:
         return Adafactor(
             eps=tuple(group["eps"]),
             clip_threshold=group["clip_threshold"],
