@@ -73,7 +73,7 @@ STUDIES = {
             "lte_galore",
             "lte_galore:kind=explorers",
         ),
-        rates=(3e-3, 1e-2, 3e-2),
+        rates=(1e-3, 3e-3, 1e-2, 3e-2, 1e-1),
     ),
 }
 

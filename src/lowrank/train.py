@@ -181,6 +181,7 @@ class _Loop:
         """Forward, backward and step; returns the record of it, the loss as a tensor."""
         run, optimizer, began = self.session.run, self.optimizer, time.perf_counter()
         lr = run.lr * self.envelope(self.step)
+        factor = self.session.plan.method.lr(optimizer.steps)
         for group in optimizer.param_groups:
             group["lr"] = lr
         batches = [self.batches(self.step * run.grad_accum + k) for k in range(run.grad_accum)]
@@ -194,7 +195,7 @@ class _Loop:
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.clock.tick(waited)
-        factor, rows = self.session.plan.method.lr(self.step), self.team.whole_rows(batches)
+        rows = self.team.whole_rows(batches)
         return {
             "loss": loss,
             "lr": lr * factor,
@@ -284,11 +285,20 @@ class _Loop:
 
     def _stop_not_finite(self, loss: float) -> None:
         self._write({"step": self.step, "loss": loss})
+        raise NotFinite(self._advice(f"the loss became {loss}"))
+
+    def _check_weights(self) -> None:
+        """Nothing that is not finite is saved: the checkpoints of before are what one can go back to."""
+        for name, parameter in self.session.model.named_parameters():
+            if not bool(parameter.isfinite().all()):
+                raise NotFinite(self._advice(f"{name} became NaN or infinite"))
+
+    def _advice(self, what: str) -> str:
         kept = checkpoint.saved(self.out / "checkpoints")
         where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
-        raise NotFinite(
-            f"the loss became {loss} at step {self.step}; {where}. Lower --lr, lengthen --warmup or clip "
-            "(--max-grad-norm 1.0), then start again or resume"
+        return (
+            f"{what} at step {self.step}; {where}. Lower --lr, lengthen --warmup or clip (--max-grad-norm 1.0), then "
+            "start again or resume"
         )
 
     def _evaluate(self) -> bool:
@@ -330,6 +340,7 @@ class _Loop:
         """Save what one process would have saved; the model is whole."""
         if self.saved_at == self.step:
             return
+        self._check_weights()
         self.saved_at = self.step
         optimizer = whole_optimizer_state(self.session.plan, self.optimizer)
         random = self.team.everyones(random_state())

@@ -40,7 +40,8 @@ class Adam:
         return p - self.lr * lr_factor * m / (v.sqrt() + 1e-8)
 
     def prune(self, share: float) -> None:
-        self.m, self.v = without_smallest(self.m, share), without_smallest(self.v, share)
+        kept = kept_by_magnitude(self.m, share)
+        self.m, self.v = self.m * kept, self.v * kept
 
 
 @dataclass
@@ -56,12 +57,13 @@ class Descent:
         pass
 
 
-def without_smallest(t: Tensor, share: float) -> Tensor:
-    """``t`` with its ``share`` smallest numbers (by magnitude) at zero."""
-    flat = t.flatten().clone()
+def kept_by_magnitude(t: Tensor, share: float) -> Tensor:
+    """0 at the ``share`` smallest numbers of ``t`` (by magnitude), 1 elsewhere."""
+    flat = t.flatten()
+    kept = torch.ones_like(flat)
     for i in sorted(range(len(flat)), key=lambda i: abs(float(flat[i])))[: int(len(flat) * share)]:
-        flat[i] = 0.0
-    return flat.reshape(t.shape)
+        kept[i] = 0.0
+    return kept.reshape(t.shape)
 
 
 @dataclass

@@ -152,6 +152,16 @@ def test_a_loss_that_is_not_finite_stops_the_run_and_keeps_the_last_good_checkpo
     assert checkpoint.load(checkpoint.latest(tmp_path / "run" / "checkpoints")).step == 4
 
 
+def test_weights_that_are_not_finite_are_never_saved(tmp_path: Path) -> None:
+    """Seen at the loss, which is looked at only every log_every steps, they would have taken the good checkpoints'
+    place."""
+    run = tiny("full", lr=1e30, warmup=4, log_every=8, checkpoint_every=1)
+    with pytest.raises(NotFinite, match=r"became .*checkpoint"):
+        train(run, tmp_path / "run", quiet=True)
+    for path in checkpoint.saved(tmp_path / "run" / "checkpoints"):
+        assert all(t.isfinite().all() for t in checkpoint.load(path).tensors.values())
+
+
 def test_a_longer_horizon_extends_a_finished_run(tmp_path: Path) -> None:
     train(tiny("lte"), tmp_path / "run", quiet=True)
     with pytest.raises(ValueError, match=r"already reached step 8 of 8.*larger --steps"):

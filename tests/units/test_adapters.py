@@ -288,3 +288,17 @@ def test_tied_embedding_layer() -> None:
     lowrank.apply_(model, lowrank.methods.lora("lm_head", rank=2))
     assert isinstance(model.transformer.wte, AdaptedEmbedding)
     assert model.transformer.wte.embedding_dim == 8
+
+
+def test_a_tied_embedding_learns_nothing_from_padding() -> None:
+    """As nn.Embedding's own row of ``padding_idx``, which gets no gradient."""
+    embedding = nn.Embedding(6, 4, padding_idx=2)
+    adapter = LoRA(rank=2)(Site("wte", embedding.weight.detach()))
+    nn.init.ones_(adapter.B)
+    layer = AdaptedEmbedding(embedding, {"all": adapter}, {"all": slice(0, 6)})
+    layer(torch.full((3,), 2)).sum().backward()
+    assert not any(p.grad is not None and p.grad.any() for p in layer.parameters())
+    layer(torch.tensor([1, 2])).sum().backward()
+    assert adapter.A.grad is not None
+    assert adapter.A.grad.any()
+    assert not embedding.weight.grad[2].any()

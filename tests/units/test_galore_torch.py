@@ -210,6 +210,16 @@ def test_resume_is_bitwise_and_loads_with_weights_only(cls, dtype):
     assert all(torch.equal(a, b) for a, b in zip(model.parameters(), other.parameters(), strict=True))
 
 
+def test_parameters_that_are_alike_round_each_in_its_own_way():
+    twins = [nn.Parameter(torch.ones(8, 8, dtype=torch.bfloat16)) for _ in range(2)]
+    optimizer = GaLoreAdamW([{"params": twins, "rank": 2, "update_proj_gap": 5, "scale": 1.0, "proj_type": "std"}])
+    gradient = torch.randn(8, 8, dtype=torch.bfloat16)
+    for twin in twins:
+        twin.grad = gradient.clone()
+    optimizer.step()
+    assert not torch.equal(*twins)
+
+
 def test_a_checkpoint_of_galore_torch_is_refused_with_what_to_do():
     model, _ = model_and_loss()
     optimizer = GaLoreAdamW(split(model))

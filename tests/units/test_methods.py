@@ -159,3 +159,9 @@ def test_frozen_control() -> None:
     frozen = {row.name for row in plan.rows if row.rule is None}
     assert frozen == {f"transformer.h.{i}.attn.{layer}.weight" for i in range(2) for layer in ("c_attn", "c_proj")}
     assert torch.isfinite(model(torch.zeros(1, 2, dtype=torch.long)).logits).all()
+
+
+@pytest.mark.parametrize("name", ["galore", "apollo", "fira", "lte_galore"])
+def test_an_unknown_basis_is_named_with_the_nearest(name: str) -> None:
+    with pytest.raises(ValueError, match=r"basis='powr' is unknown; it is one of .*did you mean 'power'"):
+        METHODS[name](basis="powr")

@@ -119,8 +119,9 @@ def test_rules_are_values() -> None:
 @pytest.mark.parametrize(
     ("make", "words"),
     [
-        (lambda: AdamW(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) must both lie in"),
-        (lambda: AdamW(betas=(-0.1, 0.9)), "must both lie in"),
+        (lambda: AdamW(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) must be two numbers in"),
+        (lambda: AdamW(betas=(-0.1, 0.9)), "must be two numbers in"),
+        (lambda: AdamW(betas=(0.9,)), "must be two numbers in"),  # type: ignore[arg-type]
         (lambda: AdamW(eps=-1e-8), "eps=-1e-08 must not be negative"),
         (lambda: SGD(momentum=1.0), "momentum=1.0 must lie in"),
         (lambda: SGD(nesterov=True), "nesterov=True needs a momentum above 0"),

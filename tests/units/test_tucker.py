@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from lowrank.optim import SGD, SVD, AdamW, Gaussian, PowerIteration, Tucker
+from lowrank.optim import SGD, SVD, AdamW, Gaussian, PowerIteration, Projected, Tucker
 
 
 def gradients(count, shape=(6, 5, 3, 3)):
@@ -73,9 +73,12 @@ def _clone(state):
     return {k: v.clone() if isinstance(v, torch.Tensor) else _clone(v) for k, v in state.items()}
 
 
-@pytest.mark.parametrize("options", [{"rank": 0}, {"rank": (2, 1.5)}, {"refresh_every": 0}, {"basis": Gaussian()}])
+@pytest.mark.parametrize(
+    "options",
+    [{"rank": 0}, {"rank": (2, 1.5)}, {"refresh_every": 0}, {"basis": Gaussian()}, {"inner": Projected()}],
+)
 def test_refusals(options):
-    with pytest.raises(ValueError, match=r"positive whole number|orthonormal"):
+    with pytest.raises(ValueError, match=r"positive whole number|orthonormal|projects by itself"):
         Tucker(**options)
 
 

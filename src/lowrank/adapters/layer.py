@@ -192,7 +192,10 @@ class AdaptedEmbedding(AdaptedLayer):
     """An embedding tied to an adapted output layer: it looks up rows of the adapted matrix, with the same adapter."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        return self.adapters[WHOLE].rows(ids, self.weight)  # type: ignore[operator]
+        rows: Tensor = self.adapters[WHOLE].rows(ids, self.weight)  # type: ignore[operator]
+        if self.padding_idx is None:
+            return rows
+        return torch.where((ids == self.padding_idx)[..., None], rows.detach(), rows)  # as in nn.Embedding
 
 
 def check_embedding(module: nn.Embedding, name: str) -> None:

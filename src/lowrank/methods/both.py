@@ -13,7 +13,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import Dense, LoRA, Merge
-from lowrank.methods.gradients import BASES, BasisName, Embeddings, embedding_rules
+from lowrank.methods.gradients import BasisName, Embeddings, basis_named, embedding_rules
 from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import AdamW, Rule
@@ -64,7 +64,7 @@ def lte_galore(
         raise ValueError(f"kind={kind!r} is unknown; it is 'mixed' or 'explorers'")
     if kind == "explorers" and alpha is not None:
         raise ValueError(f"alpha={alpha} is LoRA's scale; explorers have none: leave it out, and see scale=")
-    elsewhere = Projected(rank=galore_rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis])
+    elsewhere = Projected(rank=galore_rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis))
     if kind == "mixed":
         make: LoRA | Dense = LoRA(
             rank=rank, alpha=4.0 * rank if alpha is None else alpha, heads=heads, split=True, init="orthogonal"
@@ -72,7 +72,7 @@ def lte_galore(
         inside: Rule = AdamW()
     else:
         make = Dense(heads=heads, split=True)
-        inside = Projected(rank=rank, refresh_every=merge_every, scale=scale, basis=BASES[basis], stagger=False)
+        inside = Projected(rank=rank, refresh_every=merge_every, scale=scale, basis=basis_named(basis), stagger=False)
     return Method(
         name="lte_galore",
         adapt=(Adapt(target_modules, make, exclude_modules),),

@@ -11,6 +11,7 @@ from __future__ import annotations
 
 from typing import Literal
 
+from lowrank.infra.convert import nearest
 from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
 from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
@@ -23,7 +24,14 @@ from lowrank.targets import Targets
 
 BasisName = Literal["power", "svd", "gaussian"]
 Embeddings = Literal["adamw", "adamw8bit", "project"]
-BASES: dict[str, Basis] = {"power": PowerIteration(), "svd": SVD(), "gaussian": Gaussian()}
+_BASES: dict[str, Basis] = {"power": PowerIteration(), "svd": SVD(), "gaussian": Gaussian()}
+
+
+def basis_named(name: str) -> Basis:
+    """The basis that a method's ``basis`` names; ValueError for another word."""
+    if name not in _BASES:
+        raise ValueError(f"basis={name!r} is unknown; it is one of {', '.join(_BASES)}{nearest(name, _BASES)}")
+    return _BASES[name]
 
 
 def galore(
@@ -53,7 +61,7 @@ def galore(
         rank=rank,
         refresh_every=refresh_every,
         scale=scale,
-        basis=BASES[basis],
+        basis=basis_named(basis),
         side=side,
         transport=transport,
         lazy=Lazy() if lazy else None,
@@ -84,7 +92,7 @@ def galore_8bit(
         rank=rank,
         refresh_every=refresh_every,
         scale=scale,
-        basis=BASES[basis],
+        basis=basis_named(basis),
         basis_storage=basis_storage,
         lazy=Lazy() if lazy else None,
     )
@@ -104,7 +112,7 @@ def galore_adafactor(
     freeze: Targets = (),
 ) -> Method:
     """GaLore with Adafactor (Zhao et al., arXiv 2403.03507; Shazeer and Stern, arXiv 1804.04235) in the subspace."""
-    rule = Projected(inner=Adafactor(), rank=rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis])
+    rule = Projected(inner=Adafactor(), rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis))
     return _method("galore_adafactor", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
@@ -124,7 +132,7 @@ def apollo(
 
     The subspace only estimates each channel's step length; the gradient is the direction.
     """
-    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis], lift=Rescale())
+    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Rescale())
     return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
@@ -148,7 +156,7 @@ def apollo_mini(
         rank=rank,
         refresh_every=refresh_every,
         scale=scale**0.5,
-        basis=BASES[basis],
+        basis=basis_named(basis),
         lift=Rescale(scope="tensor"),
     )
     return _method("apollo_mini", rule, target_modules, exclude_modules, embeddings, rest, freeze)
@@ -170,7 +178,7 @@ def fira(
 
     ``scale`` multiplies both (the paper's α).
     """
-    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=BASES[basis], lift=Residual())
+    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Residual())
     return _method("fira", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 

@@ -52,6 +52,8 @@ class Adafactor:
     warmup_init: bool = False
 
     def __post_init__(self) -> None:
+        if len(self.eps) != 2 or not all(eps >= 0 for eps in self.eps):
+            raise ValueError(f"eps={self.eps} must be two numbers that are not negative")
         if not self.clip_threshold > 0:
             raise ValueError(f"clip_threshold={self.clip_threshold} must be above 0")
         if not self.decay_rate < 0:

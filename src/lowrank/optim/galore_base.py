@@ -32,6 +32,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             raise ValueError(f"weight_decay={defaults['weight_decay']} must not be negative")
         self._per_layer = per_layer
         self._warned = False
+        self._numbers: dict[Tensor, int] = {}
         self._hooks: list[torch.utils.hooks.RemovableHandle] = []
         super().__init__(params, defaults)
 
@@ -84,7 +85,14 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         target = p.detach().to(wide(p.dtype))
         self._advance_(rule, target, g.to(target.dtype), state, group)
         if target.dtype is not p.dtype:
-            round_into_(p.detach(), target, generator(p.device, "rounding", *p.shape, int(step_of(state))))
+            round_into_(p.detach(), target, generator(p.device, "rounding", self._number(p), int(step_of(state))))
+
+    def _number(self, p: Tensor) -> int:
+        """Which parameter it is, in the order of the groups: parameters that are alike round each in its own way."""
+        if p not in self._numbers:
+            every = [q for group in self.param_groups for q in group["params"]]
+            self._numbers = {q: number for number, q in enumerate(every)}
+        return self._numbers[p]
 
     def _rule_for(self, p: Tensor, group: dict[str, Any]) -> Rule:
         if "rank" not in group:

@@ -337,7 +337,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._scaler is None:
             return g
         if self._inverse_scale is None:
-            self._inverse_scale = torch.full((), 1.0 / self._scaler.get_scale(), device=g.device)
+            self._inverse_scale = torch.full((), 1.0 / self._scaler.get_scale())  # on the CPU it multiplies anywhere
         finite = g.isfinite().all()
         self._overflowed.append(~finite)
         return g.to(wide(g.dtype)).mul_(self._inverse_scale) if finite else None
@@ -356,7 +356,7 @@ class Optimizer(torch.optim.Optimizer):
             warnings.warn("step() was called without a backward pass: nothing was updated", stacklevel=3)
         self._stepped.clear()
         if self._scaler is not None and self._overflowed:
-            self._update_scale(bool(torch.stack(self._overflowed).any()))
+            self._update_scale(any(bool(overflowed) for overflowed in self._overflowed))
         self._overflowed, self._inverse_scale = [], None
 
     def _update_scale(self, overflowed: bool) -> None:

@@ -85,8 +85,8 @@ class AdamW:
     storage: Storage = "float32"
 
     def __post_init__(self) -> None:
-        if not all(0.0 <= beta < 1.0 for beta in self.betas):
-            raise ValueError(f"betas={self.betas} must both lie in [0, 1)")
+        if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
+            raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
         if self.eps < 0:
             raise ValueError(f"eps={self.eps} must not be negative")
         check_storage("storage", self.storage)

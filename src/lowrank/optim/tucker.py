@@ -41,7 +41,8 @@ class Tucker:
         refresh_every, scale, stagger: as in ``Projected``; moments keep their coordinates at a refresh.
 
     Raises:
-        ValueError: a size that is not a positive whole number, or a basis that is not orthonormal.
+        ValueError: a size that is not a positive whole number, a basis that is not orthonormal, or an inner rule that
+            projects by itself.
     """
 
     inner: Rule = field(default_factory=AdamW)
@@ -56,6 +57,8 @@ class Tucker:
         for name, value in (*(("rank", rank) for rank in ranks), ("refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
+        if hasattr(self.inner, "refresh_every"):
+            raise ValueError(f"inner={self.inner!r} projects by itself; give the rule inside it, such as AdamW()")
         if not self.basis.orthonormal:
             raise ValueError(f"{self.basis!r} is not orthonormal; use PowerIteration() or SVD()")
 
