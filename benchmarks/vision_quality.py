@@ -1,7 +1,7 @@
 """Which method is best on PneumoniaMNIST with vit-mini: from scratch, and adapting a vit-mini trained on the digits.
 
     python -m benchmarks.vision_quality --data ../shared/data/pneumoniamnist.npz --out runs/vision-quality
-                                        [--epochs 6] [--seeds 0 1 2]
+                                        [--epochs 3] [--seeds 0 1 2]
 
 Every method gets the same epochs and seeds, and the best rate of the same small grid; the rate is chosen by validation
 AUC on the first seed, so that the other seeds cost one run each. Runs that exist are not repeated: stopped, the same
@@ -153,7 +153,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.partition("\n")[0])
     parser.add_argument("--data", required=True)
     parser.add_argument("--out", type=Path, default=Path("runs/vision-quality"))
-    parser.add_argument("--epochs", type=float, default=6)
+    parser.add_argument("--epochs", type=float, default=3)
     parser.add_argument("--digits-epochs", type=float, default=15)
     parser.add_argument("--seeds", type=int, nargs="+", default=[0, 1, 2])
     parser.add_argument("--only", nargs="*", default=[], help="these methods alone")
