@@ -27,28 +27,33 @@ import torch
 import lowrank
 from benchmarks.common import save
 from lowrank.infra.progress import short_bytes
-from lowrank.traffic import Forecast, forecast, merge_words
+from lowrank.traffic import forecast, merge_words
 
 STEPS, RANKS = 8, 2
 SMALL = {"method.merge_every": 2, "method.rest_every": 4, "model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2}
 
 
 def main() -> None:
+    slow: dict[str, Any] = {"target_modules": "all-linear", "rest_every": 100}
     computed = {
         "attention": {"target_modules": "attention"},
         "all-linear": {"target_modules": "all-linear"},
         "all-linear, embeddings averaged every 400 steps": {"target_modules": "all-linear", "rest_every": 400},
+        "attention, int8": {"target_modules": "attention", "exchange": "int8"},
+        "all-linear, embeddings every 100 steps": slow,
+        "all-linear, embeddings every 100 steps, bfloat16": {**slow, "exchange": "bfloat16"},
+        "all-linear, embeddings every 100 steps, int8": {**slow, "exchange": "int8"},
     }
     result: dict[str, Any] = {"model": "GPT-2 124M", "heads": 4, "rank": 4, "merge_every": 10, "computed": {}}
     for ranks in (2, 4):
         for name, options in computed.items():
-            figures = _figures(forecast(_gpt2_plan(**options), ranks))
+            figures = _figures(_gpt2_plan(**options), ranks)
             result["computed"][f"{name}, {ranks} ranks"] = figures
             print(
                 f"{name}, {ranks} ranks: DDP {short_bytes(figures['ddp_per_step'])} a step; adapted matrices "
                 f"{figures['adapted_ratio']:.0f} times less, whole model {figures['whole_ratio']:.1f} times less"
             )
-    result["counted"] = _counted()
+    result["counted"] = {exchange: _counted(exchange) for exchange in ("float32", "bfloat16", "int8")}
     print("counted:", result["counted"])
     print("written to", save("traffic", result).name)
 
@@ -61,8 +66,9 @@ def _gpt2_plan(**options: Any) -> lowrank.Plan:
     return lowrank.apply_(model, lowrank.methods.lte(rank=4, heads=4, merge_every=10, **options))
 
 
-def _figures(found: Forecast) -> dict[str, float]:
-    words = merge_words(found.ranks) / (found.merge_every or 1)
+def _figures(plan: lowrank.Plan, ranks: int) -> dict[str, float]:
+    found = forecast(plan, ranks)
+    words = merge_words(plan, ranks) / (found.merge_every or 1)
     return {
         "ddp_per_step": found.ddp,
         "ddp_adapted_per_step": found.ddp_adapted,
@@ -75,22 +81,23 @@ def _figures(found: Forecast) -> dict[str, float]:
     }
 
 
-def _counted() -> dict[str, Any]:
+def _counted(exchange: str) -> dict[str, Any]:
     """Two processes train a small model; their log's bytes beside what is computed for each step."""
     from lowrank.recipes.gpt import gpt_mini
     from lowrank.session import open_session
     from lowrank.settings import override, resolve
 
     settings = {"method": "lte", "steps": STEPS, "eval-batches": 1, "eval-every": 100, "batch-size": 4, **SMALL}
+    settings["method.exchange"] = exchange
     plan = open_session(resolve(override(gpt_mini(), settings))).plan
     found = forecast(plan, RANKS)
     expected = []
     for step in range(1, STEPS + 1):
         merging, averaging = step % 2 == 0, step % 4 == 0
-        expected.append(merging * found.merge + averaging * found.average + merging * merge_words(RANKS))
+        expected.append(merging * found.merge + averaging * found.average + merging * merge_words(plan, RANKS))
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
-        _launch([f"--{name}={value}" for name, value in settings.items()], out)
+        launch([f"--{name}={value}" for name, value in settings.items()], out)
         log = [json.loads(line) for line in (out / "log.jsonl").read_text().splitlines()]
     sent = [record["bytes_sent"] for record in log if "loss" in record]
     if sent != expected:
@@ -98,7 +105,8 @@ def _counted() -> dict[str, Any]:
     return {"model": "gpt-mini, 2 layers 32 wide", "ranks": RANKS, "bytes_sent": sent, "computed": expected}
 
 
-def _launch(options: list[str], out: Path) -> None:
+def launch(options: list[str], out: Path) -> None:
+    """Train ``gpt-mini`` with these options on two ranks of this machine into ``out``."""
     with socket.create_server(("127.0.0.1", 0)) as free:
         port = str(free.getsockname()[1])
     group = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}

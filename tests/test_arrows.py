@@ -36,7 +36,7 @@ MAY_USE = {
     "targets": BASE | {"adapters"},
     "methods": BASE | {"adapters", "optim", "linalg", "targets"},
     "memory": BASE | {"optim", "plan"},
-    "boundary": BASE | {"adapters", "optim"},
+    "boundary": BASE | {"adapters", "optim", "linalg"},
     "binding": BASE | {"adapters", "optim", "targets", "methods"},
     "plan": BASE | {"adapters", "optim", "targets", "methods", "memory", "boundary", "binding"},
 }

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from dataclasses import replace as replace_field
 from functools import partial
 from typing import Literal
 
@@ -208,11 +209,16 @@ class Binding:
         return self.model.get_submodule(name.rpartition(".")[0])
 
     def _make(self, layer: Layer) -> dict[str, Adapter]:
-        keep = self.method.merge is not None and self.method.merge.keep
+        merge = self.method.merge
+        keep = merge is not None and merge.keep
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
             rank, count = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.count)
-            made[part] = adapt.make(Site(layer.label(part), matrix[layer.rows(part)], self.seed, keep, rank, count))
+            W = matrix[layer.rows(part)]
+            site = Site(layer.label(part), W, self.seed, keep, rank, count)
+            made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
+            if merge is not None:
+                merge.prepare_(made[part], W)
             if made[part].split and count > 1 and not isinstance(made[part], SplitAdapter):
                 raise ValueError(
                     f"heads of {type(made[part]).__name__} on {layer.label(part)} split the batch, and cannot be "
@@ -349,8 +355,7 @@ class Binding:
 def _notes_on_ranks(method: Method, ranks: Ranks | None, rows: list[Row], adapters: dict[str, Adapter]) -> list[str]:
     """Notes for the reader of a plan: which ranks train what, and when they communicate."""
     if ranks is None:
-        alone = method.rest == "local" or method.rest_every is not None
-        return ["in one process the rest is not averaged: rest='local' is 'train'"] if alone else []
+        return _notes_alone(method)
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
     notes = [str(ranks)]
     for heads in sorted({a.all_heads for a in adapters.values() if a.split}):
@@ -360,11 +365,27 @@ def _notes_on_ranks(method: Method, ranks: Ranks | None, rows: list[Row], adapte
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"
         notes.append(f"{size['own']:,} numbers are this rank's own heads, {every}; nothing of them travels in between")
+    if method.merge is not None and method.merge.exchange != "float32":
+        notes.append(f"merges and averages travel as {method.merge.exchange}, where that is fewer bytes")
+    if method.merge is not None and method.merge.weigh != "equal":
+        notes.append(f"in merges and averages ranks weigh by {method.merge.weigh} since the last")
     if size["local"]:
         what = f"{size['local']:,} parameters train on each rank by itself, averaged every {method.rest_interval} steps"
         notes.append(f"{what} ({'the default here, ' if method.rest == 'auto' else ''}rest='local')")
     if size["shared"]:
         notes.append(f"the gradients of {size['shared']:,} parameters are summed over the ranks every step")
+    return notes
+
+
+def _notes_alone(method: Method) -> list[str]:
+    """Options that are for several ranks, and change nothing in one process."""
+    notes, merge = [], method.merge
+    if method.rest == "local" or method.rest_every is not None:
+        notes.append("in one process the rest is not averaged: rest='local' is 'train'")
+    if merge is not None and merge.exchange != "float32":
+        notes.append(f"in one process nothing travels: exchange={merge.exchange!r} rounds nothing")
+    if merge is not None and merge.weigh != "equal":
+        notes.append(f"in one process all heads weigh the same: weigh={merge.weigh!r} is for several ranks")
     return notes
 
 

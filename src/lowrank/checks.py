@@ -81,7 +81,7 @@ def refuse_changed(old: Run, new: Run) -> None:
     changed = [
         f"{name} ({before} -> {after})"
         for name, before, after in _pairs(old.to_json(), new.to_json())
-        if before != after and name not in _MAY_CHANGE
+        if before != after and name not in _MAY_CHANGE and not (new.own_data and name == "--data.source")
     ]
     if changed:
         raise ValueError(

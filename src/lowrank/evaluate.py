@@ -3,7 +3,8 @@
 In evaluation mode an adapter computes with ``merged(W)``, the mean of its heads, so the model that is scored is the one
 that ``merge_and_unload`` would give, whatever has happened since the last merge. Sums are taken over predictions and
 not over batches, so the result does not depend on the batch size, nor on how many ranks share the batches: rank r of R
-scores the batches r, r + R, …, and what all have counted is put together.
+scores the batches r, r + R, …, and what all have counted is put together. Ranks with data of their own each score all
+of it.
 """
 
 from __future__ import annotations
@@ -28,13 +29,16 @@ def evaluate(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ranks: Ranks | None = None,
+    own: bool = False,
 ) -> dict[str, float]:
     """Metrics of ``model`` over ``batches``, the same on all ``ranks``; the model's mode is put back afterwards.
+
+    ``own``: the batches are this rank's own, of which it scores all, and not those that all ranks have.
 
     Raises:
         ValueError: there was nothing to score.
     """
-    if ranks is not None:
+    if ranks is not None and not own:
         batches = _share(batches, ranks.rank, ranks.count)
     tally, seen = _count(model, batches, task, torch.device(device), autocast)
     if ranks is not None:

@@ -14,7 +14,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
-from lowrank.adapters.exchange import SplitAdapter, gather_heads, own_part
+from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, own_part
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
 
@@ -24,8 +24,8 @@ def split_names(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:
     found: dict[str, tuple[SplitAdapter, str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SplitAdapter) and module.split:
-            tensors = [*module.named_parameters(), *module.named_buffers()]
-            found |= {f"{prefix}.{name}": (module, name) for name, tensor in tensors if tensor.dim()}
+            tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in (*KEPT, *SENT))]
+            found |= {f"{prefix}.{name}": (module, name) for name, _ in tensors}
     return found
 
 

@@ -3,8 +3,8 @@
     weights     every parameter and buffer of the model, adapters included, tied ones once
     gradients   of every trained parameter; with per-layer updates, the largest one
     state       what the rules keep, counted from ``rule.init`` on tensors without storage
-    kept        copies that adapters hold beside their factors (LTE's merged factors): buffers, and so part of weights,
-                but shown apart
+    kept        copies that adapters hold beside their factors (LTE's merged factors), the outer optimizer's momentum,
+                and over several ranks the local rest as it last was everywhere, where its changes travel rounded
 
 Activations depend on batch and context and are not in it; a run's log has the measured peak.
 """
@@ -58,11 +58,18 @@ def ledger(plan: Plan) -> Ledger:
     return Ledger(
         weights=sum(map(_bytes, plain)) + sum(b.numel() * b.element_size() for b in buffers),
         factors=sum(map(_bytes, factor)),
-        kept=sum(b.numel() * b.element_size() for b in kept.values()),
+        kept=sum(b.numel() * b.element_size() for b in kept.values()) + _anchor_bytes(plan),
         gradients=sum(gradients),
         largest_gradient=max(gradients, default=0),
         state=sum(state_bytes(row.rule, row.shape, row.dtype) for row in plan.rows if row.rule is not None),
     )
+
+
+def _anchor_bytes(plan: Plan) -> int:
+    merge = plan.method.merge
+    if plan.ranks is None or merge is None or merge.exchange == "float32":
+        return 0
+    return sum(row.numel * max(4, row.dtype.itemsize) for row in plan.rows if row.rule and row.across == "local")
 
 
 def state_bytes(rule: Rule, shape: tuple[int, ...], dtype: torch.dtype) -> int:

@@ -9,19 +9,22 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.adapters import Adapter
+from lowrank.adapters.adapter import wide_dtype
 from lowrank.adapters.exchange import SplitAdapter
 from lowrank.adapters.layer import adapted_layers
 from lowrank.binding import Across, Binding, Row
 from lowrank.boundary import boundary_, meet_
 from lowrank.infra.ranks import Ranks
+from lowrank.infra.work import Work
 from lowrank.memory import Ledger, ledger, table
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
@@ -45,6 +48,9 @@ class Plan:
     notes: list[str] = field(default_factory=list)
     ranks: Ranks | None = None
     left_out: list[int] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+    anchors: list[Tensor] = field(default_factory=list)
+    under_way: Callable[[], None] | None = None
 
     @cached_property
     def shared(self) -> list[nn.Parameter]:
@@ -66,6 +72,11 @@ class Plan:
     def local(self) -> list[nn.Parameter]:
         """Parameters that each rank trains by itself, averaged every ``method.rest_interval`` steps."""
         return self._across("local")
+
+    def anchor_rest_(self) -> None:
+        """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
+        if self.method.merge is not None and self.method.merge.exchange != "float32":
+            self.anchors = [p.detach().to(wide_dtype(p.dtype), copy=True) for p in self.local]
 
     def _across(self, which: Across) -> list[nn.Parameter]:
         parameters = dict(self.model.named_parameters())
@@ -131,6 +142,10 @@ class Plan:
                     check_forgets(row.rule, torch.empty(row.shape, dtype=row.dtype, device="meta"), row.name)
         if merge not in ("auto", "manual"):
             raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
+        self.anchor_rest_()
+        self.work = Work(
+            self.method.merge.weigh if self.ranks is not None and self.method.merge is not None else "equal"
+        )
         optimizer: Optimizer
 
         optimizer = Optimizer(

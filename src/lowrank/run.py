@@ -71,6 +71,7 @@ class Run:
         default="cosine", metadata={"help": "shape of the decay after the warm-up"}
     )
     weight_decay: float = field(default=0.1, metadata={"help": "decoupled weight decay"})
+    own_data: bool = field(default=False, metadata={"help": "each rank reads (and is scored on) its own --data"})
     batch_size: int = field(default=16, metadata={"help": "sequences or images in a micro-batch"})
     grad_accum: int = field(default=1, metadata={"help": "micro-batches in a step"})
     max_grad_norm: float | None = field(default=1.0, metadata={"help": "clip the global gradient norm; none: do not"})

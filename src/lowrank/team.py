@@ -12,13 +12,17 @@ Clipping uses that norm.
 
 from __future__ import annotations
 
+import hashlib
+import tempfile
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.boundary import talks
+from lowrank.data.tokenizers import Tokenizer
 from lowrank.gathered import check_state
 from lowrank.infra.progress import short_bytes
 from lowrank.infra.ranks import Ranks, Traffic, code_version, digest
@@ -53,7 +57,15 @@ class Team:
         if needs_scaler:
             raise ValueError("float16 scales the loss of each rank by itself: use --precision bf16 with several ranks")
         _refuse_batch_statistics(self.plan.model)
+        if self.run.own_data:
+            _check_own_data(self.run)
         check_state(self.plan, optimizer)
+        merge = self.plan.method.merge
+        if merge is not None and merge.weigh == "steps":
+            raise ValueError(
+                "--method.weigh steps: in this loop all ranks make the same number of steps between merges; use tokens "
+                "or seconds, or a loop of your own with merge='manual'"
+            )
         every = self.plan.method.rest_every
         if self.plan.local and every is not None and self.run.steps is not None and every > self.run.steps:
             raise ValueError(
@@ -64,7 +76,7 @@ class Team:
     def notes(self) -> list[str]:
         """What a reader should know before the first step; nothing in one process."""
         if self.ranks is None:
-            return []
+            return ["in one process all data is its own: --own-data changes nothing"] if self.run.own_data else []
         found = self.forecast(self.ranks)
         told = f"a step sends {short_bytes(found.per_step)} on average; DDP would send {short_bytes(found.ddp)}"
         clipped = self.run.max_grad_norm is not None and any(hasattr(row.rule, "fold") for row in self.plan.rows)
@@ -85,19 +97,29 @@ class Team:
         return [value] if self.ranks is None else self.ranks.gather_objects(value)
 
     @property
+    def weighs(self) -> bool:
+        """Whether ranks weigh by what they have done, which a checkpoint then holds."""
+        return self.plan.work.kind != "equal"
+
+    @property
     def together(self) -> bool:
         """Whether every step is one step of all ranks."""
         return self.ranks is not None and bool(self.plan.shared)
 
-    def agree(self, version: str, step: int) -> None:
-        """Refuse ranks that differ in weights, settings, code or step; then give each its own stream of dropout."""
+    def agree(self, version: str, step: int, data: Any) -> None:
+        """Refuse ranks that differ in weights, settings, code or step; then give each its own stream of dropout. Under
+        ``--own-data`` the sources may differ, but not what numbers stand for text."""
         if self.ranks is None:
             return
         own = {id(p) for p in self.plan.own}
         model = self.plan.model
         named = [*model.named_parameters(), *model.named_buffers()]
         same = {name: t for name, t in named if id(t) not in own and ".adapters." not in name}
-        self.ranks.agree({"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)})
+        facts = {"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)}
+        if self.run.own_data:
+            facts.pop("--data.source", None)
+            facts["tokenizer"] = tokenizer_digest(data.tokenizer)
+        self.ranks.agree(facts)
         torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
         self._told = Traffic(**vars(self.ranks.traffic))
 
@@ -109,6 +131,7 @@ class Team:
     def divisor(self, batches: Sequence[Batch], task: Task) -> float:
         """What this rank divides the sum of its losses by."""
         own = sum(task.count(batch) for batch in batches)
+        self.plan.work.saw(own)
         if self.together and self.ranks is not None:
             own = round(self.ranks.total(own)[0])
         elif self.ranks is not None and not self.plan.local:
@@ -169,6 +192,25 @@ def _settings(run: Run) -> dict[str, object]:
         elif name not in ("device", "per_method"):
             named[f"--{name.replace('_', '-')}"] = value
     return named
+
+
+def _check_own_data(run: Run) -> None:
+    if run.task != "text":
+        raise ValueError("--own-data is for text: leave it out, or put the images in one folder that every rank reads")
+    for option, value, remedy in (("--steps", run.steps, "--steps N"), ("--eval-every", run.eval_every, "a number")):
+        if value is None:
+            raise ValueError(
+                f"--own-data: an epoch is not the same on every rank, so {option} must be given in steps: use {remedy}"
+            )
+
+
+def tokenizer_digest(tokenizer: Tokenizer) -> str:
+    """A short fingerprint of all that a tokenizer knows."""
+    with tempfile.TemporaryDirectory() as folder:
+        tokenizer.save(Path(folder))
+        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
+        content = b"".join(path.name.encode() + path.read_bytes() for path in files)
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

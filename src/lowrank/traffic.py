@@ -1,11 +1,14 @@
 """Forecast of the bytes that each of several ranks will send, before the first step; and what DDP would send.
 
-    merge      of each adapted matrix the factors of all heads, or a sum of dense changes, whichever is fewer
+    merge      of each adapted matrix the factors of all heads, or a sum of dense changes, whichever is fewer; of dense
+               heads that share a basis, the sum of their changes in it
+    basis      that dense heads share, in the first step of its interval
     average    of the rest that trains locally
     gradients  of the shared parameters, every step; between refreshes a projected one sends R = QᵀG
 
-All as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes. A few bytes of control come
-on top: ``merge_words`` at a merge or an average, and about fifty bytes at a step of the loop that sums gradients.
+All as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes, or rounded at merges and
+averages as ``Merge.exchange`` says. A few bytes of control come on top: ``merge_words`` at a merge or an average, and
+about fifty bytes at a step of the loop that sums gradients.
 """
 
 from __future__ import annotations
@@ -15,26 +18,29 @@ from dataclasses import dataclass
 import torch
 
 from lowrank.adapters import Adapter, LoRAAdapter
-from lowrank.adapters.lora import factors_are_fewer
+from lowrank.adapters.lora import factor_bytes, factors_are_fewer
+from lowrank.adapters.wire import Exchange, sum_bytes
 from lowrank.binding import Row
-from lowrank.infra.ranks import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.infra.ranks import ring_gather_bytes, ring_sum_bytes
 from lowrank.optim.projected import Projected
+from lowrank.optim.rules import Rule
 from lowrank.plan import Plan
 
-FINITE_BYTES, STOP_BYTES = 4, 8  # said at a merge or average: whether one's numbers are finite, whether to stop
+# Said at a merge or average: whether one's numbers are finite (and what one has done, where it weighs), whether to stop
+FINITE_BYTES, WEIGHED_BYTES, STOP_BYTES = 4, 24, 8
 
 
 @dataclass(frozen=True, kw_only=True)
 class Forecast:
-    """Bytes that one of ``ranks`` sends.
-
-    At a merge, at an average of the rest, with the gradients of a step (at a refresh and between refreshes), and what
-    DDP would send every step, of the whole model and of the adapted matrices.
-    """
+    """Bytes that one of ``ranks`` sends: at a merge, for a basis that heads share, at an average of the rest, with the
+    gradients of a step (at a refresh and between refreshes), and what DDP would send every step, of the whole model
+    and of the adapted matrices."""
 
     ranks: int
     merge: int
     merge_every: int | None
+    basis: int
+    basis_every: int
     average: int
     rest_every: int
     gradients: int
@@ -46,7 +52,8 @@ class Forecast:
     @property
     def adapted_per_step(self) -> float:
         """The mean over the steps of what adapted matrices send."""
-        return self.merge / self.merge_every if self.merge_every else 0.0
+        merges = self.merge / self.merge_every if self.merge_every else 0.0
+        return merges + self.basis / self.basis_every
 
     @property
     def per_step(self) -> float:
@@ -64,13 +71,19 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False) -> Forecast:
     shared = [row for row in trained if row.across == "shared"]
     rules = {row.rule.refresh_every for row in shared if isinstance(row.rule, Projected)}
     plain = [row for row in plan.rows if not row.is_factor]
-    split = [adapter for adapter in plan.adapters.values() if adapter.split]
+    parameters = dict(plan.model.named_parameters())
+    rule_of = {id(parameters[row.name]): row.rule for row in trained}
+    split = list({id(a): a for a in plan.adapters.values() if a.split}.values())
+    own = [row for row in trained if row.across == "own"]
     under = sum(row.numel * _width(row.dtype) for row in plain if row.why == "under an adapter")
+    exchange = plan.method.merge.exchange if plan.method.merge is not None else "float32"
     return Forecast(
         ranks=ranks,
-        merge=sum(_merge_bytes(adapter, ranks) for adapter in split),
+        merge=sum(_merge_bytes(a, rule_of[id(next(a.parameters()))], ranks, exchange) for a in split),
         merge_every=plan.method.merge.merge_every if plan.method.merge is not None and split else None,
-        average=ring_sum_bytes(sum(map(_bytes, (r for r in trained if r.across == "local"))), ranks),
+        basis=ring_sum_bytes(sum(_basis_numbers(row) * _width(row.dtype) for row in own), ranks),
+        basis_every=min((r.rule.refresh_every for r in own if isinstance(r.rule, Projected)), default=1),
+        average=_average_bytes([r for r in trained if r.across == "local"], ranks, exchange),
         rest_every=plan.method.rest_interval,
         gradients=ring_sum_bytes(sum(map(_bytes, shared)), ranks),
         gradients_between=ring_sum_bytes(sum(map(_bytes if whole else _bytes_between, shared)), ranks),
@@ -80,21 +93,34 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False) -> Forecast:
     )
 
 
-def merge_words(ranks: int, *, loop: bool = True) -> int:
-    """Bytes of control at a merge or an average; of the loop as well, which asks whether to stop."""
-    return ring_gather_bytes(FINITE_BYTES, ranks) + (ring_sum_bytes(STOP_BYTES, ranks) if loop else 0)
+def merge_words(plan: Plan, ranks: int, *, loop: bool = True) -> int:
+    """Bytes of control at a merge or an average: finite or not, and what the rank has done where that weighs; of the
+    loop as well, which asks whether to stop."""
+    weighed = plan.method.merge is not None and plan.method.merge.weigh != "equal"
+    return ring_gather_bytes(WEIGHED_BYTES if weighed else FINITE_BYTES, ranks) + (
+        ring_sum_bytes(STOP_BYTES, ranks) if loop else 0
+    )
 
 
-def _merge_bytes(adapter: Adapter, ranks: int) -> int:
+def _merge_bytes(adapter: Adapter, rule: Rule | None, ranks: int, exchange: Exchange) -> int:
     if isinstance(adapter, LoRAAdapter):
-        rank, inputs, outputs = adapter.config.rank, adapter.A.shape[2], adapter.B.shape[1]
-        width = adapter.A.dtype.itemsize
-        if factors_are_fewer(adapter.all_heads, rank, (outputs, inputs), ranks):
-            factors = largest_share(adapter.all_heads, ranks) * rank * (inputs + outputs)
-            return ring_gather_bytes(factors * width, ranks)
-        return ring_sum_bytes(outputs * inputs * width, ranks)
+        rank, shape, width = adapter.config.rank, (adapter.B.shape[1], adapter.A.shape[2]), adapter.A.dtype.itemsize
+        if factors_are_fewer(adapter.all_heads, rank, shape, width, ranks, exchange):
+            return factor_bytes(adapter.all_heads, rank, shape, width, ranks, exchange)
+        return sum_bytes(exchange, shape, width, ranks)
     dense = next(adapter.parameters())
-    return ring_sum_bytes(dense[0].numel() * dense.dtype.itemsize, ranks)
+    within = rule.span_shape(tuple(dense.shape)) if isinstance(rule, Projected) else None
+    return sum_bytes(exchange, within or tuple(dense.shape[1:]), dense.dtype.itemsize, ranks)
+
+
+def _basis_numbers(row: Row) -> int:
+    return row.rule.agreed_numbers(row.shape) if isinstance(row.rule, Projected) else 0
+
+
+def _average_bytes(rows: list[Row], ranks: int, exchange: Exchange) -> int:
+    if exchange == "float32":
+        return ring_sum_bytes(sum(map(_bytes, rows)), ranks)
+    return sum(sum_bytes(exchange, row.shape, _width(row.dtype), ranks) for row in rows)
 
 
 def _width(dtype: torch.dtype) -> int:

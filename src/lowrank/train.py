@@ -80,7 +80,7 @@ def train(
         loop = _Loop(session, out, quiet=quiet)
         if saved is not None:
             loop.restore(saved)
-        loop.team.agree(__version__, loop.step)
+        loop.team.agree(__version__, loop.step, session.data)
         if saved is not None:
             loop.restore_random(saved)
         if loop.team.first:
@@ -147,6 +147,11 @@ class _Loop:
             raise ValueError(
                 f"merge_every={merge.merge_every} is longer than the run of {self.steps} steps: nothing would ever "
                 f"merge; use at most {self.steps}"
+            )
+        if merge is not None and merge.overlap and 2 * merge.merge_every > self.steps:
+            raise ValueError(
+                f"overlap=True merges at step {2 * merge.merge_every} what was sent at step {merge.merge_every}, and "
+                f"the run has {self.steps} steps: use merge_every of at most {self.steps // 2}, or overlap=False"
             )
 
     # --- the loop ------------------------------------------------------------------------------------------------
@@ -306,6 +311,7 @@ class _Loop:
         session = self.session
         batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
         where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
+        where["own"] = session.run.own_data
         metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})
@@ -344,11 +350,13 @@ class _Loop:
         self.saved_at = self.step
         optimizer = whole_optimizer_state(self.session.plan, self.optimizer)
         random = self.team.everyones(random_state())
+        work = self.team.everyones(dict(self.session.plan.work.since)) if self.team.weighs else []
         if not self.team.first:
             return
         meta = {
             "random": random[0],
             "random_of_ranks": random[1:],
+            "work_of_ranks": work,
             "scaler": self.scaler.state_dict(),
             "best": self.best,
             "metrics": self.latest_metrics,
@@ -383,6 +391,7 @@ class _Loop:
             )
         plan = self.session.plan
         self.session.model.load_state_dict(own_model_state(plan, saved.tensors))
+        plan.anchor_rest_()
         self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved.optimizer))
         self.scaler.load_state_dict(saved.meta["scaler"])
         self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
@@ -394,6 +403,7 @@ class _Loop:
         rank, ranks = self.team.place or (0, 1)
         if len(states) == ranks:
             set_random_state_(states[rank])
+            self.session.plan.work.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
         if self.team.first:
             checkpoint.discard_after(self.out / "checkpoints", saved.step)
 

@@ -16,6 +16,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.ranks import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra.record import read_log
 from lowrank.run import Run
+from lowrank.settings import override, resolve
 from lowrank.traffic import forecast, merge_words
 from lowrank.train import train
 
@@ -66,7 +67,14 @@ def test_the_whole_model_is_bitwise_the_same_on_all_ranks(name: str, found: list
     assert torch.equal(one["output"], other["output"])
 
 
-@pytest.mark.parametrize("name", ["lte", "lte-reset", "lte-dense", "lte-uneven", "lte-train", "explorers"])
+ROUNDED = [name for name in TRAINED if "bfloat16" in name or "int8" in name]
+OVERLAPPED = ["lte-overlap", "lte-overlap-int8", "lte-overlap-nan", "lte-overlap-dense-outer"]
+EXPLORERS = [name for name in TRAINED if name.startswith("explorers") and name not in [*ROUNDED, "explorers-nan"]]
+
+
+@pytest.mark.parametrize(
+    "name", ["lte", "lte-reset", "lte-dense", "lte-uneven", "lte-train", "lte-outer", "lte-overlap", *EXPLORERS]
+)
 def test_weights_are_bitwise_the_same_at_every_step(name: str, found: list[dict[str, Any]]) -> None:
     one, other = (found[rank][name]["own"]["weights"] for rank in range(RANKS))
     for mine, theirs in zip(one, other, strict=True):
@@ -91,7 +99,13 @@ def test_bytes_of_a_merge_are_those_of_factors_or_of_dense_sums(found: list[dict
     assert dense == ring_sum_bytes(8 * (10 * 14 + 14 * 14), RANKS) + finite
 
 
-@pytest.mark.parametrize("name", ["lte", "lte-dense", "lte-uneven", "lte-local", "explorers", "galore", "full"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        *("lte", "lte-dense", "lte-uneven", "lte-local", "lte-tokens-even", "galore", "full"),
+        *(name for name in [*EXPLORERS, *ROUNDED] if "per-layer" not in name),
+    ],
+)
 def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) -> None:
     method = SCENARIOS[name][0].keywords["method"]
     plan = lowrank.apply_(mlp(torch.float64), method)
@@ -100,11 +114,30 @@ def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) ->
     present = ring_sum_bytes(4 * sum(row.rule is not None and row.across == "shared" for row in plan.rows), RANKS)
     averaged = ahead.average if ahead.rest_every == 6 else 0
     if ahead.merge_every:
-        assert said[2] - said[1] == ahead.merge + merge_words(RANKS, loop=False)
-        assert said[5] - said[4] == ahead.merge + averaged + merge_words(RANKS, loop=False)
+        assert said[2] - said[1] == ahead.merge + merge_words(plan, RANKS, loop=False)
+        assert said[5] - said[4] == ahead.merge + averaged + merge_words(plan, RANKS, loop=False)
     if ahead.gradients:
-        assert max(said[:2]) == ahead.gradients + present
+        assert max(said[:2]) == ahead.gradients + present + ahead.basis
         assert min(said) == ahead.gradients_between + present
+
+
+def test_explorers_send_their_changes_in_a_shared_basis(found: list[dict[str, Any]]) -> None:
+    """At rank 2, of 14 × 10 and 14 × 14 numbers in float64: 2·(14 + 14) at a merge, and 2 iterations of 2·(10 + 14) in
+    the first step of an interval; nothing in between where the rest is frozen."""
+    said = [sent for _, sent in found[0]["explorers-frozen"]["own"]["said"]]
+    merge, basis = ring_sum_bytes(8 * 2 * (14 + 14), RANKS), ring_sum_bytes(8 * 2 * 2 * (10 + 14), RANKS)
+    assert said == [basis, 0, merge + ring_gather_bytes(4, RANKS), basis, 0, merge + ring_gather_bytes(4, RANKS), basis]
+    drawn = [sent for _, sent in found[0]["explorers-gaussian"]["own"]["said"]]
+    assert drawn[0] == drawn[1]  # a drawn basis is everyone's without a word
+
+
+def test_a_rank_left_out_keeps_to_the_shared_basis(found: list[dict[str, Any]]) -> None:
+    for rank in range(RANKS):
+        assert found[rank]["explorers-nan"]["own"]["left_out"] == [1]
+    last = [found[rank]["explorers-nan"]["own"]["weights"][5] for rank in range(RANKS)]  # right after the second merge
+    before = found[0]["explorers-nan"]["own"]["weights"][4]
+    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+    assert not torch.equal(last[0]["fc1.weight"], before["fc1.weight"])
 
 
 def test_a_rest_that_trains_locally_is_averaged_at_its_own_interval(found: list[dict[str, Any]]) -> None:
@@ -135,6 +168,118 @@ def test_sums_and_gatherings(found: list[dict[str, Any]]) -> None:
         assert talk["gathered"][0].tolist() == [[0, 0], [1, 1]]
         assert talk["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
         assert talk["counted"] > 0
+
+
+# --- under way -------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", OVERLAPPED)
+def test_what_was_sent_at_one_merge_arrives_at_the_next(name: str, found: list[dict[str, Any]]) -> None:
+    """Merges at steps 3, 6 and 9 of 10: weights move at the second and third, on all ranks to the same bits."""
+    one, other = (found[rank][name]["own"]["weights"] for rank in range(RANKS))
+    for mine, theirs in zip(one, other, strict=True):
+        assert torch.equal(mine["fc1.weight"], theirs["fc1.weight"])
+    moved = [not torch.equal(one[n]["fc1.weight"], one[n - 1]["fc1.weight"]) for n in range(1, 10)]
+    assert moved == [False, False, False, False, True, False, False, True, False]
+    assert one[9]["fc1.weight"].isfinite().all()
+    if "outer" not in name:  # where nothing but merges is said
+        said = [collectives > 0 for collectives, _ in found[0][name]["own"]["said"]]
+        assert said == [n in (2, 5, 8) for n in range(10)]
+
+
+def test_a_collective_under_way_is_not_waited_for(found: list[dict[str, Any]]) -> None:
+    for rank in range(RANKS):
+        later = found[rank]["talking later"]
+        assert later["waited before"] < 0.5
+        assert later["sum"].tolist() == [3.0, 3.0]
+        assert later["gathered"].tolist() == [[0.0], [1.0]]
+    assert found[0]["talking later"]["waited after"] > 0.5  # for rank 1, which came a second later
+
+
+def test_overlap_is_refused_where_it_cannot_be() -> None:
+    with pytest.raises(ValueError, match="keep=True, or overlap=False"):
+        lte(overlap=True, keep=False)
+    with pytest.raises(ValueError, match="weigh='equal', or overlap=False"):
+        lte(overlap=True, weigh="tokens")
+    method = lowrank.methods.relora("fc1", rank=2, merge_every=10)
+    from dataclasses import replace
+
+    from lowrank.adapters import Merge
+
+    with pytest.raises(ValueError, match="is for LoRA heads that split the batch"):
+        lowrank.apply_(mlp(), replace(method, merge=Merge(10, overlap=True)))
+
+
+# --- rounded, weighed ------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("name", ROUNDED)
+def test_after_a_rounded_meeting_all_ranks_hold_the_same_bits(name: str, found: list[dict[str, Any]]) -> None:
+    """At step 6 merges and averages fall together."""
+    one, other = (found[rank][name]["own"]["weights"][5] for rank in range(RANKS))
+    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert any(not torch.equal(tensor, found[1][name]["own"]["weights"][4][key]) for key, tensor in one.items())
+
+
+def mean_change(found: list[dict[str, Any]], name: str, merge: int, weights: list[float]) -> dict[str, torch.Tensor]:
+    """Σ_r w_r Δ_r, Δ_r the mean change of the heads of rank r."""
+    changes = [found[rank][name]["merges"][merge]["changes"] for rank in range(RANKS)]
+    return {key: sum(w * change[key] for w, change in zip(weights, changes, strict=True)) for key in changes[0]}
+
+
+@pytest.mark.parametrize(
+    ("name", "weights"),
+    [
+        ("met", [1 / 2, 1 / 2]),
+        ("met-tokens", [2 / 3, 1 / 3]),
+        ("met-tokens-dense", [2 / 3, 1 / 3]),
+        ("met-steps", [1 / 2, 1 / 2]),  # one head and two: by steps each rank weighs the same, not each head
+    ],
+)
+def test_a_merge_is_the_weighted_mean_of_the_ranks_changes(
+    name: str, weights: list[float], found: list[dict[str, Any]]
+) -> None:
+    for merge in range(2):
+        made = found[0][name]["merges"][merge]
+        for key, change in mean_change(found, name, merge, weights).items():
+            W = f"{key}.weight"
+            torch.testing.assert_close(made["after"][W], made["before"][W] + change, rtol=1e-12, atol=1e-12)
+            assert change.abs().max() > 1e-4
+
+
+def test_seconds_weigh_between_the_changes_of_the_ranks(found: list[dict[str, Any]]) -> None:
+    made = [found[rank]["met-seconds"]["merges"][1] for rank in range(RANKS)]
+    moved = made[0]["after"]["fc1.weight"] - made[0]["before"]["fc1.weight"]
+    own, other = (each["changes"]["fc1"] for each in made)
+    weight = ((moved - other) * (own - other)).sum() / (own - other).square().sum()
+    assert 0 < weight < 1
+    torch.testing.assert_close(moved, weight * own + (1 - weight) * other)
+
+
+@pytest.mark.parametrize(
+    ("name", "error"), [("met-bfloat16", 2**-7), ("met-int8", 2 / 127), ("met-int8-dense", 1 / 127)]
+)
+def test_a_rounded_merge_is_as_near_as_its_bits(name: str, error: float, found: list[dict[str, Any]]) -> None:
+    """Of each merge: the second too is rounded relative to its own change, as only changes of factors travel."""
+    for merge in range(2):
+        made = found[0][name]["merges"][merge]
+        for key, change in mean_change(found, name, merge, [1 / 2, 1 / 2]).items():
+            moved = made["after"][f"{key}.weight"] - made["before"][f"{key}.weight"]
+            assert 0 < (moved - change).abs().max() <= 3 * error * change.abs().max()
+
+
+@pytest.mark.parametrize("name", ["met", "met-int8", "met-bfloat16", "met-tokens"])
+def test_what_rounding_left_out_stays_in_the_heads(name: str, found: list[dict[str, Any]]) -> None:
+    """The mean model is the same before and after a merge, whatever travelled; weights alone change it."""
+    for made in found[0][name]["merges"]:
+        same = torch.allclose(made["output after"], made["output before"], rtol=1e-10, atol=1e-12)
+        assert same == (name != "met-tokens")
+
+
+def test_rounded_bytes_are_fewer(found: list[dict[str, Any]]) -> None:
+    exact, half, quarter = (found[0][n]["merges"][0]["sent"] for n in ("met", "met-bfloat16", "met-int8"))
+    assert half < exact / 3.5  # of float64
+    assert quarter < half / 1.5  # blocks of 20 to 28 numbers here, with a scale each
 
 
 # --- what is refused, and who is left out ----------------------------------------------------------------------------
@@ -227,6 +372,28 @@ def test_one_rank_asked_to_stop_stops_all(found: list[dict[str, Any]], folder: P
     for mine, theirs in ((one.tensors, other.tensors), (one.optimizer["state"], other.optimizer["state"])):
         theirs = flat(theirs)
         assert all(torch.equal(tensor, theirs[key]) for key, tensor in flat(mine).items())
+
+
+def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path) -> None:
+    """Uneven shards of 5 sequences, each of the rank's own text; the evaluation is that of all of both texts; a run
+    that stopped between merges, when there was work to be weighed, goes on bitwise."""
+    from lowrank.evaluate import tallied
+    from lowrank.session import open_session, restore
+
+    session, step = restore(folder / "own", "latest")
+    texts = [
+        open_session(resolve(override(session.run, {"data": str(folder / f"text-{rank}.txt")}))).data
+        for rank in range(RANKS)
+    ]
+    tallies = [tallied(session.model, text.evaluation("val", 5, None), session.task) for text in texts]
+    summary = found[0]["runs"]["own"]
+    assert step == 9
+    assert summary["val_tokens"] == sum(tally.tokens for tally in tallies)  # type: ignore[attr-defined]
+    together = sum(tally.total for tally in tallies) / summary["val_tokens"]  # type: ignore[attr-defined]
+    assert summary["val_loss"] == pytest.approx(together, rel=1e-5)
+    one, other = (checkpoint.load(checkpoint.latest(folder / n / "checkpoints")) for n in ("own", "own-stopped"))
+    assert one.step == other.step == 9
+    assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(found: list[dict[str, Any]], folder: Path) -> None:

@@ -9,6 +9,7 @@ from __future__ import annotations
 import os
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable
 from functools import partial
@@ -47,6 +48,7 @@ def trained(
         x, y = batch(step)
         rows = share(BATCH, *(0, 1) if ranks is None else (ranks.rank, ranks.count))
         loss = F.cross_entropy(model(x[rows.start : rows.stop]), y[rows.start : rows.stop], reduction="sum") / BATCH
+        plan.work.saw(len(rows))
         loss.backward()
         if ranks and ranks.rank == poison and step == 1:
             plan.own[0].grad.fill_(float("nan"))
@@ -54,7 +56,7 @@ def trained(
         opt.zero_grad()
         after = (ranks.traffic.collectives, ranks.traffic.sent) if ranks else (0, 0)
         said.append((after[0] - before[0], after[1] - before[1]))
-        local.append({n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n})
+        local.append(weights_of(model))
     with whole(plan, opt):
         state = {name: t.clone() for name, t in model.state_dict().items()}
         moments = whole_optimizer_state(plan, opt)
@@ -62,6 +64,42 @@ def trained(
         output = model.eval()(x).detach()
     own = {"left_out": list(plan.left_out), "said": said, "weights": local, "notes": plan.notes}
     return {"state": state, "moments": moments["state"], "output": output, "own": own}
+
+
+def met(ranks: Ranks | None, method: lowrank.Method, *, rows: tuple[int, int] = (6, 6), steps: int = 6) -> Result:
+    """Merges by hand, each with what it is made of: this rank's changes before, the weights after, the whole model's
+    output on both sides, and the bytes. ``rows`` of each batch are each rank's."""
+    assert ranks is not None
+    model = mlp(torch.float64)
+    plan = lowrank.apply_(model, method, seed=3, ranks=ranks)
+    opt = plan.optimizer(lr=1e-2, merge="manual")
+    first = sum(rows[: ranks.rank])
+    found: list[Result] = []
+    for step in range(steps):
+        x, y = (t[first : first + rows[ranks.rank]] for t in batch(step))
+        plan.work.saw(len(x))
+        (F.cross_entropy(model(x), y, reduction="sum") / BATCH).backward()
+        opt.step()
+        opt.zero_grad()
+        if step % 3 == 2:
+            made = {"before": weights_of(model), "changes": {n: a.delta() for n, a in plan.adapters.items()}}
+            made["output before"] = whole_output(plan, opt)
+            sent = ranks.traffic.sent
+            lowrank.merge_(plan, opt)
+            found.append({**made, "sent": ranks.traffic.sent - sent, "after": weights_of(model)})
+            found[-1]["output after"] = whole_output(plan, opt)
+    return {"merges": found}
+
+
+def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
+    return {n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n}
+
+
+def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:
+    with whole(plan, opt), torch.no_grad():
+        output = plan.model.eval()(batch(99)[0])
+    plan.model.train()
+    return output
 
 
 def disagreeing(ranks: Ranks | None) -> Result:
@@ -90,8 +128,27 @@ def talking(ranks: Ranks | None) -> Result:
     return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted}
 
 
+def talking_later(ranks: Ranks | None) -> Result:
+    """What is under way while rank 1 sleeps."""
+    assert ranks is not None
+    began, mine = time.perf_counter(), torch.full((2,), 1.0 + ranks.rank)
+    if ranks.rank == 1:
+        time.sleep(1.0)
+        began = time.perf_counter()
+    summing, gathering = ranks.sum_later([mine]), ranks.gather_later([torch.full((1,), float(ranks.rank))])
+    started = time.perf_counter()
+    summing()
+    gathered = gathering()[0]
+    arrived = time.perf_counter()
+    return {"waited before": started - began, "waited after": arrived - started, "sum": mine, "gathered": gathered}
+
+
 def lte(**options: Any) -> lowrank.Method:
     return small_method("lte", target_modules="fc1,fc2", **options)
+
+
+def explorers(**options: Any) -> lowrank.Method:
+    return small_method("lte_galore", kind="explorers", alpha=None, target_modules="fc1,fc2", **options)
 
 
 # name -> (the function, whether one process gives the same numbers)
@@ -105,12 +162,48 @@ SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
     "lte-dense": (partial(trained, method=lte(rest="freeze", rank=6, heads=4)), True),
     "lte-uneven": (partial(trained, method=lte(rest="freeze", heads=3)), False),
     "lte-local": (partial(trained, method=lte(rest="auto", rest_every=6)), False),
-    "lte-nan": (partial(trained, method=lte(rest="local", rest_every=6), poison=1), False),
-    "full-local": (partial(trained, method=lowrank.methods.full(rest="local")), False),
-    "explorers": (
-        partial(trained, method=small_method("lte_galore", kind="explorers", alpha=None, target_modules="fc1,fc2")),
+    "lte-outer": (partial(trained, method=lte(rest="freeze", outer_lr=0.7, outer_momentum=0.9)), True),
+    "lte-outer-reset-dense": (
+        partial(trained, method=lte(rest="freeze", rank=6, heads=4, keep=False, outer_lr=0.7, outer_momentum=0.9)),
         True,
     ),
+    "lte-tokens-even": (partial(trained, method=lte(rest="freeze", weigh="tokens")), True),
+    **{
+        f"lte-{exchange}{kind}": (
+            partial(trained, method=lte(rest_every=6, rest="local", exchange=exchange, **o)),
+            False,
+        )
+        for exchange in ("bfloat16", "int8")
+        for kind, o in {"": {}, "-dense": {"rank": 8, "heads": 4}, "-reset": {"keep": False}}.items()
+    },
+    "lte-overlap": (partial(trained, method=lte(rest="freeze", overlap=True), steps=10), True),
+    "lte-overlap-dense-outer": (
+        partial(trained, method=lte(rest="train", rank=6, heads=4, overlap=True, outer_momentum=0.9), steps=10),
+        True,
+    ),
+    "lte-overlap-int8": (partial(trained, method=lte(rest="freeze", overlap=True, exchange="int8"), steps=10), False),
+    "lte-overlap-nan": (partial(trained, method=lte(rest="freeze", overlap=True), steps=10, poison=1), False),
+    "met": (partial(met, method=lte(rest="freeze")), False),
+    "met-tokens": (partial(met, method=lte(rest="freeze", weigh="tokens"), rows=(8, 4)), False),
+    "met-tokens-dense": (
+        partial(met, method=lte(rest="freeze", weigh="tokens", rank=6, heads=4), rows=(8, 4)),
+        False,
+    ),
+    "met-steps": (partial(met, method=lte(rest="freeze", heads=3, weigh="steps")), False),
+    "met-seconds": (partial(met, method=lte(rest="freeze", weigh="seconds")), False),
+    "met-int8": (partial(met, method=lte(rest="freeze", exchange="int8")), False),
+    "met-bfloat16": (partial(met, method=lte(rest="freeze", exchange="bfloat16")), False),
+    "met-int8-dense": (partial(met, method=lte(rest="freeze", exchange="int8", rank=8, heads=4)), False),
+    "lte-nan": (partial(trained, method=lte(rest="local", rest_every=6), poison=1), False),
+    "full-local": (partial(trained, method=lowrank.methods.full(rest="local")), False),
+    "explorers": (partial(trained, method=explorers()), True),
+    "explorers-svd": (partial(trained, method=explorers(basis="svd", heads=4)), True),
+    "explorers-gaussian": (partial(trained, method=explorers(basis="gaussian")), True),
+    "explorers-per-layer": (partial(trained, method=explorers(), per_layer=True), True),
+    "explorers-frozen": (partial(trained, method=explorers(freeze="*")), True),
+    "explorers-outer": (partial(trained, method=explorers(outer_lr=0.7, outer_momentum=0.9)), True),
+    "explorers-int8": (partial(trained, method=explorers(exchange="int8")), False),
+    "explorers-nan": (partial(trained, method=explorers(freeze="*"), poison=1), False),
     **{
         name: (partial(trained, method=small_method(name, **extra)), True)
         for name, extra in {
@@ -129,6 +222,7 @@ SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
     ),
     "disagreeing": (disagreeing, False),
     "talking": (talking, False),
+    "talking later": (talking_later, False),
 }
 
 
@@ -160,11 +254,19 @@ def runs(folder: Path) -> dict[str, Result]:
         return after_step(self, record, stop, steps)
 
     Team.after_step = stopped  # type: ignore[method-assign]
-    silent = resolve(override(base, {"method.rest": "freeze"}))
+    options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "int8", "overlap": True}
+    silent = resolve(override(base, {f"method.{name}": value for name, value in options.items()}))
     found["stopped"] = train(silent, folder / "stopped", quiet=True)
     Team.after_step = after_step  # type: ignore[method-assign]
     found["resumed"] = train(silent, folder / "stopped", resume=True, quiet=True)
     found["straight"] = train(silent, folder / "straight", quiet=True)
+    mine = folder / f"text-{os.environ['RANK']}.txt"
+    mine.write_text(f"Rank {os.environ['RANK']} reads this. " * (200 + 100 * int(os.environ["RANK"])))
+    own = {"own-data": True, "data": mine, "method.weigh": "tokens", "method.rest": "freeze", "batch-size": 5}
+    weighed = resolve(override(base, {**{name: str(value) for name, value in own.items()}, "eval-batches": None}))
+    found["own"] = train(weighed, folder / "own", quiet=True)
+    train(override(weighed, {"stop-at": 5}), folder / "own-stopped", quiet=True)
+    found["own-resumed"] = train(weighed, folder / "own-stopped", resume=True, quiet=True)
     return found
 
 

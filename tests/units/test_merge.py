@@ -2,10 +2,12 @@
 
 import pytest
 import torch
+import torch.nn.functional as F
 from tests.models import features, gpt2, mlp, nudge_, output, small_method, tokens, train_text
 
 import lowrank
-from lowrank.adapters import Merge, merge_adapters_
+from lowrank.adapters import LoRA, Merge, merge_adapters_
+from lowrank.methods import Adapt, Method
 
 
 def test_due() -> None:
@@ -113,3 +115,68 @@ def test_frozen_control_merges_nothing() -> None:
     lowrank.apply_(model, small_method("frozen"))
     merge_adapters_(model)
     assert torch.equal(output(lowrank.merge_and_unload(model), tokens()), expected)
+
+
+# --- the outer optimizer ---------------------------------------------------------------------------------------------
+
+
+def test_the_outer_step_is_nesterovs_on_the_merged_change() -> None:
+    """Against torch's own SGD on the outer gradient W − merged(W), as DiLoCo has it; restarted or kept."""
+    for keep in (True, False):
+        model = mlp(torch.float64)
+        method = Method(
+            adapt=(Adapt("fc1,fc2", LoRA(rank=2, heads=2, split=True)),),
+            merge=Merge(3, keep=keep, outer_lr=0.7, outer_momentum=0.9),
+            rest="freeze",
+        )
+        plan = lowrank.apply_(model, method)
+        opt = plan.optimizer(lr=0.05, merge="manual")
+        theirs = [
+            model.fc1.weight.detach().clone().requires_grad_(),
+            model.fc2.weight.detach().clone().requires_grad_(),
+        ]
+        outer = torch.optim.SGD(theirs, lr=0.7, momentum=0.9, nesterov=True)
+        for step in range(9):
+            F.cross_entropy(model(features(dtype=torch.float64, seed=step)), torch.arange(6) % 4).backward()
+            opt.step()
+            opt.zero_grad()
+            if step % 3 == 2:
+                for W, adapter in zip(theirs, plan.adapters.values(), strict=True):
+                    W.grad = -adapter.delta()  # type: ignore[operator]
+                outer.step()
+                lowrank.merge_(plan, opt)
+        for W, layer in zip(theirs, (model.fc1, model.fc2), strict=True):
+            torch.testing.assert_close(layer.weight, W.detach(), rtol=1e-12, atol=1e-12)
+
+
+def test_the_outer_state_is_counted_and_saved() -> None:
+    plain, outer = (lowrank.methods.lte("fc1", merge_every=2, outer_momentum=m) for m in (0.0, 0.9))
+    model = mlp()
+    before, plan = lowrank.apply_(mlp(), plain), lowrank.apply_(model, outer)
+    assert plan.kept_bytes - before.kept_bytes == 4 * 10 * 14
+    assert plan.kept_bytes == sum(b.numel() * b.element_size() for a in plan.adapters.values() for b in a.buffers())
+    assert model.state_dict()["fc1.adapters.all.momentum"].shape == (14, 10)
+
+
+def test_unloading_takes_no_outer_step() -> None:
+    model = mlp(torch.float64)
+    plan = lowrank.apply_(model, lowrank.methods.lte("fc1", merge_every=2, outer_lr=0.5, outer_momentum=0.9))
+    nudge_(model)
+    x = features(dtype=torch.float64)
+    expected = model.eval()(x)
+    assert plan.adapters
+    torch.testing.assert_close(lowrank.merge_and_unload(model)(x), expected)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
+        ({"outer_momentum": 1.0}, "outer_momentum=1.0 must lie in"),
+        ({"exchange": "int4"}, "exchange='int4' is unknown; it is one of float32, bfloat16, int8"),
+        ({"weigh": "rows"}, "weigh='rows' is unknown; it is one of equal, tokens, steps, seconds"),
+    ],
+)
+def test_options_of_a_merge_are_checked(options: dict[str, object], message: str) -> None:
+    with pytest.raises(ValueError, match=message):
+        lowrank.methods.lte(**options)  # type: ignore[arg-type]

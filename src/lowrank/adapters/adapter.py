@@ -20,6 +20,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.adapters.wire import Exchange
 from lowrank.infra.ranks import share
 
 
@@ -29,7 +30,7 @@ class Site:
 
     ``weight`` is (out, in) whatever the layer's own orientation; ``seed`` and ``name`` fix the random stream of new
     factors; ``keep`` says whether merges will keep the factors (and subtract them) or restart them. Heads that split
-    the batch are divided between ``ranks`` processes, of which this is ``rank``.
+    the batch are divided between ``ranks`` processes, of which this is ``rank``, and travel as ``exchange`` says.
     """
 
     name: str
@@ -38,6 +39,7 @@ class Site:
     keep: bool = False
     rank: int = 0
     ranks: int = 1
+    exchange: Exchange = "float32"
 
     @staticmethod
     def of(linear: Site | nn.Module) -> Site:

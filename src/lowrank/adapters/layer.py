@@ -13,7 +13,7 @@ one fused product; parts without an adapter cost nothing.
 from __future__ import annotations
 
 from collections.abc import Iterator
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
 import torch.nn.functional as F
@@ -22,6 +22,9 @@ from torch import Tensor, nn
 from lowrank.adapters.adapter import Adapter, Additive, wide_dtype
 from lowrank.infra.seeds import generator
 from lowrank.linalg.rounding import round_into_
+
+if TYPE_CHECKING:
+    from lowrank.adapters.merge import Merge
 
 WHOLE = "all"  # the part that is the whole matrix
 HOOKS = (
@@ -208,8 +211,9 @@ def check_embedding(module: nn.Embedding, name: str) -> None:
 
 
 @torch.no_grad()
-def fold_(layer: AdaptedLayer, skip: set[int]) -> None:
-    """W ← merged(W) for every adapter of ``layer`` not in ``skip`` (tied layers share one), which then settles.
+def fold_(layer: AdaptedLayer, skip: set[int], merge: Merge | None = None) -> None:
+    """W ← merged(W) for every adapter of ``layer`` not in ``skip`` (tied layers share one), which then settles. With
+    ``merge`` W goes where its outer optimizer says.
 
     Extends ``skip``, a set of ids. The arithmetic is float32 or wider; a bfloat16 weight is rounded stochastically.
     """
@@ -217,7 +221,9 @@ def fold_(layer: AdaptedLayer, skip: set[int]) -> None:
         if id(adapter) in skip:
             continue
         skip.add(id(adapter))
-        write_merged_(W, adapter.merged(W.to(wide_dtype(W.dtype))), adapter, part)
+        wide = W.to(wide_dtype(W.dtype))
+        merged = adapter.merged(wide)
+        write_merged_(W, merged if merge is None else merge.step(wide, merged, adapter), adapter, part)
         adapter.settle_()
 
 

@@ -32,7 +32,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes, wide_dtype
 from lowrank.adapters.product import add_low_rank_
-from lowrank.infra.ranks import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.adapters.wire import Exchange, rounded_bytes, sum_bytes
+from lowrank.infra.ranks import largest_share, ring_gather_bytes
 from lowrank.infra.seeds import draw_normal, generator
 
 Init = Literal["kaiming", "orthogonal", "reference", "pissa"]
@@ -91,6 +92,9 @@ class LoRAAdapter(Additive):
     merges: Tensor
     kept_A: Tensor
     kept_B: Tensor
+    sent: Tensor
+    sent_A: Tensor
+    sent_B: Tensor
 
     def __init__(self, config: LoRA, site: Site):
         super().__init__()
@@ -104,8 +108,9 @@ class LoRAAdapter(Additive):
         own = site.own_heads(config.heads) if config.split else range(config.heads)
         self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
         self.split = config.split
-        self.sends_factors = factors_are_fewer(config.heads, config.rank, tuple(site.weight.shape), site.ranks)
         kind: dict[str, Any] = {"dtype": wide_dtype(site.weight.dtype), "device": site.weight.device}
+        shape, width = tuple(site.weight.shape), kind["dtype"].itemsize
+        self.sends_factors = factors_are_fewer(config.heads, config.rank, shape, width, site.ranks, site.exchange)
         self.A = nn.Parameter(torch.empty(self.heads, config.rank, site.in_features, **kind))
         self.B = nn.Parameter(torch.zeros(self.heads, site.out_features, config.rank, **kind))
         self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
@@ -214,6 +219,27 @@ class LoRAAdapter(Additive):
         self.subtracts = True
 
     @torch.no_grad()
+    def settle_with_(self, A: Tensor, B: Tensor) -> None:
+        """``settle_``, keeping the factors, where what was merged are not the present ones but these: of as many heads
+        as are kept."""
+        self.merges += 1
+        self.kept_A.copy_(A)
+        self.kept_B.copy_(B)
+        self.subtracts = True
+
+    @torch.no_grad()
+    def remember_(self) -> None:
+        """Copy the factors as they are, for a merge that will be under way while they go on (``Merge.overlap``)."""
+        self.sent_A.copy_(self.A)
+        self.sent_B.copy_(self.B)
+        self.sent += 1
+
+    @property
+    def is_under_way(self) -> bool:
+        """Whether factors were sent that have not been merged yet."""
+        return "sent" in self._buffers and int(self.sent) > int(self.merges)
+
+    @torch.no_grad()
     def restart_(self) -> None:
         """Restart the heads held here, as if they had just been merged and had contributed nothing."""
         self._draw()
@@ -239,10 +265,18 @@ class LoRAAdapter(Additive):
         return f"{self.config}, out={self.B.shape[1]}, in={self.A.shape[2]}"
 
 
-def factors_are_fewer(heads: int, rank: int, shape: tuple[int, ...], ranks: int) -> bool:
-    """Whether a merge over ``ranks`` processes sends no more bytes as factors than as dense changes of ``shape``.
+def factor_bytes(
+    heads: int, rank: int, shape: tuple[int, ...], width: int, ranks: int, exchange: Exchange = "float32"
+) -> int:
+    """Bytes that each of ``ranks`` processes sends until everyone has everyone's factors for a matrix (out, in)."""
+    out, inside = shape
+    head = rounded_bytes(exchange, (rank, inside), width) + rounded_bytes(exchange, (out, rank), width)
+    return ring_gather_bytes(largest_share(heads, ranks) * head, ranks)
 
-    Factors are gathered by every rank, the dense changes (out, in) are summed.
-    """
-    factors = largest_share(heads, ranks) * rank * sum(shape)
-    return ring_gather_bytes(factors, ranks) <= ring_sum_bytes(shape[0] * shape[1], ranks)
+
+def factors_are_fewer(
+    heads: int, rank: int, shape: tuple[int, ...], width: int, ranks: int, exchange: Exchange = "float32"
+) -> bool:
+    """Whether at a merge of ``ranks`` processes everyone's factors to everyone are no more bytes than a sum of dense
+    changes of this shape (out, in); ``width``: bytes of a number."""
+    return factor_bytes(heads, rank, shape, width, ranks, exchange) <= sum_bytes(exchange, shape, width, ranks)

@@ -3,16 +3,31 @@
 At a boundary W becomes merged(W), the mean over the heads, and every adapter settles: it keeps its factors and
 subtracts them from then on (LTE's reset-less merge, arXiv 2402.16828), or starts anew (ReLoRA, arXiv 2307.05695).
 Either way the mean model is the same before and after.
+
+On request an outer optimizer takes the step instead (DiLoCo, arXiv 2311.08105: SGD with Nesterov momentum on the change
+U = merged(W) − W, which is minus its outer gradient):
+
+    M ← μ·M + U,   W ← W + outer_lr·(U + μ·M)
+
+At outer_lr 1 and μ = 0 that is the plain merge. M is one float32 matrix per adapted matrix, a buffer of the adapter.
+
+``exchange``, ``weigh`` and ``overlap`` are for several ranks (``exchange``, ``boundary``).
 """
 
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import Literal, get_args
 
-from torch import nn
+import torch
+from torch import Tensor, nn
 
-from lowrank.adapters.adapter import check_whole
+from lowrank.adapters.adapter import Adapter, check_whole, wide_dtype
 from lowrank.adapters.layer import adapted_layers, fold_, replace
+from lowrank.adapters.lora import LoRAAdapter
+from lowrank.adapters.wire import Exchange
+
+Weigh = Literal["equal", "tokens", "steps", "seconds"]
 
 
 @dataclass(frozen=True)
@@ -23,19 +38,75 @@ class Merge:
         merge_every: steps between merges, the paper's T.
         keep: go on with the factors, subtracting what was merged (reset-less), instead of restarting them.
         forget: share of the factors' moments zeroed at a merge, where the first moment is smallest; 1 starts them anew.
+        outer_lr, outer_momentum: of the outer optimizer's step (module docstring).
+        exchange: what travels between ranks, at merges and at averages of the rest: numbers as they are, or rounded.
+        weigh: what a rank's heads weigh in the mean, and its local rest: the same, or by what the rank has done since
+            the last: tokens seen (images, where it learns images), steps, or seconds of training.
+        overlap: what is sent at one merge arrives at the next, while training goes on (``across``).
 
     Raises:
-        ValueError: a ``merge_every`` that is not a whole number of at least 1, or ``forget`` outside [0, 1].
+        ValueError: a number out of its range, an unknown word, or ``overlap`` with what it cannot go with.
     """
 
     merge_every: int
     keep: bool = True
     forget: float = 0.0
+    outer_lr: float = 1.0
+    outer_momentum: float = 0.0
+    exchange: Exchange = "float32"
+    weigh: Weigh = "equal"
+    overlap: bool = False
 
     def __post_init__(self) -> None:
         check_whole("merge_every", self.merge_every)
         if not 0.0 <= self.forget <= 1.0:
             raise ValueError(f"forget={self.forget} must lie in [0, 1]")
+        if not 0.0 < self.outer_lr < float("inf"):
+            raise ValueError(f"outer_lr={self.outer_lr} must be above 0 and finite: at 0 merges would add nothing")
+        if not 0.0 <= self.outer_momentum < 1.0:
+            raise ValueError(f"outer_momentum={self.outer_momentum} must lie in [0, 1)")
+        for option, allowed in (("exchange", get_args(Exchange)), ("weigh", get_args(Weigh))):
+            if getattr(self, option) not in allowed:
+                raise ValueError(f"{option}={getattr(self, option)!r} is unknown; it is one of {', '.join(allowed)}")
+
+        if self.overlap and not self.keep:
+            raise ValueError(
+                "overlap=True goes on with factors that are under way, and keep=False restarts them: use keep=True, "
+                "or overlap=False"
+            )
+        if self.overlap and self.weigh != "equal":
+            raise ValueError(
+                f"weigh={self.weigh!r} is lost where a run resumes while a merge is under way (overlap=True): use "
+                "weigh='equal', or overlap=False"
+            )
+
+    def prepare_(self, adapter: Adapter, W: Tensor) -> None:
+        """Give an adapter on W (out, in) what the outer optimizer keeps, and a place for what is under way.
+
+        Raises:
+            ValueError: overlap= for other adapters than LoRA heads that split the batch.
+        """
+        if self.overlap:
+            if not isinstance(adapter, LoRAAdapter) or not adapter.split:
+                raise ValueError(
+                    f"overlap=True is for LoRA heads that split the batch (lte), not for {type(adapter).__name__}: "
+                    "use overlap=False"
+                )
+            adapter.register_buffer("sent", torch.zeros((), dtype=torch.int64))
+            adapter.register_buffer("sent_A", torch.zeros_like(adapter.A, requires_grad=False))
+            adapter.register_buffer("sent_B", torch.zeros_like(adapter.B, requires_grad=False))
+        if self.outer_momentum:
+            adapter.register_buffer("momentum", torch.zeros_like(W, dtype=wide_dtype(W.dtype)))
+
+    def step(self, W: Tensor, merged: Tensor, adapter: Adapter) -> Tensor:
+        """Where W (wide) goes when its adapters say ``merged``; moves the adapter's momentum on."""
+        if self.outer_lr == 1.0 and not self.outer_momentum:
+            return merged
+        change = merged - W
+        if self.outer_momentum:
+            momentum = adapter.get_buffer("momentum").mul_(self.outer_momentum).add_(change)
+            change = change.add_(momentum, alpha=self.outer_momentum)
+        return change.mul_(self.outer_lr).add_(W)
 
     def due(self, steps: int) -> bool:
         """Whether a merge is due after ``steps`` completed steps.
@@ -46,8 +117,8 @@ class Merge:
         return steps > 0 and steps % self.merge_every == 0
 
 
-def merge_adapters_(model: nn.Module) -> None:
-    """Fold every adapter of ``model`` into its weights now, and let it settle.
+def merge_adapters_(model: nn.Module, merge: Merge | None = None) -> None:
+    """Fold every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
 
     Raises:
         FloatingPointError: an adapter holds numbers that are not finite; nothing was merged.
@@ -60,7 +131,7 @@ def merge_adapters_(model: nn.Module) -> None:
             )
     done: set[int] = set()
     for _, layer in adapted_layers(model):
-        fold_(layer, done)
+        fold_(layer, done, merge)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:

@@ -25,8 +25,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
+from functools import partial
 from pathlib import Path
-from typing import TypeVar
+from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -124,25 +125,49 @@ class Ranks:
         Sums are float32 or wider, whatever the tensors are. Each number is summed on one rank and then passed on, so
         that all ranks hold the same bits.
         """
+        self.sum_later(tensors)()
+
+    def sum_later(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+        """Start ``sum_`` and go on; the function returned waits for it and writes the sums. What the tensors are in the
+        meantime does not matter."""
+        started = []
         for bucket in _buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1).to(_wide(t.dtype)) for t in bucket])
-            self._say("a sum", lambda flat=flat: dist.all_reduce(flat))  # type: ignore[misc]
+            wait = self._start("a sum", partial(dist.all_reduce, flat, async_op=True))
+            started.append((bucket, flat, wait))
             self.traffic.count(ring_sum_bytes(flat.nbytes, self.count))
-            parts = flat.split([t.numel() for t in bucket])
-            for tensor, part in zip(bucket, parts, strict=True):
-                tensor.copy_(part.view(tensor.shape))
+
+        def finish() -> None:
+            for bucket, flat, wait in started:
+                wait()
+                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
+                    tensor.copy_(part.view(tensor.shape))
+
+        return finish
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """Each tensor from all ranks, (R, ...); all ranks give the same shapes and dtypes, in the same order."""
-        gathered: list[Tensor] = []
+        """For each tensor everyone's, (R, ...); all ranks give the same shapes and dtypes, in the same order."""
+        return self.gather_later(tensors)()
+
+    def gather_later(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+        """Start ``gather`` and go on; the function returned waits for it."""
+        started = []
         for bucket in _buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket])
             everyone = flat.new_empty(self.count, flat.numel())
-            self._say("a gathering", lambda a=everyone, b=flat: dist.all_gather(list(a), b))  # type: ignore[misc]
+            wait = self._start("a gathering", partial(dist.all_gather, list(everyone), flat, async_op=True))
+            started.append((bucket, flat, everyone, wait))  # flat is read until then
             self.traffic.count(ring_gather_bytes(flat.nbytes, self.count))
-            parts = everyone.split([t.numel() for t in bucket], dim=1)
-            gathered += [part.reshape(self.count, *t.shape) for part, t in zip(parts, bucket, strict=True)]
-        return gathered
+
+        def finish() -> list[Tensor]:
+            gathered: list[Tensor] = []
+            for bucket, _, everyone, wait in started:
+                wait()
+                parts = everyone.split([t.numel() for t in bucket], dim=1)
+                gathered += [part.reshape(self.count, *t.shape) for part, t in zip(parts, bucket, strict=True)]
+            return gathered
+
+        return finish
 
     def gather_objects(self, value: T) -> list[T]:
         """The ``value`` of every rank, in the order of the ranks; for small objects, since it is pickled."""
@@ -180,9 +205,14 @@ class Ranks:
 
     # --- who is gone ---------------------------------------------------------------------------------------------
 
-    def _say(self, what: str, collective: Callable[[], object]) -> None:
+    def _start(self, what: str, collective: Callable[[], Any]) -> Callable[[], object]:
+        """Start a collective; the function returned waits for it."""
+        started = self._say(what, collective)
+        return lambda: self._say(what, started.wait)
+
+    def _say(self, what: str, collective: Callable[[], Any]) -> Any:
         try:
-            collective()
+            return collective()
         except RuntimeError as error:
             raise RankLost(self._explain(what, error)) from error
 

@@ -16,6 +16,7 @@ Shape legend: G (..., rows, cols);  Q (..., side, rank) with side = rows on the 
 
 from __future__ import annotations
 
+from collections.abc import Generator
 from dataclasses import dataclass
 from typing import Literal, Protocol
 
@@ -25,6 +26,7 @@ from torch import Tensor
 from lowrank.infra.seeds import generator
 
 Side = Literal["left", "right"]
+Joint = Generator[Tensor, None, Tensor]
 
 
 class Basis(Protocol):
@@ -55,6 +57,16 @@ class Basis(Protocol):
         """
         ...
 
+    def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
+        """One basis (side, rank) for all matrices of a stack ``g`` (heads, rows, cols): its span keeps the most of
+        Σ_h ‖G_h‖². ``old`` is the present one, (side, rank). Where others hold more of the stack, each tensor yielded
+        is to be replaced by its sum over all of them before going on."""
+        ...
+
+    def joint_numbers(self, size: int, rank: int) -> int:
+        """How many numbers ``joint`` yields in all for a side of ``size``."""
+        ...
+
 
 @dataclass(frozen=True, kw_only=True)
 class SVD:
@@ -73,6 +85,17 @@ class SVD:
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
         new = (u if side == "left" else vh.mT)[..., :rank].contiguous()
         return align_signs(new, old) if self.align and old is not None else new
+
+    def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
+        """The leading eigenvectors of Σ_h G_h G_hᵀ (side, side)."""
+        oriented = g if side == "left" else g.mT
+        gram = (oriented @ oriented.mT).sum(dim=0)
+        yield gram
+        new = torch.linalg.eigh(gram)[1][:, -rank:].flip(-1).contiguous()
+        return align_signs(new, old) if self.align and old is not None else new
+
+    def joint_numbers(self, size: int, rank: int) -> int:
+        return size * size
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -126,6 +149,19 @@ class PowerIteration:
         new, _ = orthonormalise(_iterate(oriented, new, shift * stride))
         return align_signs(new, old) if self.align and old is not None else new
 
+    def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
+        """Q ← orth(Σ_h G_h G_hᵀ Q), ``iterations`` times, from the old basis or a random one."""
+        oriented = g if side == "left" else g.mT
+        new = random_basis(oriented.shape[1], rank, g, seed) if old is None else old
+        for _ in range(self.iterations):
+            y = (oriented @ (oriented.mT @ new)).sum(dim=0)
+            yield y
+            new, _ = orthonormalise(y.addcmul_(new, _largest(y) * 1e-7))  # the old vectors decide where G is zero
+        return align_signs(new, old) if self.align and old is not None else new
+
+    def joint_numbers(self, size: int, rank: int) -> int:
+        return self.iterations * size * rank
+
 
 @dataclass(frozen=True, kw_only=True)
 class Gaussian:
@@ -146,6 +182,14 @@ class Gaussian:
         drawn = torch.randn(size, rank, generator=noise, device=g.device, dtype=g.dtype).mul_(rank**-0.5)
         return drawn.expand(*g.shape[:-2], size, rank)
 
+    def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
+        """As drawn for one matrix; nothing needs to be told."""
+        yield from ()
+        return self.fit(g[0], side, rank, old=None, seed=seed)
+
+    def joint_numbers(self, size: int, rank: int) -> int:
+        return 0
+
 
 def orthonormalise(y: Tensor) -> tuple[Tensor, Tensor]:
     """(Q, least): QR of ``y`` (..., size, rank), and the least |diagonal entry| of R, (..., 1, 1).
@@ -161,6 +205,12 @@ def _largest(y: Tensor) -> Tensor:
     """The largest magnitude in each matrix (..., 1, 1), or 1 where that is 0."""
     largest = y.abs().amax(dim=(-2, -1), keepdim=True)
     return torch.where(largest == 0, 1, largest)
+
+
+def random_basis(size: int, rank: int, like: Tensor, seed: int) -> Tensor:
+    """An orthonormal basis (size, rank) that depends on nothing but the seed."""
+    noise = generator(like.device, "random basis", seed)
+    return orthonormalise(torch.randn(size, rank, generator=noise, device=like.device, dtype=like.dtype))[0]
 
 
 def _every(g: Tensor, stride: int) -> Tensor:

@@ -5,6 +5,8 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
+from lowrank.adapters.merge import Weigh
+from lowrank.adapters.wire import Exchange
 from lowrank.infra.schedule import Rewarm
 from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
 from lowrank.optim.rules import AdamW
@@ -164,6 +166,11 @@ def lte(
     merge_every: int = 10,
     keep: bool = True,
     forget: float = 0.0,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    exchange: Exchange = "float32",
+    weigh: Weigh = "equal",
+    overlap: bool = False,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
     dropout: float = 0.0,
     exclude_modules: Targets = (),
@@ -181,13 +188,25 @@ def lte(
 
     Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and ranks communicate only at
     merges and, where the rest of the model trains locally, when it is averaged: every ``rest_every`` steps (by default
-    four merge intervals).
+    four merge intervals). ``exchange``: numbers travel as they are, or rounded to bfloat16 or int8; ``weigh``: ranks weigh the
+    same, or by what they have done since the last merge. With ``outer_lr`` or ``outer_momentum`` an outer optimizer
+    takes the step at merges (DiLoCo, arXiv 2311.08105: 0.7 and 0.9), and with ``overlap`` what is sent at one merge
+    arrives at the next, on one rank as on many. See ``Merge``.
     """
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
     return Method(
         name="lte",
         adapt=(Adapt(target_modules, make, exclude_modules),),
-        merge=Merge(merge_every, keep=keep, forget=forget),
+        merge=Merge(
+            merge_every,
+            keep=keep,
+            forget=forget,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+            exchange=exchange,
+            weigh=weigh,
+            overlap=overlap,
+        ),
         rest=rest,
         rest_every=rest_every,
         ties=ties,

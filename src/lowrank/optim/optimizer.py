@@ -35,7 +35,9 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
+from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import round_into_
+from lowrank.optim.refresh import Refresh, together
 from lowrank.optim.rules import State, wide
 from lowrank.optim.state import check_forgets, copied, forget_smallest_, leaves, matched
 
@@ -186,6 +188,7 @@ class Optimizer(torch.optim.Optimizer):
             self._finish_backward()
         else:
             self.synchronise_()
+            self._agree_bases_([p for group in self.param_groups for p in group["params"]])
             for group in self.param_groups:
                 self._step_group(group)
         for group in self.param_groups:
@@ -221,6 +224,28 @@ class Optimizer(torch.optim.Optimizer):
             if not holders:
                 p.grad = None
                 self._folded.pop(p, None)
+
+    def _agree_bases_(self, params: Iterable[nn.Parameter]) -> None:
+        """Refresh the bases that heads share and that are due; with the heads of other ranks, where each has its
+        own."""
+        due: dict[bool, list[Refresh]] = {True: [], False: []}
+        for p in params:
+            agreement = getattr(self._place[p][1]["rule"], "agreement", None)
+            alone = self._ranks is None or p in self._shared
+            if agreement is None or (alone and p.grad is None):
+                continue
+            g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
+            if (refresh := agreement(g, self.state[p])) is not None:
+                due[alone].append(refresh)
+        together(due[True], lambda told: None)
+        if self._ranks is not None:
+            together(due[False], self._ranks.sum_)
+
+    def span(self, p: nn.Parameter) -> Subspace | None:
+        """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
+        and on all ranks; None where there is none."""
+        rule = self._place[p][1]["rule"]
+        return rule.span(p, self.state[p]) if hasattr(rule, "span") else None
 
     @property
     def holds_projections(self) -> bool:
@@ -326,6 +351,9 @@ class Optimizer(torch.optim.Optimizer):
         if folded:
             self._step_folded(p, group, g)
         else:
+            p.grad = g
+            self._agree_bases_([p])
+            p.grad = None
             self._step_one(p, group, g)
 
     def _step_folded(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
@@ -396,7 +424,11 @@ class Optimizer(torch.optim.Optimizer):
             if 0.0 < share < 1.0:
                 check_forgets(self._place[p][1]["rule"], p, self.name_of(p))
         for p in params:
-            if share == 1.0:
+            rule = self._place[p][1]["rule"]
+            if share == 1.0 and hasattr(rule, "restart_"):
+                rule.restart_(self.state[p], p)
+                rule.place_(self.state[p], self._place[p][0])
+            elif share == 1.0:
                 self._start_state(p, *self._place[p])
             elif share > 0.0:
                 moments = [t for _, t in leaves(self.state[p]) if t.shape == p.shape]

@@ -43,21 +43,24 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lowrank.linalg.basis import Basis, PowerIteration
+from lowrank.linalg.basis import Basis, PowerIteration, orthonormalise
 from lowrank.linalg.products import Subspace
 from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrix_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.refresh import (
     Lazy,
+    Refresh,
     advance_,
     copy_into_,
     count,
     fit,
+    fit_joint,
     is_due,
     new_clock,
     rotation,
     schedule_next_,
     stream,
+    together,
 )
 from lowrank.optim.rules import AdamW, Rule, State, step_
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, check_storage, read, wide, write_
@@ -86,6 +89,8 @@ class Projected:
         stack: whether leading dimensions are a stack of matrices; else a tensor (out, ...) is one matrix (out, −1).
         fallback: whether a matrix that the rank does not compress follows the inner rule alone; else it is projected
             all the same.
+        one_basis: the matrices of a stack (heads) share a basis, the best for all of them together; so do those on
+            other ranks.
 
     Raises:
         ValueError: a size that is not a positive whole number, an unknown word, or slots that do not go together.
@@ -104,6 +109,7 @@ class Projected:
     basis_storage: BasisStorage = "float32"
     stack: bool = True
     fallback: bool = True
+    one_basis: bool = False
 
     def __post_init__(self) -> None:
         for name in ("rank", "refresh_every"):
@@ -118,6 +124,8 @@ class Projected:
         self._check_pairs()
 
     def _check_pairs(self) -> None:
+        if self.one_basis and not self.stack:
+            raise ValueError("one_basis=True is for a stack of matrices: use stack=True")
         if not self.basis.orthonormal and (self.transport == "rotate" or self.lazy is not None):
             raise ValueError(
                 "transport='rotate' and lazy= compare the old basis with the new one, but "
@@ -280,15 +288,56 @@ class Projected:
         kept, code = cast(Any, state["basis"]), basis_code(self.basis_storage)
         return Subspace(**{s: read(kept[s], code, shape, like.dtype) for s, shape in shapes.items()})
 
+    def agreement(self, g: Tensor, state: State) -> Refresh | None:
+        """Where the matrices of a stack share a basis that is due: its refresh, to be run (``refresh.together``) before
+        the step by all who hold a part of the stack. ``apply_`` runs it alone where nobody has."""
+        due = self.one_basis and "due" in state and is_due(state)
+        return self._refreshing(self._as_matrix(g), state) if due else None
+
+    def span(self, like: Tensor, state: State) -> Subspace | None:
+        """The subspace, orthonormal and one for the whole stack, in which all steps since the last refresh lie; None
+        where they do not lie in one."""
+        if not self.one_basis or "due" not in state or self.lift.needs_gradient:
+            return None
+        present = self._present(self._as_matrix(like), state)
+        sides = {"left": present.left, "right": present.right}
+        return Subspace(**{side: orthonormalise(q[0].clone())[0] for side, q in sides.items() if q is not None})
+
+    def span_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of QᵀD of one matrix of a stack of this shape, where its changes have a ``span``."""
+        inside = self.one_basis and not self.lift.needs_gradient and self.rank_for(shape) is not None
+        return self.inside_shape(shape)[1:] if inside else None
+
+    def agreed_numbers(self, shape: tuple[int, ...]) -> int:
+        """How many numbers an ``agreement`` sums over all who hold a part of a stack of this shape."""
+        if not self.one_basis or self.rank_for(shape) is None:
+            return 0
+        bases = basis_shapes(shape, self.side, self.rank).values()
+        return sum(self.basis.joint_numbers(size, rank) for *_, size, rank in bases)
+
+    def restart_(self, state: State, like: Tensor) -> None:
+        """Begin anew; a basis that is shared with others stays, and so does its clock."""
+        fresh = self.init(like)
+        kept = ("inner", "lift") if self.one_basis and "due" in state else tuple(state)
+        for name in kept:
+            state[name] = fresh[name]
+
     def _refresh(self, g: Tensor, state: State) -> Subspace:
+        return together([self._refreshing(g, state)], lambda told: None)[0]
+
+    def _refreshing(self, g: Tensor, state: State) -> Refresh:
         """A new basis from ``g``; where that fails the old one stays, and is counted."""
         cold, sides = count(state, "refreshes") == 0, sides_of(self.side, *g.shape[-2:])
         old = None if cold else self._present(g, state).clone()
         if self.basis.stored:
             rank = min(self.rank, *g.shape[-2:])
-            new, failures = fit(self.basis, g, sides, rank, old=old, seed=stream(state))
+            where: dict[str, Any] = {"old": old, "seed": stream(state)}
+            if self.one_basis:
+                new, failures = yield from fit_joint(self.basis, g, sides, rank, **where)
+            else:
+                new, failures = fit(self.basis, g, sides, rank, **where)
             advance_(state, "failures", failures)
-            if cold and failures == math.prod(g.shape[:-2]):
+            if not self.one_basis and cold and failures == math.prod(g.shape[:-2]):
                 cast(Tensor, state["due"]).add_(1)  # the random basis serves for this step; the next tries again
                 return new
             for side, kept in cast(Any, state["basis"]).items():

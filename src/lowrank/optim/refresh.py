@@ -17,18 +17,19 @@ Shape legend: G (..., rows, cols);  Q (..., side, rank);  M, V as R in ``linalg.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterable
+from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
 from typing import cast
 
 import torch
 from torch import Tensor
 
-from lowrank.infra.seeds import generator, stable_seed
-from lowrank.linalg.basis import Basis, Side, orthonormalise
+from lowrank.infra.seeds import stable_seed
+from lowrank.linalg.basis import Basis, Side, random_basis
 from lowrank.linalg.products import Subspace
 from lowrank.optim.rules import Move, State
 
+Refresh = Generator[Tensor, None, Subspace]
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -120,11 +121,46 @@ def fit(
         new = _fit_each(basis, g, side, rank, before, seed)
         bad = failed | ~new.isfinite().all(dim=-1).all(dim=-1)
         if bool(bad.any()):
-            stay = _random_like(new, seed) if before is None else before
+            stay = random_basis(new.shape[-2], rank, new, seed).expand_as(new) if before is None else before
             new = torch.where(bad[..., None, None], stay, new)
         failed = bad
         found[side] = new
     return Subspace(**found), int(failed.sum())
+
+
+def fit_joint(
+    basis: Basis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
+) -> Generator[Tensor, None, tuple[Subspace, int]]:
+    """As ``fit``, one basis for the whole stack (heads, rows, cols), which then is every matrix's; yields what others
+    that hold more of the stack are to sum (``Basis.joint``)."""
+    found: dict[str, Tensor] = {}
+    failures = 0
+    for side in sides:
+        before = getattr(old, side)[0] if old is not None else None
+        try:
+            new = yield from basis.joint(g, side, rank, old=before, seed=seed)
+            failed = not new.isfinite().all()
+        except torch.linalg.LinAlgError:
+            failed = True
+        if failed:  # on all ranks alike, since they have seen the same sums
+            size = g.shape[-2] if side == "left" else g.shape[-1]
+            new, failures = random_basis(size, rank, g, seed) if before is None else before, len(g)
+        found[side] = new.expand(len(g), *new.shape)
+    return Subspace(**found), failures
+
+
+def together(refreshes: list[Refresh], sum_: Callable[[list[Tensor]], object]) -> list[Subspace]:
+    """Run refreshes side by side; ``sum_`` replaces what each of them yields by its sum over all who hold a part."""
+    done: dict[int, Subspace] = {}
+    while len(done) < len(refreshes):
+        told = []
+        for i in [i for i in range(len(refreshes)) if i not in done]:
+            try:
+                told.append(next(refreshes[i]))
+            except StopIteration as stop:
+                done[i] = stop.value
+        sum_(told)
+    return [done[i] for i in range(len(refreshes))]
 
 
 def rotation(old: Subspace, new: Subspace) -> Move:
@@ -171,8 +207,3 @@ def _fit_each(basis: Basis, g: Tensor, side: Side, rank: int, old: Tensor | None
         olds: Iterable[Tensor | None] = [None] * len(g) if old is None else old
         parts = [_fit_each(basis, part, side, rank, before, seed) for part, before in zip(g, olds, strict=True)]
         return torch.stack(parts)
-
-
-def _random_like(q: Tensor, seed: int) -> Tensor:
-    noise = generator(q.device, "random basis", seed)
-    return orthonormalise(torch.randn(q.shape[-2:], generator=noise, device=q.device, dtype=q.dtype))[0].expand_as(q)

@@ -25,6 +25,7 @@ RECIPES: Mapping[str, Recipe] = {
     "shakespeare-char": gpt.shakespeare_char,
     "babygpt": gpt.babygpt,
     "gpt2-pretrain": gpt.gpt2_pretrain,
+    "gpt2-slow-link": gpt.gpt2_slow_link,
     "gpt2-finetune": gpt.gpt2_finetune,
     "llama-mini": llama.llama_mini,
     "llama-60m": llama.llama_60m,

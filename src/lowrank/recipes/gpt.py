@@ -7,6 +7,8 @@ fine-tuning freezes it.
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowrank.run import Call, Run, Settings
 
 # What the methods want in a run of a few hundred steps; the rates are those of docs/log.md.
@@ -144,6 +146,21 @@ def gpt2_pretrain() -> Run:
             "relora": {"method.target_modules": "attention", "method.rank": 4, "method.merge_every": 100},
         },
     )
+
+
+def gpt2_slow_link() -> Run:
+    """The run of gpt2-pretrain for ranks with a slow link between them: heads on every linear layer, so that only
+    embeddings and norms are left to be averaged whole, every 100 steps; all of it travels as int8.
+
+    Command:  torchrun --nproc-per-node 2 -m lowrank train gpt2-slow-link --data articles.csv
+    Time:     that of gpt2-pretrain; `lowrank plan gpt2-slow-link` costs nothing
+    Expected: between two ranks about half a megabyte a step on average, where DDP would send 498 MB
+    """
+    slow = {"target_modules": "all-linear", "rest_every": 100, "exchange": "int8"}
+    base = gpt2_pretrain()
+    method = Call(name="lte", args={**base.method.args, **slow})
+    own = {f"method.{name}": value for name, value in method.args.items()}
+    return replace(base, recipe="gpt2-slow-link", method=method, per_method={**base.per_method, "lte": own})
 
 
 def gpt2_finetune() -> Run:
