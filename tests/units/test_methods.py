@@ -71,6 +71,7 @@ OTHER: dict[str, object] = {
     "forget": 0.25,
     "restart_warmup": 1,
     "rest_every": 7,
+    "outer_momentum": 0.9,
 }
 
 

@@ -156,10 +156,10 @@ def gpt2_slow_link() -> Run:
     Time:     that of gpt2-pretrain; `lowrank plan gpt2-slow-link` costs nothing
     Expected: between two ranks about half a megabyte a step on average, where DDP would send 498 MB
     """
-    slow = {"target_modules": "all-linear", "rest_every": 100, "exchange": "int8"}
     base = gpt2_pretrain()
-    method = Call(name="lte", args={**base.method.args, **slow})
-    own = {f"method.{name}": value for name, value in method.args.items()}
+    slow: Settings = {**base.method.args, "target_modules": "all-linear", "rest_every": 100, "exchange": "int8"}
+    own: Settings = {f"method.{name}": value for name, value in slow.items()}
+    method = Call(name="lte", args=slow)
     return replace(base, recipe="gpt2-slow-link", method=method, per_method={**base.per_method, "lte": own})
 
 
