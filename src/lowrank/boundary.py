@@ -1,12 +1,13 @@
 """What happens between two steps: merges, and over several ranks the averaging of what they trained apart.
 
-    merge due      W ← mean of merged(W) over the heads of all ranks (``adapters.exchange``); adapters settle
+    merge due      W ← mean of merged(W) over the heads of all ranks (``adapters.across``); adapters settle. Overlapped,
+                   what was sent at the last merge arrives, and this one's is sent
     average due    the rest that trains locally ← its mean over the ranks (local SGD, arXiv 1805.09767)
-                   either by what the ranks have done since the last, where ``Merge.weigh`` asks for it
-    both           first everyone says whether its own numbers are finite. A rank whose are not is left out, counted and
-                   told of; its heads and their state begin anew, and its rest is the mean of the others'
+    before both    every rank tells whether its own numbers are finite, and what it has done, where ``Merge.weigh`` goes
+                   by that. One whose numbers are not is left out, counted and reported; its heads and their state
+                   are restarted, and its rest becomes the mean of the others'
 
-``whole`` shows every rank the model that all of them make together, for evaluation and for checkpoints; there heads and
+``whole`` gives every rank the model that all of them make together, for evaluation and for checkpoints; there heads and
 ranks weigh the same, whatever they will weigh in the next merge.
 """
 
