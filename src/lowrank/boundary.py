@@ -123,7 +123,6 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
 
     Raises:
         FloatingPointError: that is so on every rank.
-        ValueError: merges are weighted by tokens, and nobody has said of any.
     """
     ranks, mine = plan.ranks, [*plan.own, *plan.local]
     if ranks is None or not mine:

@@ -122,6 +122,7 @@ class Team:
         self.ranks.agree(facts)
         torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
         self._told = Traffic(**vars(self.ranks.traffic))
+        self.plan.work.met()  # what has been prepared and waited for until now is no work
 
     def whole_rows(self, batches: Sequence[Batch]) -> float:
         """How many times this rank's rows the whole batch has."""
