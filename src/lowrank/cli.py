@@ -106,9 +106,14 @@ _PLAN = """
 Shows which parameters a run would train, by which adapter and rule, which it leaves alone and why, and what that costs
 in memory. Takes the options of lowrank train.
 
+With --ranks and --link it also says what several ranks over such a link would take: bytes and seconds a step, beside
+DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here unless
+--step-seconds says what it takes on the machines that are meant.
+
 Examples:
   lowrank plan gpt2-pretrain
   lowrank plan gpt-mini --method lte --method.target_modules attention
+  lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
 """
 
 _GENERATE = """
@@ -204,6 +209,12 @@ def every_command() -> list[Command]:
     resume = Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before")
     start = Option(name="init_from", value="DIR", help="start from the merged weights of another run")
     best = Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best")
+    linked = (
+        Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
+        Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
+        Option(name="latency", value="TIME", group="Link", help="until a message has arrived: 1ms, 50us; default 0"),
+        Option(name="step_seconds", value="TIME", group="Link", help="what a rank computes; default: measured here"),
+    )
     several = (
         Option(name="methods", value="A,B,…", help="methods, each perhaps with settings; default the recipe's"),
         Option(name="seeds", value="N,N,…", help="train every method under each of these; default the recipe's"),
@@ -246,7 +257,7 @@ def every_command() -> list[Command]:
             usage="plan RECIPE [options]",
             summary="what would train, by what, at what cost in memory",
             about=_PLAN,
-            options=run,
+            options=(*linked, *run),
             prefixes=dotted,
             positions=(1, 1),
             call=commands.plan,

@@ -23,6 +23,8 @@ from lowrank.recipes import RECIPES, find
 from lowrank.run import Run
 from lowrank.settings import catalogue, override, resolve
 
+_LINK = ("ranks", "link", "latency", "step_seconds")
+
 
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further."""
@@ -105,12 +107,42 @@ def report(parsed: Parsed) -> int:
 
 
 def plan(parsed: Parsed) -> int:
-    """The table of what a run would train, without training and without its data where the model does not need it."""
+    """The table of what a run would train, without training and without its data where the model does not need it; with
+    --ranks and --link, what the link makes of it."""
     from lowrank.scoring import planned_session
 
-    run = _checked(override(find(parsed.positions[0]), parsed.options))
-    print(planned_session(run).plan)
+    given = parsed.only(_LINK)
+    run = _checked(override(find(parsed.positions[0]), parsed.without(_LINK)))
+    if given and not {"ranks", "link"} <= given.keys():
+        raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
+    show = _outlook(run, given) if given else None
+    session = planned_session(run)
+    print(session.plan)
+    if show is not None:
+        print(f"\n{show(session)}")
     return 0
+
+
+def _outlook(run: Run, given: Mapping[str, str]) -> Callable[[Any], str]:
+    """The text about a session over a link; what was given is checked at once."""
+    from lowrank import links
+    from lowrank.scoring import planned_session
+
+    ranks = _whole(given["ranks"], "--ranks")
+    link = links.parse_link(given["link"], given.get("latency", "0"))
+    alone = links.rank_of(run, ranks)
+    if "step_seconds" in given:
+        compute = links.parse_seconds(given["step_seconds"], "--step-seconds")
+        if not compute:
+            raise ValueError("--step-seconds 0: a step takes time; leave it out to have it measured here")
+        return lambda session: links.table(links.outlook(session, ranks, link, compute), "as given")
+
+    def show(session: Any) -> str:
+        compute = links.measured(planned_session(alone))
+        rows = f"{alone.batch_size} row{'s' if alone.batch_size > 1 else ''}"
+        return links.table(links.outlook(session, ranks, link, compute), f"measured here, {rows} a rank")
+
+    return show
 
 
 def generate(parsed: Parsed) -> int:

@@ -1,0 +1,279 @@
+"""What a link between the ranks makes of a run: seconds and bytes a step, and from which interval on it hardly matters.
+
+A step takes what a rank computes, and then what it says; this library does not do both at once:
+
+    seconds of saying    bytes / bandwidth + messages · latency
+    bytes                those of ``lowrank.traffic``: what a ring sends per rank; full duplex, nothing shared
+    messages             a ring of R ranks passes on 2(R − 1) of them one after the other, for each bucket of a sum, and
+                         as many for each of the two questions that go with it (are all numbers finite, is one to stop)
+
+DDP is given every benefit: it sends while it computes backwards, so its step is somewhere between the longer of the two
+(all hidden) and their sum (nothing hidden); compared is the former. Compute is taken to be the same for both.
+``python -m benchmarks.link`` holds these figures against two processes on a throttled link.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+
+import torch
+
+from lowrank.infra.convert import nearest
+from lowrank.infra.progress import short_bytes, short_count
+from lowrank.infra.ranks import BUCKET_BYTES
+from lowrank.run import Call, Run
+from lowrank.session import Session
+from lowrank.tasks import to_device
+from lowrank.traffic import Forecast, forecast
+
+LITTLE = 0.05  # of a step: communication below this hardly matters
+QUESTIONS = 2
+_PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
+_SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Link:
+    """Each rank's own connection: bytes per second in either direction, and seconds until a message has arrived."""
+
+    bandwidth: float
+    latency: float = 0.0
+
+    def seconds(self, sent: int, ranks: int) -> float:
+        """Until every one of ``ranks`` has sent so many bytes round a ring and passed on everybody's; 0 of nothing."""
+        if not sent:
+            return 0.0
+        buckets = math.ceil(sent / (2 * BUCKET_BYTES * (ranks - 1) / ranks))
+        return sent / self.bandwidth + 2 * (ranks - 1) * (buckets + QUESTIONS) * self.latency
+
+    def __str__(self) -> str:
+        late = f", {self.latency * 1e3:g} ms a message" if self.latency else ""
+        return f"{short_count(self.bandwidth * 8)}bit/s{late}"
+
+
+def parse_link(text: str, latency: str = "0") -> Link:
+    """A link as it is written: ``100Mbit``, ``1Gbit/s``, ``2.5Gbps``, ``10GB/s``; decimal, b and bit are bits, B bytes.
+
+    Raises:
+        ValueError: no number, no unit, or one that is not known; the message says what is.
+
+    >>> parse_link("100Mbit", "1ms").bandwidth, parse_link("10GB/s").bandwidth
+    (12500000.0, 10000000000.0)
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(bits?|b)(?:/s|ps)?", text.strip(), re.IGNORECASE)
+    number = _number(found[1]) if found else None
+    if found is None or not number:
+        raise ValueError(f"--link {text}: expected a speed above 0 with its unit, such as 100Mbit, 1Gbit or 10GB/s")
+    bits = 8.0 if found[3] == "B" else 1.0
+    return Link(bandwidth=number * _PREFIX[found[2].lower()] * bits / 8, latency=parse_seconds(latency, "--latency"))
+
+
+def parse_seconds(text: str, name: str) -> float:
+    """Seconds of ``0.2``, ``0.2s``, ``1ms`` or ``50us``.
+
+    Raises:
+        ValueError: anything else, negative numbers included.
+    """
+    found = re.fullmatch(r"([0-9.]+(?:e-?[0-9]+)?)\s*([^0-9.\s]*)", text.strip())
+    number, unit = (_number(found[1]), found[2] or "s") if found else (None, "s")
+    if number is None or unit not in _SECONDS:
+        raise ValueError(f"{name} {text}: expected a time such as 1ms, 50us or 0.2s{nearest(unit, _SECONDS)}")
+    return number * _SECONDS[unit]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Part:
+    """One thing that is said every so many steps: bytes and seconds of one time. ``scales``: its interval follows from
+    ``merge_every`` (or is the only one there is), by this factor."""
+
+    what: str
+    every: int
+    sent: int
+    seconds: float
+    scales: int = 0
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outlook:
+    """A run over a link: seconds of one rank's ``compute`` a step, the parts of what it says, and DDP's."""
+
+    link: Link
+    ranks: int
+    compute: float
+    parts: Sequence[Part]
+    interval: str | None
+    ddp_bytes: int
+    ddp_said: float
+
+    @property
+    def bytes_a_step(self) -> float:
+        return sum(part.sent / part.every for part in self.parts)
+
+    @property
+    def said(self) -> float:
+        """Seconds of saying a step, in the mean."""
+        return sum(part.seconds / part.every for part in self.parts)
+
+    @property
+    def step(self) -> float:
+        return self.compute + self.said
+
+    @property
+    def ddp_step(self) -> float:
+        """DDP's step at best: all that can be hidden behind computing is."""
+        return max(self.compute, self.ddp_said)
+
+    def enough(self, little: float = LITTLE) -> int | None:
+        """The least interval at which saying is at most the share ``little`` of a step; None where none is."""
+        budget = self.compute * little / (1 - little)
+        fixed = sum(part.seconds / part.every for part in self.parts if not part.scales)
+        moving = sum(part.seconds / part.scales for part in self.parts if part.scales)
+        if not moving or fixed >= budget:
+            return None
+        return max(1, math.ceil(moving / (budget - fixed)))
+
+
+def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook:
+    """What ``link`` makes of a session's run on ``ranks`` ranks, where one rank computes ``compute`` seconds a step.
+
+    Raises:
+        ValueError: fewer than two ranks, or fewer heads or rows than ranks.
+    """
+    _refuse(session.run, ranks)
+    run, method = session.run, session.plan.method
+    found = forecast(session.plan, ranks, whole=run.max_grad_norm is not None and not run.per_layer)
+    merging = found.merge_every is not None
+    follows = 0 if merging and method.rest_every is not None else (4 if merging else 1)
+    parts = [
+        _part("merge", found.merge_every or 1, found.merge, 1, found, link),
+        _part("average of the rest", found.rest_every, found.average, follows, found, link),
+        _part("gradients", 1, found.gradients_between, 0, found, link),
+        _part("gradients, refresh", found.refresh_every, found.gradients - found.gradients_between, 0, found, link),
+    ]
+    return Outlook(
+        link=link,
+        ranks=ranks,
+        compute=compute,
+        parts=[part for part in parts if part.sent],
+        interval="merge_every" if merging else "rest_every" if found.average else None,
+        ddp_bytes=found.ddp,
+        ddp_said=link.seconds(found.ddp, ranks),
+    )
+
+
+def rank_of(run: Run, ranks: int) -> Run:
+    """The run of one process that does what the busiest of ``ranks`` ranks does: its rows and its heads.
+
+    Raises:
+        ValueError: as ``outlook``.
+    """
+    _refuse(run, ranks)
+    args = dict(run.method.args)
+    if isinstance(heads := args.get("heads"), int) and "merge_every" in args:
+        args["heads"] = math.ceil(heads / ranks)
+    return replace(run, batch_size=math.ceil(run.batch_size / ranks), method=Call(name=run.method.name, args=args))
+
+
+def measured(session: Session, steps: int = 3) -> float:
+    """Seconds of a step of a session here, on arbitrary tokens or its first images: the median, after one to warm up.
+
+    Raises:
+        ValueError: images that are not here.
+    """
+    run, task, device = session.run, session.task, session.device
+    batch = to_device(_any_batch(session), device)
+    optimizer = session.plan.optimizer(run.lr, run.weight_decay, per_layer=run.per_layer, accumulate=run.grad_accum)
+    session.model.train()
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        for _ in range(run.grad_accum):
+            with session.autocast():
+                loss = task.loss(session.model, batch) / task.count(batch) / run.grad_accum
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[1:])[steps // 2]
+
+
+def table(found: Outlook, source: str) -> str:
+    """An outlook for people; ``source`` says where its compute is from."""
+    rows = [("", "every", "bytes a step", "seconds a step")]
+    rows += [("compute", "1", "", f"{found.compute:.3g}")]
+    rows += [
+        (part.what, str(part.every), short_bytes(round(part.sent / part.every)), f"{part.seconds / part.every:.3g}")
+        for part in found.parts
+    ]
+    rows += [
+        ("a step", "", short_bytes(round(found.bytes_a_step)), f"{found.step:.3g}"),
+        ("a step of DDP, at best", "", short_bytes(found.ddp_bytes), f"{found.ddp_step:.3g}"),
+    ]
+    widths = [max(len(row[i]) for row in rows) for i in range(4)]
+    text = ["  ".join([row[0].ljust(widths[0]), *(row[i].rjust(widths[i]) for i in (1, 2, 3))]) for row in rows]
+    head = f"{found.ranks} ranks over {found.link}; compute {source}"
+    return "\n".join([head, "", *text, "", *_verdict(found)])
+
+
+def _verdict(found: Outlook) -> list[str]:
+    faster, bare = found.ddp_step / found.step, found.compute + found.ddp_said
+    said = [
+        f"communication takes {found.said / found.step:.1%} of a step; {faster:.3g} times as fast as DDP at best (where "
+        f"nothing is hidden, DDP takes {bare:.3g} s)"
+    ]
+    if not found.parts:
+        return [*said, "nothing is said at all"]
+    if found.interval is None:
+        return [*said, "it talks at every step, which no interval changes: lte, lte_galore and rest=local have one"]
+    enough = found.enough()
+    if enough is not None:
+        rest = f", the rest averaged every {4 * enough}" if any(part.scales == 4 for part in found.parts) else ""
+        return [*said, f"communication is at most {LITTLE:.0%} of a step from {found.interval}={enough} on{rest}"]
+    fixed = " and ".join(part.what for part in found.parts if not part.scales)
+    return [
+        *said,
+        f"no {found.interval} makes it {LITTLE:.0%}, as {fixed} would remain: raise --method.rest_every, or use "
+        "--method.rest local or freeze",
+    ]
+
+
+def _part(what: str, every: int, sent: int, scales: int, found: Forecast, link: Link) -> Part:
+    return Part(what=what, every=every, sent=sent, seconds=link.seconds(sent, found.ranks), scales=scales)
+
+
+def _refuse(run: Run, ranks: int) -> None:
+    if ranks < 2:
+        raise ValueError(f"--ranks {ranks}: at least 2 are needed for a link to matter")
+    heads, few = run.method.args.get("heads"), []
+    if isinstance(heads, int) and "merge_every" in run.method.args and heads < ranks:
+        few.append((f"{heads} heads", f"--method.heads {ranks}"))
+    if run.batch_size < ranks:
+        few.append((f"a batch of {run.batch_size}", f"--batch-size {ranks}"))
+    if few:
+        what, remedy = (" and ".join(texts) for texts in zip(*few, strict=True))
+        raise ValueError(f"{what} cannot be divided between {ranks} ranks: give {remedy}, or more")
+
+
+def _any_batch(session: Session) -> dict[str, torch.Tensor]:
+    run, data = session.run, session.data
+    if run.task == "text":
+        vocabulary = session.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = torch.randint(0, vocabulary, (run.batch_size, data.context + 1))
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    if not data.set.splits:
+        raise ValueError("the images are not here, so a step cannot be measured: give --step-seconds")
+    batch: dict[str, torch.Tensor] = data.train(run.batch_size, run.seed).batch(0)
+    return batch
+
+
+def _number(text: str) -> float | None:
+    try:
+        return float(text)
+    except ValueError:
+        return None
