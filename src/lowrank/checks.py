@@ -67,7 +67,10 @@ def refuse_occupied(out: Path) -> None:
         FileExistsError: the folder holds a run; the message names the ways out.
     """
     if (out / "run.json").exists() or (out / "log.jsonl").exists():
-        raise FileExistsError(f"{out} already holds a run: go on with it by --resume {out}, or choose another --out")
+        raise FileExistsError(
+            f"{out} already holds a run: go on with it by --resume {out} (torchrun's restarts: --elastic), or "
+            "choose another --out"
+        )
 
 
 def refuse_changed(old: Run, new: Run) -> None:

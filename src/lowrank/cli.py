@@ -61,7 +61,8 @@ Everything a recipe sets can be overridden; --method.X, --model.X and --data.X r
 model and the data by name (lowrank methods NAME lists the first).
 
 The run's folder gets run.json (all settings: training it again gives the same numbers), env.json, log.jsonl,
-checkpoints/ and summary.json. Ctrl-C saves and stops; --resume goes on.
+checkpoints/ and summary.json. Ctrl-C saves and stops; --resume goes on. With --elastic the same command goes on by
+itself whenever it is started again, as torchrun --max-restarts does, on as many processes as there are then.
 
 Examples:
   lowrank train gpt-mini --method lora --method.rank 4 --lr 3e-3
@@ -69,6 +70,7 @@ Examples:
   lowrank train runs/articles/run.json --out runs/again
   lowrank train --resume runs/articles --steps 2000
   lowrank train gpt-mini --method relora --init-from runs/warm-up
+  torchrun --nproc-per-node 2 --max-restarts 3 -m lowrank train gpt-mini --method lte --elastic --out runs/lte
 """
 
 _EVAL = """
@@ -207,6 +209,7 @@ def every_command() -> list[Command]:
     out = Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>")
     quiet = Option(name="quiet", help="no progress line")
     resume = Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before")
+    elastic = Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there")
     start = Option(name="init_from", value="DIR", help="start from the merged weights of another run")
     best = Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best")
     linked = (
@@ -228,7 +231,7 @@ def every_command() -> list[Command]:
             usage="train RECIPE|run.json|file.py:function [options]",
             summary="train a recipe, or go on with a run",
             about=_TRAIN,
-            options=(out, resume, start, quiet, *run),
+            options=(out, resume, elastic, start, quiet, *run),
             prefixes=dotted,
             positions=(0, 1),
             call=commands.train,

@@ -27,17 +27,22 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 
 def train(parsed: Parsed) -> int:
-    """A new run, or with --resume the same one further."""
+    """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
     from lowrank.train import train as train_run
 
-    changes = parsed.without(("out", "resume", "init_from", "quiet"))
-    resumed = parsed.options.get("resume")
+    changes = parsed.without(("out", "resume", "elastic", "init_from", "quiet"))
+    resumed, elastic = parsed.options.get("resume"), _switch(parsed, "elastic")
+    if elastic and (resumed is not None or "out" not in parsed.options):
+        raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
     if resumed is None:
         if len(parsed.positions) != 1:
             raise UsageError("what is to be trained? usage: lowrank train RECIPE [options]; see: lowrank recipes")
         run = _checked(override(find(parsed.positions[0]), changes))
         out = Path(parsed.options["out"]) if "out" in parsed.options else _free_folder(run)
-        refuse_occupied(out)
+        if not elastic:
+            refuse_occupied(out)
+        elif (out / "run.json").exists():
+            refuse_changed(resolve(Run.read(out / "run.json")), run)
     else:
         if parsed.positions or parsed.only(("out", "init_from")):
             raise UsageError(
@@ -48,7 +53,8 @@ def train(parsed: Parsed) -> int:
         run = _checked(override(before, {"stop_at": None, **changes}))
         refuse_changed(resolve(before), run)
     start = Path(parsed.options["init_from"]) if "init_from" in parsed.options else None
-    summary = train_run(run, out, resume=resumed is not None, init_from=start, quiet=_switch(parsed, "quiet"))
+    how = {"resume": resumed is not None, "elastic": elastic, "quiet": _switch(parsed, "quiet")}
+    summary = train_run(run, out, init_from=start, **how)
     if is_first():
         print(_verdict(out, summary))
     return 130 if summary.get("interrupted") else 0

@@ -224,8 +224,8 @@ def table(found: Outlook, source: str) -> str:
 def _verdict(found: Outlook) -> list[str]:
     faster, bare = found.ddp_step / found.step, found.compute + found.ddp_said
     said = [
-        f"communication takes {found.said / found.step:.1%} of a step; {faster:.3g} times as fast as DDP at best (where "
-        f"nothing is hidden, DDP takes {bare:.3g} s)"
+        f"communication takes {found.said / found.step:.1%} of a step; {faster:.3g} times as fast as DDP at best "
+        f"(which takes {bare:.3g} s where nothing is hidden)"
     ]
     if not found.parts:
         return [*said, "nothing is said at all"]

@@ -139,7 +139,10 @@ class Run:
         return Run(**calls, **checked, per_method=content.get("per_method", {}))
 
     def write(self, path: Path) -> None:
-        path.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        """The whole file or, if the process is killed, what was there before."""
+        beside = path.with_name(f".{path.name}.writing")
+        beside.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
+        beside.replace(path)
 
     @staticmethod
     def read(path: Path) -> Run:

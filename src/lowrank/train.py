@@ -4,8 +4,8 @@
               → step (merges when due) → log → evaluate on the merged weights → checkpoint
 
 Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``lowrank.team``). They
-evaluate together, each some of the batches; rank 0 writes the run's folder and prints. When one is asked to stop, all
-do, after the next step at which they communicate.
+evaluate together, each some of the batches; the first rank of each node writes the run's folder (``lowrank.elastic``),
+rank 0 prints. When one is asked to stop, all do, after the next step at which they communicate.
 
 A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
 ``run.steps`` is the schedule's horizon and ``run.stop_at`` ends early without changing it. Everything that the next
@@ -21,7 +21,7 @@ import signal
 import statistics
 import threading
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -32,6 +32,7 @@ from torch import Tensor
 from lowrank import __version__
 from lowrank.boundary import whole
 from lowrank.data.images import ImageData
+from lowrank.elastic import keeps, newest
 from lowrank.evaluate import evaluate
 from lowrank.gathered import own_model_state, own_optimizer_state, whole_optimizer_state
 from lowrank.infra import checkpoint
@@ -54,7 +55,13 @@ class NotFinite(FloatingPointError):
 
 
 def train(
-    run: Run, out: Path, *, resume: bool = False, init_from: Path | None = None, quiet: bool = False
+    run: Run,
+    out: Path,
+    *,
+    resume: bool = False,
+    elastic: bool = False,
+    init_from: Path | None = None,
+    quiet: bool = False,
 ) -> dict[str, Any]:
     """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
 
@@ -63,33 +70,39 @@ def train(
         out: gets run.json, env.json, log.jsonl, checkpoints/ and summary.json.
         resume: go on from the latest checkpoint in ``out``; ``run`` is then the same run, perhaps with other ``steps``
             or ``stop_at``.
+        elastic: go on from the newest good checkpoint that any node has of this run, or start it where there is none:
+            the same call again and again, until the run has come to its end.
         init_from: start from the merged weights of another run's folder or checkpoint.
         quiet: no progress line.
 
     Raises:
         NotFinite: the loss is not finite. The checkpoints saved before are kept.
-        FileExistsError: ``out`` holds a run already and ``resume`` is False.
+        FileExistsError: ``out`` holds a run already and neither ``resume`` nor ``elastic`` is asked for.
         CheckpointError: nothing to resume from, or the disk is full.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
-    if not resume and (out / "run.json").exists():
+    if not (resume or elastic) and (out / "run.json").exists():
         raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
     with joined(pick_device(run.device)) as ranks:
-        saved = checkpoint.load(checkpoint.latest(out / "checkpoints")) if resume else None
-        session = open_session(run, init_from=None if resume else init_from, ranks=ranks)
-        loop = _Loop(session, out, quiet=quiet)
+        keeper = keeps(out, ranks)
+        found, notes = newest(out, ranks, keeper=keeper) if elastic else (None, [])
+        if resume:
+            found = checkpoint.latest(out / "checkpoints")
+        saved = None if found is None else checkpoint.load(found)
+        session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
+        loop = _Loop(session, out, quiet=quiet, keeper=keeper)
         if saved is not None:
-            loop.restore(saved)
+            loop.restore(saved, ended=elastic)
         loop.team.agree(__version__, loop.step, session.data)
         if saved is not None:
             loop.restore_random(saved)
-        if loop.team.first:
+        if keeper:
             _describe(session, out)
-        with loop.recording(after=loop.step if resume else None), _signals() as stopping:
+        with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
             loop.run_until(loop.end, stopping)
             loop.judge()
         summary = loop.summary(interrupted=stopping.is_set())
-        if loop.team.first:
+        if keeper:
             (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
         if stopping.is_set():
             loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
@@ -108,8 +121,9 @@ def _describe(session: Session, out: Path) -> None:
 class _Loop:
     """The state of a training run between two steps, and what moves it on."""
 
-    def __init__(self, session: Session, out: Path, *, quiet: bool):
+    def __init__(self, session: Session, out: Path, *, quiet: bool, keeper: bool = True):
         run = session.run
+        self.keeper = keeper  # of the run's folder
         self.session, self.out, self.team = session, out, Team(session.plan, run)
         self.quiet = quiet or not self.team.first
         self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
@@ -238,15 +252,15 @@ class _Loop:
     # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
 
     @contextmanager
-    def recording(self, after: int | None) -> Iterator[None]:
-        """Open log, writers and progress line; close them whatever happens."""
-        run = self.session.run
-        if self.team.first:
-            settings = run.to_json()
-            self.writers = open_writers(self.out, settings, tensorboard=run.tensorboard, wandb=run.wandb, after=after)
+    def recording(self, notes: Sequence[str] = (), *, after: int | None) -> Iterator[None]:
+        """Open log, writers and progress line, which begins with ``notes``; close them whatever happens."""
+        run, first = self.session.run, self.team.first
+        if self.keeper:
+            others = {"tensorboard": run.tensorboard and first, "wandb": run.wandb and first}
+            self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in self.team.notes():
+        for note in [*self.team.notes(), *notes]:
             self.progress.note(note)
         try:
             yield
@@ -351,7 +365,7 @@ class _Loop:
         optimizer = whole_optimizer_state(self.session.plan, self.optimizer)
         random = self.team.everyones(random_state())
         work = self.team.everyones(dict(self.session.plan.work.since)) if self.team.weighs else []
-        if not self.team.first:
+        if not self.keeper:
             return
         meta = {
             "random": random[0],
@@ -372,8 +386,8 @@ class _Loop:
             best=best,
         )
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
-        """Go back to a checkpoint: weights, optimizer, random generators, step.
+    def restore(self, saved: checkpoint.Checkpoint, *, ended: bool = False) -> None:
+        """Go back to a checkpoint: weights, optimizer, random generators, step; also to a run's end where ``ended``.
 
         Raises:
             ValueError: it is of another method or step count, or its state does not fit.
@@ -384,7 +398,7 @@ class _Loop:
                 f"the run was trained with {saved.meta['method']}, not with {method}; resume it with its own method, "
                 "or start a new run from its weights with --init-from"
             )
-        if saved.step >= self.end:
+        if saved.step > self.end or (saved.step == self.end and not ended):
             raise ValueError(
                 f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
                 "go on"
@@ -404,13 +418,13 @@ class _Loop:
         if len(states) == ranks:
             set_random_state_(states[rank])
             self.session.plan.work.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
-        if self.team.first:
+        if self.keeper:
             checkpoint.discard_after(self.out / "checkpoints", saved.step)
 
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""
         run, plan, task = self.session.run, self.session.plan, self.session.task
-        log = read_log(self.out / "log.jsonl") if self.team.first else []
+        log = read_log(self.out / "log.jsonl") if self.keeper else []
         records = [r for r in log if "step_seconds" in r]
         seconds = statistics.median(r["step_seconds"] for r in records) if records else None
         rate_name = f"{task.unit}_per_second"

@@ -9,10 +9,11 @@ import sys
 from pathlib import Path
 
 ROOT = Path(__file__).resolve().parents[2]
+RANKS = 2
 
 
 def launch(
-    module: str, *arguments: str, ranks: int = 2, timeout: float = 120, **settings: str
+    module: str, *arguments: str, ranks: int = RANKS, timeout: float = 120, **settings: str
 ) -> list[tuple[int, str]]:
     """(exit status, stderr) of each rank of ``python -m module arguments``; ``settings`` go into the environment."""
     with socket.create_server(("127.0.0.1", 0)) as free:

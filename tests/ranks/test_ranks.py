@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.models import mlp
-from tests.ranks.launch import launch
+from tests.ranks.launch import RANKS, launch
 from tests.ranks.worker import SCENARIOS, lte, tiny_run, trained
 
 import lowrank
@@ -20,21 +20,7 @@ from lowrank.settings import override, resolve
 from lowrank.traffic import forecast, merge_words
 from lowrank.train import train
 
-RANKS = 2
 TRAINED = [name for name, (function, _) in SCENARIOS.items() if getattr(function, "func", None) is trained]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    return tmp_path_factory.mktemp("ranks")
-
-
-@pytest.fixture(scope="module")
-def found(folder: Path) -> list[dict[str, Any]]:
-    """What each rank has found."""
-    results = launch("tests.ranks.worker", str(folder), ranks=RANKS, LOWRANK_CACHE=str(folder / "cache"))
-    assert [code for code, _ in results] == [0] * RANKS, "\n".join(error for _, error in results)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
 
 
 def flat(nest: Any, path: str = "") -> dict[str, torch.Tensor]:
@@ -402,3 +388,30 @@ def test_one_process_goes_on_from_the_checkpoint_of_two(found: list[dict[str, An
     summary = train(longer, folder / "run", resume=True, quiet=True)
     assert summary["steps"] == 12
     assert summary["parameters_trained"] > found[0]["runs"]["run"]["parameters_trained"]  # all heads are here now
+
+
+# --- nodes with disks of their own -----------------------------------------------------------------------------------
+
+
+def test_the_first_rank_of_each_disk_keeps_the_run(found: list[dict[str, Any]], folder: Path) -> None:
+    kept = [found[rank]["nodes"]["kept"] for rank in range(RANKS)]
+    assert [each["one node"] for each in kept] == [True, False]
+    assert [each["one disk"] for each in kept] == [True, False]
+    assert [each["two disks"] for each in kept] == [True, True]
+    assert found[0]["nodes"]["folders"] == found[1]["nodes"]["folders"]
+    assert not list((folder / "shared").iterdir())  # what they leave to find each other out is gone
+    for rank in range(RANKS):
+        assert {path.name for path in (folder / f"node-{rank}").iterdir()} >= {"run.json", "log.jsonl", "summary.json"}
+
+
+def test_a_lost_and_a_damaged_disk_get_the_newest_checkpoint_of_the_others(found: list[dict[str, Any]]) -> None:
+    one, other = (found[rank]["nodes"] for rank in range(RANKS))
+    (lost, mended), (lost_there, mended_there) = one["files"], other["files"]
+    assert lost == lost_there
+    assert lost == mended == mended_there
+    assert "rank 0 has given step-00000006 to rank 1" in one["told"][0]
+    assert any("is damaged: optimizer.safetensors has 6 bytes" in note for note in one["told"][1])
+    assert "rank 1 has given step-00000006 to rank 0" in one["told"][1]
+    assert [each["steps"] for each in one["summaries"] + other["summaries"]] == [9, 9, 9, 9]
+    assert one["summaries"][0]["val_loss"] == other["summaries"][1]["val_loss"]
+    assert "is not there for ranks 1, which write none" in one["blind"]

@@ -7,6 +7,7 @@ one group, as starting processes is what takes time, and saves what each rank ha
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import sys
 import time
@@ -270,6 +271,50 @@ def runs(folder: Path) -> dict[str, Result]:
     return found
 
 
+def nodes(ranks: Ranks, folder: Path) -> Result:
+    """As if each rank were a node with a disk of its own: who keeps the run, and what a lost or spoilt disk gets."""
+    from lowrank.elastic import keeps, newest
+    from lowrank.infra.checkpoint import CheckpointError
+    from lowrank.settings import override, resolve
+    from lowrank.train import train
+
+    kept = {"one node": keeps(folder / "shared", ranks)}
+    local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
+    own = folder / f"node-{ranks.rank}"
+    kept |= {"one disk": keeps(folder / "shared", ranks), "two disks": keeps(own, ranks)}
+    base = resolve(override(tiny_run(), {"method.rest": "local", "checkpoint-every": 3}))
+    train(resolve(override(base, {"stop-at": 6})), own, elastic=True, quiet=True)
+    folders = sorted(path.name for path in (own / "checkpoints").iterdir())
+    if ranks.rank == 1:
+        shutil.rmtree(own)
+    ranks.total(0.0)
+    found, told = newest(own, ranks, keeper=True)
+    files = {path.name: path.read_bytes() for path in found.iterdir()} if found else {}
+    if ranks.rank == 0 and found is not None:
+        (found / "optimizer.safetensors").write_bytes(b"spoilt")
+    ranks.total(0.0)
+    again, mended = newest(own, ranks, keeper=True)
+    mended_files = {path.name: path.read_bytes() for path in again.iterdir()} if again else {}
+    if ranks.rank == 1:
+        shutil.rmtree(own)
+    summary = train(base, own, elastic=True, quiet=True)
+    ended = train(base, own, elastic=True, quiet=True)
+    blind = ""
+    try:
+        newest(own if ranks.rank == 0 else folder / "nowhere", ranks, keeper=ranks.rank == 0)
+    except CheckpointError as error:
+        blind = str(error)
+    os.environ["LOCAL_RANK"] = local
+    return {
+        "kept": kept,
+        "folders": folders,
+        "told": [told, mended],
+        "files": [files, mended_files],
+        "summaries": [summary, ended],
+        "blind": blind,
+    }
+
+
 def main(folder: Path) -> None:
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
@@ -277,6 +322,7 @@ def main(folder: Path) -> None:
         assert ranks is not None
         found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
         found["runs"] = runs(folder)
+        found["nodes"] = nodes(ranks, folder)
         torch.save(found, folder / f"rank-{ranks.rank}.pt")
 
 

@@ -84,8 +84,7 @@ def save(
         temporary.mkdir()
         _write(temporary, step, tensors, optimizer, meta)
         folder = _free_name(root, step)
-        temporary.rename(folder)
-        _sync(root)
+        finish_(temporary, folder)
         if best:
             _write_json(root / "best.json", {"folder": folder.name, "step": step})
     except (OSError, SafetensorError) as error:
@@ -130,6 +129,23 @@ def latest(root: Path) -> Path:
     return folders[-1]
 
 
+def newest_good(root: Path) -> tuple[Path | None, list[str]]:
+    """Folder of the newest checkpoint whose every byte is right, or None; and what is wrong with each newer one."""
+    wrong: list[str] = []
+    for folder in reversed(saved(root)):
+        damage = _damage(folder)
+        if not damage:
+            return folder, wrong
+        wrong.append(f"checkpoint {folder} is damaged: {damage}")
+    return None, wrong
+
+
+def fingerprint(folder: Path) -> str:
+    """Of a checkpoint's model, as its manifest says: the same for the same weights, without reading them."""
+    files = json.loads((folder / "manifest.json").read_text())["files"]
+    return f"{folder.name} {files['model.safetensors']}"
+
+
 def best(root: Path) -> Path | None:
     """Folder of the checkpoint that was best by validation, or None where none was marked."""
     pointer = root / "best.json"
@@ -144,6 +160,17 @@ def discard_after(root: Path, step: int) -> None:
     for folder in saved(root):
         if _age(folder)[0] > step:
             shutil.rmtree(folder)
+
+
+def finish_(unfinished: Path, folder: Path) -> None:
+    """Give a complete checkpoint its name: before, it is none; after, it is on the disk."""
+    unfinished.rename(folder)
+    _sync(folder.parent)
+
+
+def step_of(folder: Path) -> int:
+    """Completed steps at which a checkpoint was saved, by its name."""
+    return _age(folder)[0]
 
 
 def _write(

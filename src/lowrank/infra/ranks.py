@@ -5,7 +5,8 @@
         ranks.gather(tensors)          those of all ranks, in the order of the ranks
 
 Everything that is sent goes through these few functions, which count it. Bytes are what a ring sends per rank, whatever
-the backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank contributes to a gather. A rank receives as much.
+the backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank contributes to a gather, all of a broadcast. A rank
+receives as much.
 
 A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a socket
 listening, its doorbell: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
@@ -21,6 +22,7 @@ import pickle
 import re
 import socket
 import time
+import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
@@ -96,6 +98,11 @@ def is_first() -> bool:
     return os.environ.get("RANK", "0") == "0" or world_size() == 1
 
 
+def first_on_node() -> bool:
+    """Whether this process is the first on its machine, as ``torchrun`` says; rank 0 where nothing says so."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
 def world_size() -> int:
     """Processes in the group that ``torchrun`` started; 1 without it."""
     return int(os.environ.get("WORLD_SIZE", "1"))
@@ -168,6 +175,16 @@ class Ranks:
             return gathered
 
         return finish
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Replace each tensor by that of rank ``source``; they may lie elsewhere than the ranks talk."""
+        for bucket in _buckets(tensors):
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket]).to(self.device)
+            self._say("a broadcast", lambda flat=flat: dist.broadcast(flat, source))  # type: ignore[misc]
+            self.traffic.count(flat.nbytes)
+            parts = flat.split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
 
     def gather_objects(self, value: T) -> list[T]:
         """The ``value`` of every rank, in the order of the ranks; for small objects, since it is pickled."""
@@ -279,12 +296,39 @@ def _start(device: torch.device, timeout: float) -> None:
         torch.cuda.set_device(local)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout))
+        store = _store_of_this_life(timeout) if dist.is_torchelastic_launched() else None
+        rank, count = (int(os.environ["RANK"]), world_size()) if store is not None else (-1, -1)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
     except RuntimeError as error:
         raise RankLost(
             f"rank {os.environ['RANK']} did not find the other {world_size() - 1} at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {timeout:g} s: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _store_of_this_life(timeout: float) -> dist.Store:
+    """A store in which nothing stands that the processes before a restart have left.
+
+    The launcher's own outlives them, and a rank that looks for another in it may find where the dead one was. So rank 0
+    names this life, and tells it to every process that answers; a dead one does not.
+    """
+    store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"lowrank/rank/{rank}", me)
+        life = store.get(f"lowrank/{me}").decode()
+        store.set(f"lowrank/{me}/{life}", "")
+        return dist.PrefixStore(life, store)
+    life, end = uuid.uuid4().hex, time.monotonic() + timeout
+    for other in range(1, count):
+        them = ""
+        while not them or not store.check([f"lowrank/{them}/{life}"]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank {other} has not come")
+            time.sleep(0.05 if them else 0.0)
+            them = store.get(f"lowrank/rank/{other}").decode()
+            store.set(f"lowrank/{them}", life)
+    return dist.PrefixStore(life, store)
 
 
 def digest(tensors: Mapping[str, Tensor]) -> str:

@@ -1,0 +1,108 @@
+"""Runs that go on by themselves: killed in a step, a merge and a save under torchrun, and with a disk lost."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import pytest
+from tests.ranks.launch import ROOT
+from tests.ranks.test_ranks import flat
+from tests.ranks.worker import tiny_run
+
+from lowrank import cli
+from lowrank.elastic import newest
+from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint import CheckpointError
+from lowrank.infra.record import read_log
+from lowrank.settings import override, resolve
+from lowrank.train import train
+
+RUN = [
+    *["train", "gpt-mini", "--elastic", "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8", "--batch-size=4"],
+    *[
+        "--model.context=16",
+        "--data.context=16",
+        "--grad-accum=2",
+        "--eval-every=6",
+        "--eval-batches=3",
+        "--device=cpu",
+    ],
+    *["--checkpoint-every=2", "--steps=9", "--method=lte", "--method.merge_every=3", "--method.rank=2"],
+]
+TOGETHER = [*RUN, "--method.rest=train"]  # ``worker.tiny_run``, saved more often
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--monitor-interval=0.1"]
+
+
+@pytest.mark.slow
+def test_killed_in_a_step_a_merge_and_a_save_it_goes_on_as_if_it_never_had_been(
+    found: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    """Rank 1 dies twice, then rank 0, which writes; log and last checkpoint are those of a run left alone."""
+    born, out = tmp_path / "born", tmp_path / "killed"
+    killed = {"LOWRANK_KILLED": "step@4,merge@5,save@7", "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60"}
+    words = ["--max-restarts=3", "-m", "tests.ranks.killed", *TOGETHER, "--out", str(out)]
+    environment = {**os.environ, **killed, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(
+        [*LAUNCHER, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert sorted(line.split()[0] for line in born.read_text().splitlines()) == list("00112233")
+    assert "rank 1 (127.0.0.1) is gone; rank 0 was waiting for a sum" in done.stderr  # in the step
+    assert "rank 1 (127.0.0.1) is gone; rank 0 was waiting for a gathering" in done.stderr  # in the merge
+    assert "rank 0 (127.0.0.1) is gone; rank 1 was waiting for" in done.stderr  # in the save
+    steps = [line.rpartition("step-")[2] for line in done.stderr.splitlines() if line.startswith("going on from")]
+    assert steps == ["00000004", "00000004", "00000006"]
+    assert not list((out / "checkpoints").glob(".writing-*"))
+    logs = [read_log(at / "log.jsonl") for at in (out, folder / "run")]
+    one, other = ([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r] for log in logs)
+    assert one == other
+    saved = [checkpoint.load(checkpoint.latest(at / "checkpoints")) for at in (out, folder / "run")]
+    for mine, theirs in ((saved[0].tensors, saved[1].tensors), *((each.optimizer["state"] for each in saved),)):
+        theirs = flat(theirs)
+        assert all(tensor.equal(theirs[key]) for key, tensor in flat(mine).items())
+
+
+def test_elastic_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    """Starts, goes on after each stop, passes over a damaged checkpoint by name, and has nothing to do at the end."""
+    out, words = tmp_path / "run", [*TOGETHER, "--quiet", "--out", str(tmp_path / "run")]
+    assert cli.main([*words, "--stop-at=4"]) == 0
+    (checkpoint.latest(out / "checkpoints") / "model.safetensors").write_bytes(b"spoilt")
+    found, told = newest(out, None, keeper=True)
+    assert found == out / "checkpoints" / "step-00000002"
+    assert told[0].startswith(
+        f"checkpoint {out / 'checkpoints' / 'step-00000004'} is damaged: model.safetensors has 6 b"
+    )
+    assert cli.main(words) == 0
+    assert cli.main(words) == 0
+    assert capsys.readouterr().out.count("step 9:") == 2
+    assert [r["step"] for r in read_log(out / "log.jsonl") if "loss" in r] == list(range(1, 10))
+    straight = train(resolve(override(tiny_run(), {"checkpoint-every": 2})), tmp_path / "b", quiet=True)
+    assert straight["val_loss"] == checkpoint.load(checkpoint.latest(out / "checkpoints")).meta["metrics"]["val_loss"]
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
+    run = resolve(override(tiny_run(), {"steps": 3}))
+    train(run, tmp_path / "run", quiet=True)
+    for folder in checkpoint.saved(tmp_path / "run" / "checkpoints"):
+        for file in folder.iterdir():
+            file.unlink()
+        folder.rmdir()
+    train(run, tmp_path / "run", elastic=True, quiet=True)
+    assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r] == [1, 2, 3]
+
+
+def test_what_elastic_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    out = tmp_path / "run"
+    assert cli.main(RUN) == 2
+    assert "give --out DIR" in capsys.readouterr().err
+    train(resolve(override(tiny_run(), {"steps": 3})), out, quiet=True)
+    assert cli.main([*TOGETHER, "--lr=1", "--out", str(out)]) == 2
+    assert "this would change" in capsys.readouterr().err
+    for folder in checkpoint.saved(out / "checkpoints"):
+        (folder / "state.json").unlink()
+    with pytest.raises(CheckpointError, match=r"state.json is missing.*: no good one is left; remove the run's folder"):
+        newest(out, None, keeper=True)
