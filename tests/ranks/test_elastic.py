@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import os
+import signal
+import socket
 import subprocess
 import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -31,10 +35,10 @@ RUN = [
         "--eval-batches=3",
         "--device=cpu",
     ],
-    *["--checkpoint-every=2", "--steps=9", "--method=lte", "--method.merge_every=3", "--method.rank=2"],
+    *["--checkpoint-every=2", "--method=lte", "--method.merge_every=3", "--method.rank=2"],
 ]
-TOGETHER = [*RUN, "--method.rest=train"]  # ``worker.tiny_run``, saved more often
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node=2", "--monitor-interval=0.1"]
+TOGETHER = [*RUN, "--steps=9", "--method.rest=train"]  # ``worker.tiny_run``, saved more often
+LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1"]
 
 
 @pytest.mark.slow
@@ -44,7 +48,7 @@ def test_killed_in_a_step_a_merge_and_a_save_it_goes_on_as_if_it_never_had_been(
     """Rank 1 dies twice, then rank 0, which writes; log and last checkpoint are those of a run left alone."""
     born, out = tmp_path / "born", tmp_path / "killed"
     killed = {"LOWRANK_KILLED": "step@4,merge@5,save@7", "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60"}
-    words = ["--max-restarts=3", "-m", "tests.ranks.killed", *TOGETHER, "--out", str(out)]
+    words = ["--nproc-per-node=2", "--max-restarts=3", "-m", "tests.ranks.killed", *TOGETHER, "--out", str(out)]
     environment = {**os.environ, **killed, "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
         [*LAUNCHER, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
@@ -64,6 +68,58 @@ def test_killed_in_a_step_a_merge_and_a_save_it_goes_on_as_if_it_never_had_been(
     for mine, theirs in ((saved[0].tensors, saved[1].tensors), *((each.optimizer["state"] for each in saved),)):
         theirs = flat(theirs)
         assert all(tensor.equal(theirs[key]) for key, tensor in flat(mine).items())
+
+
+@pytest.mark.slow
+def test_when_the_host_of_the_rendezvous_dies_any_node_can_start_again(tmp_path: Path) -> None:
+    """Two nodes, each with a launcher and a disk of its own. The first, which hosts, vanishes; the other's launcher
+    fails, and the same command goes on from the disk that is left."""
+    with socket.create_server(("127.0.0.1", 0)) as free:
+        endpoint = f"localhost:{free.getsockname()[1]}"
+    words = [*RUN, "--steps=1000"]
+    nodes = [tmp_path / "first", tmp_path / "second"]
+    started = [a_node(node, endpoint, words, host=node == nodes[0]) for node in nodes]
+    saved = nodes[1] / "run" / "checkpoints"
+    try:
+        until(lambda: len(checkpoint.saved(saved)) > 1, started)
+        worker = (nodes[0] / "born").read_text().splitlines()[-1].split()[3]
+        for pid in (started[0].pid, int(worker)):
+            os.kill(pid, signal.SIGKILL)
+        _, error = started[1].communicate(timeout=90)
+    finally:
+        for each in started:
+            each.kill()
+            each.communicate()
+    assert started[1].returncode == 1, error
+    assert "RendezvousConnectionError" in error
+    step = checkpoint.step_of(checkpoint.latest(saved))
+    assert cli.main([*words, "--quiet", f"--stop-at={step + 2}", "--out", str(nodes[1] / "run")]) == 0
+    steps = [record["step"] for record in read_log(nodes[1] / "run" / "log.jsonl") if "loss" in record]
+    assert steps == list(range(1, step + 3))
+
+
+def a_node(node: Path, endpoint: str, words: list[str], *, host: bool) -> subprocess.Popen[str]:
+    """A launcher with one slow rank; two make a group, and one is enough."""
+    node.mkdir()
+    how = [*LAUNCHER, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run"]
+    meeting = [f"--rdzv-endpoint={endpoint}", f"--rdzv-conf=last_call_timeout=5,is_host={int(host)}"]
+    settings = {"LOWRANK_KILLED": "wait@0.1", "LOWRANK_BORN": str(node / "born"), "LOWRANK_TIMEOUT": "60"}
+    return subprocess.Popen(
+        [*how, *meeting, "-m", "tests.ranks.killed", *words, "--out", str(node / "run")],
+        cwd=ROOT,
+        env={**os.environ, **settings, "OMP_NUM_THREADS": "1", "TORCH_DISABLE_SHARE_RDZV_TCP_STORE": "1"},
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def until(true: Callable[[], bool], alive: list[subprocess.Popen[str]], seconds: float = 120) -> None:
+    end = time.monotonic() + seconds
+    while not true():
+        assert time.monotonic() < end, "this takes too long"
+        for each in alive:
+            assert each.poll() is None, each.communicate()[1]
+        time.sleep(0.1)
 
 
 def test_elastic_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
