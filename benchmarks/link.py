@@ -1,4 +1,4 @@
-"""Tokens per second of LTE against DDP on a link of 100 Mbit/s, beside what ``lowrank plan --link`` foretells.
+"""Tokens per second of LTE against DDP on a link of 100 Mbit/s, beside what ``lowrank plan --link`` predicts.
 
     python -m benchmarks.link
 
@@ -10,9 +10,9 @@ beyond ``unshare`` is needed. In one run, on the same rows of the same batches (
     attention    LTE on the attention layers, the rest averaged every 40 steps (the defaults)
     all-linear   LTE on every linear layer
 
-for gpt-mini (0.8 M parameters) and the shape of babygpt (6 layers 384 wide, 10.7 M). What is foretold comes from the
-bytes, from 100 Mbit/s, from the measured time of a word, and from each method's own step on this machine with nothing
-to send, measured by both at once. Goal: 5 times DDP's tokens per second or more.
+for gpt-mini (0.8 M parameters) and the shape of babygpt (6 layers 384 wide, 10.7 M). What is predicted comes from the
+bytes, from 100 Mbit/s, from the measured time of a message, and from each method's own step on this machine with
+nothing to send, measured by both at once. Goal: 5 times DDP's tokens per second or more.
 """
 
 from __future__ import annotations
@@ -129,32 +129,37 @@ def rank() -> None:
 
 
 def _model(settings: dict[str, object], ranks: Ranks, link: Link) -> dict[str, Any]:
-    """Step times and tokens per second of DDP and of each method, with what was foretold."""
+    """Step times and tokens per second of DDP and of each method, with what was predicted."""
     common = {"steps": 1000, "batch-size": 8, **settings}
     full = resolve(override(gpt_mini(), common))
     tokens = full.batch_size * int(str(full.data.args["context"]))
-    found: dict[str, Any] = {"tokens_a_step": tokens, "ddp": _told(_ddp(full, ranks), full, ranks, link, ddp=True)}
+    found: dict[str, Any] = {
+        "tokens_a_step": tokens,
+        "ddp": _with_prediction(_ddp(full, ranks), full, ranks, link, ddp=True),
+    }
     for name, options in METHODS.items():
         run = resolve(override(gpt_mini(), {**common, **options}))
-        found[name] = _told(_ours(run, ranks), run, ranks, link)
+        found[name] = _with_prediction(_ours(run, ranks), run, ranks, link)
     for each in ("ddp", *METHODS):
         seconds = found[each]["step_seconds"]
         found[each]["tokens_per_second"] = tokens / seconds
         found[each]["times_ddp"] = found["ddp"]["step_seconds"] / seconds
-        found[each]["foretold_times_ddp"] = found["ddp"]["foretold_seconds"] / found[each]["foretold_seconds"]
+        found[each]["predicted_times_ddp"] = found["ddp"]["predicted_seconds"] / found[each]["predicted_seconds"]
         if ranks.rank == 0:
             print(each, found[each], flush=True)
     return found
 
 
-def _told(seen: dict[str, float], run: Run, ranks: Ranks, link: Link, *, ddp: bool = False) -> dict[str, float]:
+def _with_prediction(
+    seen: dict[str, float], run: Run, ranks: Ranks, link: Link, *, ddp: bool = False
+) -> dict[str, float]:
     """What was seen, beside what an outlook says. The longer of the two ranks' computing counts."""
     compute = max(ranks.gather_objects(measured(open_session(rank_of(run, RANKS)), steps=5)))
     ahead = outlook(open_session(run), RANKS, link, compute)
-    foretold = {"compute_seconds": compute, "foretold_seconds": ahead.ddp_step if ddp else ahead.step}
+    predicted = {"compute_seconds": compute, "predicted_seconds": ahead.ddp_step if ddp else ahead.step}
     if ddp:
-        foretold["foretold_nothing_hidden_seconds"] = compute + ahead.ddp_said
-    return {**seen, **foretold, "foretold_bytes_a_step": ahead.ddp_bytes if ddp else ahead.bytes_a_step}
+        predicted["predicted_nothing_hidden_seconds"] = compute + ahead.ddp_communication
+    return {**seen, **predicted, "predicted_bytes_a_step": ahead.ddp_bytes if ddp else ahead.bytes_a_step}
 
 
 def _ddp(run: Run, ranks: Ranks) -> dict[str, float]:

@@ -5,9 +5,9 @@ checkpoints, each with the weights, the optimizer's state and the heads of all r
 one node's disk lost, with other nodes, or with more or fewer of them:
 
     keeps     rank 0, and the first rank of each further node that does not see the same folder as one before it
-    newest    the ranks tell each other their newest good checkpoint; the newest of all is copied to whoever lacks it
+    newest    the ranks exchange which newest good checkpoint they have; the newest of all is copied to whoever lacks it
 
-Damaged checkpoints are passed over, and told of.
+Damaged checkpoints are passed over, with a note.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ def keeps(out: Path, ranks: Ranks | None) -> bool:
     """
     if ranks is None:
         return True
-    said = ranks.gather_objects((first_on_node(), uuid.uuid4().hex))
-    before = [r for r, (first, _) in enumerate(said) if first and r < ranks.rank]
-    if sum(first for first, _ in said) < 2:
+    everyone = ranks.gather_objects((first_on_node(), uuid.uuid4().hex))
+    before = [r for r, (first, _) in enumerate(everyone) if first and r < ranks.rank]
+    if sum(first for first, _ in everyone) < 2:
         return ranks.rank == 0
-    signs = [out / f".here-{said[0][1]}-{rank}" for rank in range(ranks.count)]
+    signs = [out / f".here-{everyone[0][1]}-{rank}" for rank in range(ranks.count)]
     if first_on_node():
         out.mkdir(parents=True, exist_ok=True)
         signs[ranks.rank].touch()
@@ -58,7 +58,7 @@ def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None
     good, notes = checkpoint.newest_good(root)
     if ranks is None:
         _refuse_all_damaged(good is not None, notes)
-        return good, _told(good, notes)
+        return good, _with_source(good, notes)
     everyone = ranks.gather_objects((_key(good), notes))
     keys = [key for key, _ in everyone if key is not None]
     notes = list(dict.fromkeys(note for _, theirs in everyone for note in theirs))
@@ -73,7 +73,7 @@ def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None
         _copy(folder, source, ranks, writes=keeper and ranks.rank in lacking)
         _refuse_unseen(ranks.gather_objects(folder.is_dir()), folder)
         notes.append(f"rank {source} has given {key[1]} to {', '.join(f'rank {rank}' for rank in lacking)}")
-    return folder, _told(folder, notes)
+    return folder, _with_source(folder, notes)
 
 
 def _key(folder: Path | None) -> tuple[int, str, str] | None:
@@ -120,7 +120,7 @@ def _files(folder: Path) -> dict[str, int]:
     return {str(path.relative_to(folder)): path.stat().st_size for path in paths}
 
 
-def _told(folder: Path | None, notes: list[str]) -> list[str]:
+def _with_source(folder: Path | None, notes: list[str]) -> list[str]:
     return notes if folder is None else [*notes, f"going on from {folder}"]
 
 
@@ -134,5 +134,5 @@ def _refuse_unseen(seen: list[bool], folder: Path) -> None:
         blind = ", ".join(str(rank) for rank, sees in enumerate(seen) if not sees)
         raise CheckpointError(
             f"{folder} is not there for ranks {blind}, which write none: give every rank of a node the same --out, and "
-            "start with torchrun, which says who is a node's first"
+            "start with torchrun, which numbers the ranks of a node"
         )

@@ -1,15 +1,15 @@
 """What a link between the ranks makes of a run: seconds and bytes a step, and from which interval on it hardly matters.
 
-A step takes what a rank computes, and then what it says; this library does not do both at once:
+A step takes what a rank computes and then what it sends; this library does not do both at once:
 
-    seconds of saying    bytes / bandwidth + messages · latency
-    bytes                those of ``lowrank.traffic``: what a ring sends per rank; full duplex, nothing shared
-    messages             a ring of R ranks passes on 2(R − 1) of them one after the other, for each bucket of a sum, and
-                         as many for each of the two questions that go with it (are all numbers finite, is one to stop)
+    communication    bytes / bandwidth + messages · latency, in seconds
+    bytes            those of ``lowrank.traffic``: what a ring sends per rank, in full duplex
+    messages         a ring of R ranks passes on 2(R − 1) of them one after the other, for each bucket of a sum, and
+                     as many for each of two words of control (are all numbers finite, is one to stop)
 
-DDP is given every benefit: it sends while it computes backwards, so its step is somewhere between the longer of the two
-(all hidden) and their sum (nothing hidden); compared is the former. Compute is taken to be the same for both.
-``python -m benchmarks.link`` holds these figures against two processes on a throttled link.
+DDP is given every benefit: it sends while it computes backwards, so its step lies between the longer of the two (all
+hidden) and their sum (nothing hidden); the former is what we compare with. Computing is taken to cost both the same.
+``python -m benchmarks.link`` compares these figures with two processes on a throttled link.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ from lowrank.tasks import to_device
 from lowrank.traffic import Forecast, forecast
 
 LITTLE = 0.05  # of a step: communication below this hardly matters
-QUESTIONS = 2
+CONTROL_WORDS = 2
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
@@ -48,7 +48,7 @@ class Link:
         if not sent:
             return 0.0
         buckets = math.ceil(sent / (2 * BUCKET_BYTES * (ranks - 1) / ranks))
-        return sent / self.bandwidth + 2 * (ranks - 1) * (buckets + QUESTIONS) * self.latency
+        return sent / self.bandwidth + 2 * (ranks - 1) * (buckets + CONTROL_WORDS) * self.latency
 
     def __str__(self) -> str:
         late = f", {self.latency * 1e3:g} ms a message" if self.latency else ""
@@ -59,7 +59,7 @@ def parse_link(text: str, latency: str = "0") -> Link:
     """A link as it is written: ``100Mbit``, ``1Gbit/s``, ``2.5Gbps``, ``10GB/s``; decimal, b and bit are bits, B bytes.
 
     Raises:
-        ValueError: no number, no unit, or one that is not known; the message says what is.
+        ValueError: no number, no unit, or one that is not known; the message names those that are.
 
     >>> parse_link("100Mbit", "1ms").bandwidth, parse_link("10GB/s").bandwidth
     (12500000.0, 10000000000.0)
@@ -87,8 +87,8 @@ def parse_seconds(text: str, name: str) -> float:
 
 @dataclass(frozen=True, kw_only=True)
 class Part:
-    """One thing that is said every so many steps: bytes and seconds of one time. ``scales``: its interval follows from
-    ``merge_every`` (or is the only one there is), by this factor."""
+    """What is sent every so many steps: bytes and seconds of one time. ``scales``: the factor by which its interval
+    follows ``merge_every`` (1 where it is the only interval), else 0."""
 
     what: str
     every: int
@@ -99,7 +99,7 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """A run over a link: seconds of one rank's ``compute`` a step, the parts of what it says, and DDP's."""
+    """A run over a link: seconds of one rank's ``compute`` a step, the parts of what it sends, and DDP's."""
 
     link: Link
     ranks: int
@@ -107,28 +107,28 @@ class Outlook:
     parts: Sequence[Part]
     interval: str | None
     ddp_bytes: int
-    ddp_said: float
+    ddp_communication: float
 
     @property
     def bytes_a_step(self) -> float:
         return sum(part.sent / part.every for part in self.parts)
 
     @property
-    def said(self) -> float:
-        """Seconds of saying a step, in the mean."""
+    def communication(self) -> float:
+        """Seconds of communication a step, in the mean."""
         return sum(part.seconds / part.every for part in self.parts)
 
     @property
     def step(self) -> float:
-        return self.compute + self.said
+        return self.compute + self.communication
 
     @property
     def ddp_step(self) -> float:
         """DDP's step at best: all that can be hidden behind computing is."""
-        return max(self.compute, self.ddp_said)
+        return max(self.compute, self.ddp_communication)
 
     def enough(self, little: float = LITTLE) -> int | None:
-        """The least interval at which saying is at most the share ``little`` of a step; None where none is."""
+        """The least interval at which communication is at most the share ``little`` of a step; None where none is."""
         budget = self.compute * little / (1 - little)
         fixed = sum(part.seconds / part.every for part in self.parts if not part.scales)
         moving = sum(part.seconds / part.scales for part in self.parts if part.scales)
@@ -161,7 +161,7 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
         parts=[part for part in parts if part.sent],
         interval="merge_every" if merging else "rest_every" if found.average else None,
         ddp_bytes=found.ddp,
-        ddp_said=link.seconds(found.ddp, ranks),
+        ddp_communication=link.seconds(found.ddp, ranks),
     )
 
 
@@ -204,7 +204,7 @@ def measured(session: Session, steps: int = 3) -> float:
 
 
 def table(found: Outlook, source: str) -> str:
-    """An outlook for people; ``source`` says where its compute is from."""
+    """An outlook for people; ``source`` names where its compute is from."""
     rows = [("", "every", "bytes a step", "seconds a step")]
     rows += [("compute", "1", "", f"{found.compute:.3g}")]
     rows += [
@@ -222,22 +222,25 @@ def table(found: Outlook, source: str) -> str:
 
 
 def _verdict(found: Outlook) -> list[str]:
-    faster, bare = found.ddp_step / found.step, found.compute + found.ddp_said
-    said = [
-        f"communication takes {found.said / found.step:.1%} of a step; {faster:.3g} times as fast as DDP at best "
-        f"(which takes {bare:.3g} s where nothing is hidden)"
+    faster, bare = found.ddp_step / found.step, found.compute + found.ddp_communication
+    lines = [
+        f"communication takes {found.communication / found.step:.1%} of a step; {faster:.3g} times as fast as DDP at "
+        f"best (which takes {bare:.3g} s where nothing is hidden)"
     ]
     if not found.parts:
-        return [*said, "nothing is said at all"]
+        return [*lines, "nothing is sent at all"]
     if found.interval is None:
-        return [*said, "it talks at every step, which no interval changes: lte, lte_galore and rest=local have one"]
+        return [
+            *lines,
+            "it communicates at every step, which no interval changes: lte, lte_galore and rest=local have one",
+        ]
     enough = found.enough()
     if enough is not None:
         rest = f", the rest averaged every {4 * enough}" if any(part.scales == 4 for part in found.parts) else ""
-        return [*said, f"communication is at most {LITTLE:.0%} of a step from {found.interval}={enough} on{rest}"]
+        return [*lines, f"communication is at most {LITTLE:.0%} of a step from {found.interval}={enough} on{rest}"]
     fixed = " and ".join(part.what for part in found.parts if not part.scales)
     return [
-        *said,
+        *lines,
         f"no {found.interval} makes it {LITTLE:.0%}, as {fixed} would remain: raise --method.rest_every, or use "
         "--method.rest local or freeze",
     ]

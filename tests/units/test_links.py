@@ -1,4 +1,4 @@
-"""Seconds over a link: how links are written, and sums over steps against what is said at each of them."""
+"""Seconds over a link: how links are written, and sums over steps against what is sent at each of them."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from tests.runs.tiny import tiny
 from lowrank import cli
 from lowrank.links import LITTLE, Link, Outlook, measured, outlook, parse_link, parse_seconds, rank_of
 from lowrank.scoring import planned_session
+from lowrank.traffic import forecast
 
 TINY = ["gpt-mini", "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--data.context=16", "--device=cpu"]
 
@@ -61,8 +62,14 @@ def test_an_outlook_is_the_mean_over_the_steps() -> None:
     at = [sum(part.sent for part in found.parts if step % part.every == 0) for step in range(1, 17)]
     assert {part.what: part.every for part in found.parts} == {"merge": 4, "average of the rest": 16}
     assert found.bytes_a_step == pytest.approx(sum(at) / 16)
-    assert found.step == pytest.approx(found.compute + found.said)
+    assert found.step == pytest.approx(found.compute + found.communication)
     assert found.ddp_step > found.step
+    for method in ("lte", "galore", "full", "apollo"):
+        run = tiny(method, max_grad_norm=None)
+        assert seen(method).bytes_a_step == pytest.approx(forecast(planned_session(run).plan, 2).per_step)
+    explorers = tiny("lte_galore", max_grad_norm=None, method__kind="explorers")
+    ahead = outlook(planned_session(explorers), 2, parse_link("1Gbit"), 0.01)
+    assert ahead.bytes_a_step == pytest.approx(forecast(planned_session(explorers).plan, 2).per_step)
     galore = seen("galore")
     assert {part.what: part.every for part in galore.parts} == {"gradients": 1, "gradients, refresh": 4}
     assert galore.bytes_a_step < galore.ddp_bytes
@@ -74,7 +81,7 @@ def test_the_least_interval_is_the_least(extra: dict[str, object]) -> None:
 
     def share(interval: int) -> float:
         found = seen("lte", method__merge_every=interval, **extra)
-        return found.said / found.step
+        return found.communication / found.step
 
     enough = seen("lte", **extra).enough()
     assert enough is not None
@@ -108,7 +115,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
     assert "2 ranks over 100Mbit/s, 1 ms a message; compute measured here, 8 rows a rank" in out
     assert "a step of DDP, at best" in out
     assert cli.main(["plan", *TINY, "--method=galore", *link, "--step-seconds", "20ms"]) == 0
-    assert "it talks at every step" in capsys.readouterr().out
+    assert "it communicates at every step" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
