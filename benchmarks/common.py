@@ -65,3 +65,12 @@ def save(name: str, result: Mapping[str, Any]) -> Path:
     path = RESULTS / f"{name}_{hardware()}_{datetime.now(timezone.utc):%Y-%m-%d}.json"
     path.write_text(json.dumps({"environment": told, **result}, indent=2) + "\n")
     return path
+
+
+def newest(name: str) -> dict[str, Any]:
+    """The latest result of that name from this hardware."""
+    found = sorted(RESULTS.glob(f"{name}_{hardware()}_*.json"))
+    if not found:
+        raise SystemExit(f"no result of {name} from {hardware()} yet: measure all of it first")
+    result: dict[str, Any] = json.loads(found[-1].read_text())
+    return result

@@ -13,13 +13,13 @@ from __future__ import annotations
 import argparse
 import statistics
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from benchmarks.common import save
+from benchmarks.common import newest, save
 from lowrank.compare import Variant, execute, parse_variant, planned
 from lowrank.recipes import find
 from lowrank.report import find_results, text_table
@@ -134,11 +134,20 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/quality-STUDY)")
+    parser.add_argument(
+        "--only", nargs="+", help="measure these alone; the other rows of the newest result stay"
+    )
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = STUDIES[given.study]
+    others = []
+    if given.only:
+        others = [row for row in newest(f"quality-{given.study}")["rows"] if row["method"] not in given.only]
+        study = replace(study, methods=tuple(given.only))
     out = given.out or Path(f"runs/quality-{given.study}")
-    rows = run_study(study, given.data, given.seeds, out)
+    measured = {row["method"]: row for row in [*others, *run_study(study, given.data, given.seeds, out)]}
+    order = [name for name in STUDIES[given.study].methods if name in measured]
+    rows = [measured[name] for name in order]
     entropy = unigram_entropy(study, given.data)
     header = ["method", "lr", "val loss", "±", "trained", "state MB"]
     body = [
