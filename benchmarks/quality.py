@@ -134,9 +134,7 @@ def main() -> None:
     parser.add_argument("--data", required=True)
     parser.add_argument("--seeds", type=int, nargs="+", default=[1, 2, 3])
     parser.add_argument("--out", type=Path, help="folder of the runs (default runs/quality-STUDY)")
-    parser.add_argument(
-        "--only", nargs="+", help="measure these alone; the other rows of the newest result stay"
-    )
+    parser.add_argument("--only", nargs="+", help="measure these alone; the other rows of the newest result stay")
     given = parser.parse_args()
     torch.set_num_threads(1)
     study = STUDIES[given.study]
