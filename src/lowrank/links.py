@@ -1,6 +1,7 @@
 """What a link between the ranks makes of a run: seconds and bytes a step, and from which interval on it hardly matters.
 
-A step takes what a rank computes and then what it sends; this library does not do both at once:
+A step takes what a rank computes and then what it sends; merges with ``overlap``, which travel while training goes on,
+are counted as if it waited for them:
 
     communication    bytes / bandwidth + messages · latency, in seconds
     bytes            those of ``lowrank.traffic``: what a ring sends per rank, in full duplex
@@ -150,6 +151,7 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
     follows = 0 if merging and method.rest_every is not None else (4 if merging else 1)
     parts = [
         _part("merge", found.merge_every or 1, found.merge, 1, found, link),
+        _part("basis that heads share", found.basis_every, found.basis, 0, found, link),
         _part("average of the rest", found.rest_every, found.average, follows, found, link),
         _part("gradients", 1, found.gradients_between, 0, found, link),
         _part("gradients, refresh", found.refresh_every, found.gradients - found.gradients_between, 0, found, link),
