@@ -73,8 +73,9 @@ class Row:
 class Binding:
     """The work of ``apply_``: first everything is decided and checked, then ``place_adapters`` changes the model."""
 
-    def __init__(self, model: nn.Module, method: Method, seed: int, ranks: Ranks | None):
+    def __init__(self, model: nn.Module, method: Method, seed: int, ranks: Ranks | None, *, synchronised: bool = False):
         self.model, self.method, self.seed, self.ranks = model, method, seed, ranks
+        self.synchronised = synchronised
         self.layers = targets.linear_layers(model)
         self.names_of = _names_by_parameter(model)
         self.frozen_before = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -213,7 +214,8 @@ class Binding:
         keep = merge is not None and merge.keep
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
-            rank, count = (0, 1) if self.ranks is None else (self.ranks.rank, self.ranks.count)
+            apart = self.ranks is not None and not self.synchronised
+            rank, count = (self.ranks.rank, self.ranks.count) if self.ranks is not None and apart else (0, 1)
             W = matrix[layer.rows(part)]
             site = Site(layer.label(part), W, self.seed, keep, rank, count)
             made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
@@ -276,7 +278,7 @@ class Binding:
             self.notes.append(
                 f"rest='auto': {random:,} parameters initialised at random train, {loaded:,} loaded ones are frozen"
             )
-        self.notes += _notes_on_ranks(self.method, self.ranks, rows, self.adapters)
+        self.notes += _notes_on_ranks(self.method, self.ranks, rows, self.adapters, self.synchronised)
         return rows
 
     def _check_patterns(self) -> None:
@@ -309,6 +311,8 @@ class Binding:
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
         """How several ranks train ``p`` (see ``Row.across``)."""
+        if self.synchronised:
+            return "shared"
         if id(p) in self.split:
             return "own"
         if why in (ADAPTER, "chosen"):
@@ -352,13 +356,18 @@ class Binding:
 # --- small helpers ---------------------------------------------------------------------------------------------------
 
 
-def _notes_on_ranks(method: Method, ranks: Ranks | None, rows: list[Row], adapters: dict[str, Adapter]) -> list[str]:
+def _notes_on_ranks(
+    method: Method, ranks: Ranks | None, rows: list[Row], adapters: dict[str, Adapter], synchronised: bool
+) -> list[str]:
     """Notes for the reader of a plan: which ranks train what, and when they communicate."""
     if ranks is None:
         return _notes_alone(method)
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
     notes = [str(ranks)]
     for heads in sorted({a.all_heads for a in adapters.values() if a.split}):
+        if synchronised:
+            notes.append(f"every rank has all {heads} heads, and splits its rows of the batch between them")
+            continue
         counts = [len(share(heads, r, ranks.count)) for r in range(ranks.count)]
         uneven = "" if len(set(counts)) == 1 else ", not evenly; in the mean every head weighs the same"
         notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the ranks{uneven}")

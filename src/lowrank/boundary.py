@@ -27,6 +27,7 @@ from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.exchange import SplitAdapter, split_adapters, whole_heads
 from lowrank.adapters.merge import merge_adapters_
 from lowrank.adapters.wire import add_up_
+from lowrank.infra.parts import reshard_
 from lowrank.infra.ranks import Ranks
 from lowrank.linalg.products import Subspace
 from lowrank.optim.optimizer import Optimizer
@@ -93,7 +94,8 @@ def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
     elif plan.ranks is not None and plan.own and merge is not None:
         merge_across_(plan.model, plan.ranks, merge, terms)
     else:
-        merge_adapters_(plan.model, merge)
+        reshard_(plan.model)
+        merge_adapters_(plan.model, merge, plan.ranks)
     forget = merge.forget if merge else 0.0
     if opt is not None and forget:
         opt.forget([p for adapter in plan.adapters.values() for p in adapter.parameters()], forget)
@@ -207,7 +209,11 @@ def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
     In one process it is so anyway, and nothing is done.
     """
     if plan.ranks is None or not (plan.own_adapters or plan.local):
-        yield
+        try:
+            yield
+        finally:
+            if plan.parts:
+                reshard_(plan.model)
         return
     roll = heal_(plan, opt)
     if roll.left_out:

@@ -29,6 +29,7 @@ _MAY_CHANGE = (
     "--tensorboard",
     "--wandb",
     "--device",
+    "--engine",
     "--compile",
     "--data.workers",
 )
@@ -51,6 +52,7 @@ def validate(run: Run, offer: Catalogue | None = None) -> None:
         *_context(run),
         *_task(run),
         *_packages(run),
+        *_engine(run),
     ]
     try:
         offer.method[run.method.name](**run.method.args)
@@ -187,6 +189,21 @@ def _packages(run: Run) -> Iterator[str]:
     for package in ("tensorboard", "wandb"):
         if getattr(run, package) and find_spec(package) is None:
             yield f"--{package} needs the package {package}: pip install {package}, or leave the option out"
+
+
+def _engine(run: Run) -> Iterator[str]:
+    if run.engine == "fsdp" and run.own_data:
+        yield (
+            "--own-data gives each rank batches of its own number, and --engine fsdp computes every batch on all ranks "
+            "at once: use --engine auto or ddp"
+        )
+    if run.engine == "fsdp" and run.compile:
+        yield "--compile with --engine fsdp has not been tried: leave one out"
+    if run.engine != "auto" and run.method.args.get("rest") == "local":
+        yield (
+            f"--method.rest local trains the rest on each rank by itself, and --engine {run.engine} keeps the ranks in "
+            "step: use --engine auto, or --method.rest train"
+        )
 
 
 def _number(value: Any) -> float | None:

@@ -4,7 +4,8 @@
     load    each rank takes its heads out of it; one process takes it as it is
 
 Of a rest that trains locally the weights saved are the ranks' mean and the optimizer's state is rank 0's: such a run
-resumes as if it had just been averaged. Everything else resumes bitwise, with as many ranks as saved it.
+resumes as if it had just been averaged. Everything else resumes bitwise, with as many ranks as saved it. For sharded
+models see ``gathered_parts``.
 """
 
 from __future__ import annotations
@@ -15,6 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, own_part
+from lowrank.gathered_parts import load_model_state_, put_together_, take_parts_
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
 
@@ -44,9 +46,12 @@ def check_state(plan: Plan, opt: Optimizer) -> None:
                 )
 
 
-def whole_optimizer_state(plan: Plan, opt: Optimizer) -> dict[str, Any]:
-    """``opt.state_dict()`` of one process with all heads. Every rank must call it."""
+def whole_optimizer_state(plan: Plan, opt: Optimizer, *, keep: bool = True) -> dict[str, Any]:
+    """``opt.state_dict()`` of one process with all heads. Every rank must call it; the state of sharded parameters is
+    only for who will ``keep`` it."""
     state = opt.state_dict()
+    if plan.parts:
+        put_together_(plan, opt, state, keep=keep)
     if plan.ranks is None or not plan.own:
         return state
     by_name = _by_name(state)
@@ -59,14 +64,18 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer) -> dict[str, Any]:
     return state
 
 
-def own_model_state(plan: Plan, tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+def load_own_model_state_(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """What this rank's model holds of a checkpoint's ``tensors``."""
+    if plan.parts:
+        return load_model_state_(plan, tensors)
     split = split_names(plan.model)
-    return {name: own_part(*split[name], t) if name in split else t for name, t in tensors.items()}
+    plan.model.load_state_dict({n: own_part(*split[n], t) if n in split else t for n, t in tensors.items()})
 
 
 def own_optimizer_state(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
     """What this rank's optimizer holds of a checkpoint's optimizer state; ``saved`` is changed."""
+    if plan.parts:
+        take_parts_(plan, opt, saved)
     by_name = _by_name(saved)
     for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
         if (nest := by_name.get(opt.name_of(p))) is not None:

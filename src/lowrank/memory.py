@@ -6,20 +6,22 @@
     kept        copies that adapters hold beside their factors (LTE's merged factors), the outer optimizer's momentum,
                 and over several ranks the local rest as it last was everywhere, where its changes travel rounded
 
-Activations depend on batch and context and are not in it; a run's log has the measured peak.
+Of a sharded model (``sharding.shard_``) everything is what this rank holds. Activations depend on batch and context
+and are not in it, nor is the one block whose weights are whole while it is computed; a run's log has the measured peak.
 """
 
 from __future__ import annotations
 
 import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields, is_dataclass
+from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
 
 from lowrank.optim.rules import Rule, State
+from lowrank.optim.sharded import on_part
 
 if TYPE_CHECKING:
     from lowrank.binding import Row
@@ -52,17 +54,27 @@ def ledger(plan: Plan) -> Ledger:
     adapters = {id(adapter): adapter for adapter in plan.adapters.values()}.values()
     kept = {id(b): b for adapter in adapters for b in adapter.buffers()}
     buffers = [b for b in plan.model.buffers() if id(b) not in kept]
-    factor = [row for row in plan.rows if row.is_factor]
-    plain = [row for row in plan.rows if not row.is_factor]
-    gradients = [_bytes(row) for row in plan.rows if row.rule is not None]
+    rows = [_held(row, plan) for row in plan.rows]
+    factor = [row for row in rows if row.is_factor]
+    plain = [row for row in rows if not row.is_factor]
+    gradients = [_bytes(row) for row in rows if row.rule is not None]
     return Ledger(
         weights=sum(map(_bytes, plain)) + sum(b.numel() * b.element_size() for b in buffers),
         factors=sum(map(_bytes, factor)),
         kept=sum(b.numel() * b.element_size() for b in kept.values()) + _anchor_bytes(plan),
         gradients=sum(gradients),
         largest_gradient=max(gradients, default=0),
-        state=sum(state_bytes(row.rule, row.shape, row.dtype) for row in plan.rows if row.rule is not None),
+        state=sum(state_bytes(row.rule, row.shape, row.dtype) for row in rows if row.rule is not None),
     )
+
+
+def _held(row: Row, plan: Plan) -> Row:
+    """The row of what this process holds of the parameter."""
+    part = plan.parts.get(row.name)
+    if part is None:
+        return row
+    rule = None if row.rule is None else on_part(row.rule, part, row.name)
+    return replace(row, shape=part.local_shape, rule=rule)
 
 
 def _anchor_bytes(plan: Plan) -> int:
@@ -163,8 +175,9 @@ def _adapter_lines(plan: Plan) -> list[str]:
 
 def _ledger_lines(plan: Plan) -> list[str]:
     sheet = plan.ledger
+    where = "memory of this rank" if plan.parts else "memory"
     return [
-        f"memory: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)}"
+        f"{where}: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)}"
         f" + kept {megabytes(sheet.kept)}"
         f" + gradients {megabytes(sheet.gradients)} + state {megabytes(sheet.state)} = {megabytes(sheet.total)}"
         f" ({megabytes(sheet.total_per_layer)} with per-layer updates); activations come on top"

@@ -23,6 +23,7 @@ from lowrank.adapters.exchange import SplitAdapter
 from lowrank.adapters.layer import adapted_layers
 from lowrank.binding import Across, Binding, Row
 from lowrank.boundary import boundary_, meet_
+from lowrank.infra.parts import Part, is_sharded
 from lowrank.infra.ranks import Ranks
 from lowrank.infra.work import Work
 from lowrank.memory import Ledger, ledger, table
@@ -37,7 +38,8 @@ class Plan:
 
     ``rows`` holds every parameter once; ``notes`` what a reader should know; ``ranks`` the processes that train it
     together, None for one; ``left_out`` a rank's number for each time that it was left out of a merge or an average
-    because its numbers were not finite.
+    because its numbers were not finite; ``synchronised`` whether the ranks train one model in step; ``parts`` what this
+    rank holds of each sharded parameter, by name (``sharding.shard_``).
     """
 
     model: nn.Module
@@ -51,6 +53,8 @@ class Plan:
     work: Work = field(default_factory=Work)
     anchors: list[Tensor] = field(default_factory=list)
     under_way: Callable[[], None] | None = None
+    synchronised: bool = False
+    parts: dict[str, Part] = field(default_factory=dict)
 
     @cached_property
     def shared(self) -> list[nn.Parameter]:
@@ -178,7 +182,9 @@ class Plan:
         ]
 
 
-def apply_(model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None) -> Plan:
+def apply_(
+    model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None, synchronised: bool = False
+) -> Plan:
     """Bind ``method`` to ``model`` in place, and return the plan.
 
     Args:
@@ -187,6 +193,8 @@ def apply_(model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | No
         seed: of the factors' random streams.
         ranks: the processes that train it together (``lowrank.infra.ranks.joined``); each gets its share of the heads
             that split the batch. Every rank divides its loss by the global batch.
+        synchronised: the ranks train one model in step, as DDP and FSDP do: each has all heads, and all gradients are
+            summed every step; ``lowrank.sharding.shard_(plan)`` may follow.
 
     Raises:
         ValueError: targets that match no linear layer, a rank above a matrix, nothing left to train, a parameter
@@ -196,7 +204,18 @@ def apply_(model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | No
         raise ValueError("the model carries adapters already; lowrank.merge_and_unload(model) takes them off first")
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters")
-    binding = Binding(model, method, seed, ranks)
+    _refuse_wrapped(model)
+    if synchronised and method.rest == "local":
+        raise ValueError(
+            "rest='local' trains the rest on each rank by itself, which synchronised ranks do not: leave it"
+        )
+    merge = method.merge
+    if synchronised and merge is not None and (merge.overlap or merge.weigh != "equal" or merge.exchange != "float32"):
+        raise ValueError(
+            "overlap=, weigh= and exchange= are for heads that are divided between ranks; synchronised ranks each have "
+            "all of them, and sum their gradients: leave these out, or synchronised (--engine auto)"
+        )
+    binding = Binding(model, method, seed, ranks, synchronised=synchronised)
     binding.check_rest()
     try:
         binding.place_adapters()
@@ -204,11 +223,27 @@ def apply_(model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | No
     except Exception:
         binding.undo()
         raise
-    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, ranks)
+    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, ranks, synchronised=synchronised)
     parameters = dict(model.named_parameters())
     for row in rows:
         parameters[row.name].requires_grad_(row.rule is not None)
     return plan
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """A plan is made of the plain model: what wraps or shards it comes after."""
+    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded already (fully_shard), so that adapters and rules cannot be chosen by its shape: "
+            "first apply_(model, method, ranks=ranks, synchronised=True), then lowrank.sharding.shard_(plan)"
+        )
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ValueError(
+            f"the model is wrapped in {kind}, which would sum gradients that the optimizer sums itself: give "
+            "model.module before it was wrapped, with ranks= of lowrank.infra.ranks.joined"
+        )
 
 
 def merge_(plan: Plan, opt: Optimizer | None = None) -> None:

@@ -81,6 +81,12 @@ class Run:
         default="fp32", metadata={"help": "autocast to bf16 or fp16, or keep the weights themselves in bfloat16"}
     )
     compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
+    engine: Literal["auto", "ddp", "fsdp"] = field(
+        default="auto",
+        metadata={
+            "help": "several ranks: LTE's heads apart and else in step; all in step; in step and sharded (FSDP2)"
+        },
+    )
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
     seed: int = field(default=0, metadata={"help": "seed of weights, factors, data order and dropout"})
     eval_every: int | None = field(default=100, metadata={"help": "steps between evaluations; none: an epoch"})

@@ -27,6 +27,7 @@ from lowrank.methods import METHODS
 from lowrank.models import MODELS
 from lowrank.plan import Plan, apply_
 from lowrank.run import Run
+from lowrank.sharding import shard_
 from lowrank.tasks import Task, task_of
 
 FACTS = "images.json"  # beside run.json: classes, and how images are read
@@ -67,7 +68,10 @@ def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, r
     if run.precision == "bf16-weights":
         model = model.to(torch.bfloat16)
     model = model.to(device)
-    plan = apply_(model, METHODS[run.method.name](**run.method.args), seed=run.seed, ranks=ranks)
+    method = METHODS[run.method.name](**run.method.args)
+    plan = apply_(model, method, seed=run.seed, ranks=ranks, synchronised=run.engine != "auto")
+    if run.engine == "fsdp" and ranks is not None:
+        shard_(plan)
     return Session(run, task_of(run.task), data, model, plan, device, autocast, needs_scaler)
 
 

@@ -97,9 +97,9 @@ class TextTally:
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         count = int((batch["labels"] != -100).sum())
+        loss = float(self.task.loss(model, batch))  # of every batch: a sharded model is computed by all ranks at once
         if count == 0:
             return
-        loss = float(self.task.loss(model, batch))
         self.total, self.tokens = self.total + loss, self.tokens + count
         self.means, self.batches = self.means + loss / count, self.batches + 1
 

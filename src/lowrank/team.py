@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from lowrank.boundary import talks
 from lowrank.data.tokenizers import Tokenizer
 from lowrank.gathered import check_state
+from lowrank.infra.parts import is_sharded
 from lowrank.infra.progress import short_bytes
 from lowrank.infra.ranks import Ranks, Traffic, code_version, digest
 from lowrank.infra.seeds import stable_seed
@@ -60,6 +61,14 @@ class Team:
         if self.run.own_data:
             _check_own_data(self.run)
         check_state(self.plan, optimizer)
+        heads = max((a.heads for a in self.plan.adapters.values() if a.split), default=1)
+        rows = self.run.batch_size // self.ranks.count
+        if heads > rows and not self.plan.own:
+            raise ValueError(
+                f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between all {heads} heads, "
+                f"and some would never see anything: use --batch-size {heads * self.ranks.count} or more, fewer heads, "
+                "or --engine auto, which divides the heads between the ranks"
+            )
         merge = self.plan.method.merge
         if merge is not None and merge.weigh == "steps":
             raise ValueError(
@@ -76,16 +85,20 @@ class Team:
     def notes(self) -> list[str]:
         """What a reader should know before the first step; nothing in one process."""
         if self.ranks is None:
-            return ["in one process all data is its own: --own-data changes nothing"] if self.run.own_data else []
+            asked = self.run.engine != "auto"
+            alone = [f"one process: --engine {self.run.engine} has nothing to divide"] if asked else []
+            return alone + (["in one process all data is its own: --own-data changes nothing"] * self.run.own_data)
         found = self.forecast(self.ranks)
         told = f"a step sends {short_bytes(found.per_step)} on average; DDP would send {short_bytes(found.ddp)}"
-        clipped = self.run.max_grad_norm is not None and any(hasattr(row.rule, "fold") for row in self.plan.rows)
+        folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.parts for row in self.plan.rows)
+        clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
         return [*self.plan.notes, told, *([why] if clipped else [])]
 
     def forecast(self, ranks: Ranks) -> Forecast:
         """What a rank of this run will send."""
-        return forecast(self.plan, ranks.count, whole=self.run.max_grad_norm is not None and not self.run.per_layer)
+        whole = self.run.max_grad_norm is not None and not self.run.per_layer
+        return forecast(self.plan, ranks.count, whole=whole, micro_batches=self.run.grad_accum)
 
     def wait(self) -> None:
         """Wait until all ranks have come here."""
@@ -114,7 +127,7 @@ class Team:
         own = {id(p) for p in self.plan.own}
         model = self.plan.model
         named = [*model.named_parameters(), *model.named_buffers()]
-        same = {name: t for name, t in named if id(t) not in own and ".adapters." not in name}
+        same = {n: t for n, t in named if id(t) not in own and ".adapters." not in n and not is_sharded(t)}
         facts = {"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)}
         if self.run.own_data:
             facts.pop("--data.source", None)
@@ -139,16 +152,25 @@ class Team:
             return max(1.0, own * self.whole_rows(batches))
         return max(1, own)
 
-    def norm(self, optimizer: Optimizer, parameters: Sequence[nn.Parameter]) -> Tensor | None:
+    def norm(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
         """The norm of all gradients, of all ranks where they step together; None where only projections are known."""
         if optimizer.holds_projections:
             return None
-        if not self.together or self.ranks is None or not (self.plan.own or self.plan.local):
-            return torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
-        shared = set(self.plan.shared)
-        both = [[p.grad for p in parameters if p.grad is not None and (p in shared) == flag] for flag in (True, False)]
+        if not self.together or self.ranks is None or not (self.plan.own or self.plan.local or self.plan.parts):
+            return torch.nn.utils.get_total_norm(list(gradients.values()))
+        shared = {p for p in self.plan.shared if not is_sharded(p)}
+        both = [[g for p, g in gradients.items() if (p in shared) == flag] for flag in (True, False)]
         ours, mine = (float(torch.nn.utils.get_total_norm(grads)) ** 2 for grads in both)
         return torch.tensor((ours + self.ranks.total(mine)[0]) ** 0.5, device=self.ranks.device)
+
+    def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
+        """Scale the gradients so that their ``norm`` is at most ``limit``."""
+        if not self.plan.parts:
+            torch.nn.utils.clip_grads_with_norm_(list(gradients), limit, norm)
+            return
+        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
+        for gradient in gradients.values():
+            gradient.mul_(factor)
 
     def after_step(self, record: Mapping[str, Any], stop: bool, steps: int) -> tuple[Tensor, bool]:
         """(the loss to log, whether to stop): agreed between the ranks wherever they communicate anyway."""

@@ -5,6 +5,8 @@
     basis      that dense heads share, in the first step of its interval
     average    of the rest that trains locally
     gradients  of the shared parameters, every step; between refreshes a projected one sends R = QᵀG
+    sharded    FSDP's own, every micro-batch: weights gathered, in blocks twice, and sums of their gradients. A merge
+               then gathers each adapted matrix, a refresh the gradient; R is said only where the cut side is projected
 
 All as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes, or rounded at merges and
 averages as ``Merge.exchange`` says. A few bytes of control come on top: ``merge_words`` at a merge or an average, and
@@ -13,7 +15,7 @@ about fifty bytes at a step of the loop that sums gradients.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -21,10 +23,13 @@ from lowrank.adapters import Adapter, LoRAAdapter
 from lowrank.adapters.lora import factor_bytes, factors_are_fewer
 from lowrank.adapters.wire import Exchange, sum_bytes
 from lowrank.binding import Row
+from lowrank.infra.parts import Part, largest_piece
 from lowrank.infra.ranks import ring_gather_bytes, ring_sum_bytes
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
+from lowrank.optim.sharded import crosses
 from lowrank.plan import Plan
+from lowrank.sharding import names_in_blocks
 
 # Said at a merge or average: whether one's numbers are finite (and what one has done, where it weighs), whether to stop
 FINITE_BYTES, WEIGHED_BYTES, STOP_BYTES = 4, 24, 8
@@ -48,6 +53,7 @@ class Forecast:
     refresh_every: int
     ddp: int
     ddp_adapted: int
+    sharded: int = 0
 
     @property
     def adapted_per_step(self) -> float:
@@ -59,25 +65,26 @@ class Forecast:
     def per_step(self) -> float:
         """The mean over the steps of everything."""
         refreshes = (self.gradients - self.gradients_between) / self.refresh_every
-        return self.adapted_per_step + self.average / self.rest_every + self.gradients_between + refreshes
+        every_step = self.gradients_between + self.sharded
+        return self.adapted_per_step + self.average / self.rest_every + every_step + refreshes
 
 
-def forecast(plan: Plan, ranks: int, *, whole: bool = False) -> Forecast:
+def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int = 1) -> Forecast:
     """The traffic of a plan's method on ``ranks`` ranks; its model may lie on any device, also meta.
 
-    ``whole``: no gradient is sent projected, since global-norm clipping needs them whole.
+    ``whole``: no gradient is sent projected, since global-norm clipping needs them whole. ``micro_batches``: in a step.
     """
     trained = [row for row in plan.rows if row.rule is not None]
-    shared = [row for row in trained if row.across == "shared"]
+    shared = [row for row in trained if row.across == "shared" and row.name not in plan.parts]
     rules = {row.rule.refresh_every for row in shared if isinstance(row.rule, Projected)}
     plain = [row for row in plan.rows if not row.is_factor]
     parameters = dict(plan.model.named_parameters())
     rule_of = {id(parameters[row.name]): row.rule for row in trained}
-    split = list({id(a): a for a in plan.adapters.values() if a.split}.values())
+    split = list({id(a): a for a in plan.adapters.values() if a.split and not plan.synchronised}.values())
     own = [row for row in trained if row.across == "own"]
     under = sum(row.numel * _width(row.dtype) for row in plain if row.why == "under an adapter")
     exchange = plan.method.merge.exchange if plan.method.merge is not None else "float32"
-    return Forecast(
+    found = Forecast(
         ranks=ranks,
         merge=sum(_merge_bytes(a, rule_of[id(next(a.parameters()))], ranks, exchange) for a in split),
         merge_every=plan.method.merge.merge_every if plan.method.merge is not None and split else None,
@@ -91,6 +98,41 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False) -> Forecast:
         ddp=ring_sum_bytes(sum(map(_bytes, plain)), ranks),
         ddp_adapted=ring_sum_bytes(under, ranks),
     )
+    return _with_shards(found, plan, ranks, micro_batches) if plan.parts else found
+
+
+def _with_shards(found: Forecast, plan: Plan, ranks: int, micro_batches: int) -> Forecast:
+    """The forecast with what is said of sharded parameters."""
+    inside = names_in_blocks(plan.model)
+    rows = [(row, plan.parts[row.name]) for row in plan.rows if row.name in plan.parts]
+    pieces = {row.name: _piece(row, part, ranks) for row, part in rows}
+    gathered = sum(pieces[row.name] * row.dtype.itemsize * (1 + (row.name in inside)) for row, _ in rows)
+    summed = sum(pieces[row.name] * _width(row.dtype) for row, _ in rows if row.rule is not None)
+    projected = [(row, row.rule, part) for row, part in rows if isinstance(row.rule, Projected)]
+    refreshed = sum(pieces[row.name] * _width(row.dtype) for row, rule, _ in projected if rule.basis.stored)
+    crossing = sum(
+        torch.Size(rule.inside_shape(row.shape)).numel() * _width(row.dtype)
+        for row, rule, part in projected
+        if crosses(rule, part, row.name)
+    )
+    merged = sum(pieces[row.name] * row.dtype.itemsize for row, _ in rows if row.why == "under an adapter")
+    between = found.gradients_between + ring_sum_bytes(crossing, ranks)
+    merge = plan.method.merge
+    return replace(
+        found,
+        merge=0 if merge is None else ring_gather_bytes(merged, ranks),
+        merge_every=None if merge is None else merge.merge_every,
+        gradients=found.gradients + ring_sum_bytes(crossing, ranks) + ring_gather_bytes(refreshed, ranks),
+        gradients_between=between,
+        refresh_every=min((rule.refresh_every for _, rule, _ in projected), default=found.refresh_every),
+        sharded=ring_gather_bytes(gathered + summed, ranks) * micro_batches,
+    )
+
+
+def _piece(row: Row, part: Part, ranks: int) -> int:
+    """Numbers that each rank holds of the parameter, the padding of uneven rows included."""
+    size = row.shape[part.dim]
+    return row.numel // size * largest_piece(size, ranks)
 
 
 def merge_words(plan: Plan, ranks: int, *, loop: bool = True) -> int:

@@ -34,14 +34,16 @@ from lowrank.boundary import whole
 from lowrank.data.images import ImageData
 from lowrank.elastic import keeps, newest
 from lowrank.evaluate import evaluate
-from lowrank.gathered import own_model_state, own_optimizer_state, whole_optimizer_state
+from lowrank.gathered import load_own_model_state_, own_optimizer_state, whole_optimizer_state
+from lowrank.gathered_parts import whole_model_state
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.meter import StepClock, peak_bytes, reset_peak
 from lowrank.infra.nest import random_state, set_random_state_
+from lowrank.infra.parts import local
 from lowrank.infra.prefetch import Prefetch
 from lowrank.infra.progress import Progress, short_bytes
-from lowrank.infra.ranks import joined
+from lowrank.infra.ranks import Ranks, joined
 from lowrank.infra.record import Writer, open_writers, read_log
 from lowrank.infra.schedule import Envelope
 from lowrank.run import Run
@@ -84,29 +86,36 @@ def train(
     if not (resume or elastic) and (out / "run.json").exists():
         raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
     with joined(pick_device(run.device)) as ranks:
-        keeper = keeps(out, ranks)
-        found, notes = newest(out, ranks, keeper=keeper) if elastic else (None, [])
-        if resume:
-            found = checkpoint.latest(out / "checkpoints")
-        saved = None if found is None else checkpoint.load(found)
-        session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
-        loop = _Loop(session, out, quiet=quiet, keeper=keeper)
-        if saved is not None:
-            loop.restore(saved, ended=elastic)
-        loop.team.agree(__version__, loop.step, session.data)
-        if saved is not None:
-            loop.restore_random(saved)
-        if keeper:
-            _describe(session, out)
-        with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
-            loop.run_until(loop.end, stopping)
-            loop.judge()
-        summary = loop.summary(interrupted=stopping.is_set())
-        if keeper:
-            (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
-        if stopping.is_set():
-            loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
-        return summary
+        return _train(run, out, resume, init_from, quiet, elastic, ranks)
+
+
+def _train(
+    run: Run, out: Path, resume: bool, init_from: Path | None, quiet: bool, elastic: bool, ranks: Ranks | None
+) -> dict[str, Any]:
+    """``train`` among its ranks; nothing of the model outlives this call, and so the group of processes may end."""
+    keeper = keeps(out, ranks)
+    found, notes = newest(out, ranks, keeper=keeper) if elastic else (None, [])
+    if resume:
+        found = checkpoint.latest(out / "checkpoints")
+    saved = None if found is None else checkpoint.load(found)
+    session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
+    loop = _Loop(session, out, quiet=quiet, keeper=keeper)
+    if saved is not None:
+        loop.restore(saved, ended=elastic)
+    loop.team.agree(__version__, loop.step, session.data)
+    if saved is not None:
+        loop.restore_random(saved)
+    if keeper:
+        _describe(session, out)
+    with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
+        loop.run_until(loop.end, stopping)
+        loop.judge()
+    summary = loop.summary(interrupted=stopping.is_set())
+    if keeper:
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if stopping.is_set():
+        loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
+    return summary
 
 
 def _describe(session: Session, out: Path) -> None:
@@ -243,10 +252,10 @@ class _Loop:
         if self.scaler.is_enabled():
             self.scaler.unscale_(self.optimizer)
         self.optimizer.synchronise_(whole=run.max_grad_norm is not None)
-        parameters = [p for group in self.optimizer.param_groups for p in group["params"] if p.grad is not None]
-        norm = self.team.norm(self.optimizer, parameters)
+        gradients = self.optimizer.gradients()
+        norm = self.team.norm(self.optimizer, gradients)
         if run.max_grad_norm is not None and norm is not None:
-            torch.nn.utils.clip_grads_with_norm_(parameters, run.max_grad_norm, norm)
+            self.team.clip_(gradients, run.max_grad_norm, norm)
         return norm
 
     # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
@@ -308,9 +317,12 @@ class _Loop:
 
     def _check_weights(self) -> None:
         """Nothing that is not finite is saved: the checkpoints of before are what one can go back to."""
-        for name, parameter in self.session.model.named_parameters():
-            if not bool(parameter.isfinite().all()):
-                raise NotFinite(self._advice(f"{name} became NaN or infinite"))
+        named = self.session.model.named_parameters()
+        bad = next((name for name, p in named if not bool(local(p).isfinite().all())), None)
+        if self.session.plan.parts:  # what is not finite may be in another rank's part
+            bad = next((name for name in self.team.everyones(bad) if name is not None), None)
+        if bad is not None:
+            raise NotFinite(self._advice(f"{bad} became NaN or infinite"))
 
     def _advice(self, what: str) -> str:
         kept = checkpoint.saved(self.out / "checkpoints")
@@ -349,7 +361,10 @@ class _Loop:
         with whole(self.session.plan, self.optimizer):
             if not self.team.first:
                 return
-            metrics = judge(self.session, self.out)
+            session = self.session
+            if session.plan.parts:  # the others do not score, so rank 0 takes a whole model
+                session = open_session(session.run, data=session.data)
+            metrics = judge(session, self.out)
         self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
         if metrics:
             self._write({"step": self.step, **self.test_metrics})
@@ -362,7 +377,8 @@ class _Loop:
             return
         self._check_weights()
         self.saved_at = self.step
-        optimizer = whole_optimizer_state(self.session.plan, self.optimizer)
+        model = whole_model_state(self.session.plan, keep=self.keeper)
+        optimizer = whole_optimizer_state(self.session.plan, self.optimizer, keep=self.keeper)
         random = self.team.everyones(random_state())
         work = self.team.everyones(dict(self.session.plan.work.since)) if self.team.weighs else []
         if not self.keeper:
@@ -379,7 +395,7 @@ class _Loop:
         checkpoint.save(
             self.out / "checkpoints",
             self.step,
-            self.session.model.state_dict(),
+            model,
             optimizer,
             meta,
             keep=self.session.run.keep,
@@ -404,7 +420,7 @@ class _Loop:
                 "go on"
             )
         plan = self.session.plan
-        self.session.model.load_state_dict(own_model_state(plan, saved.tensors))
+        load_own_model_state_(plan, saved.tensors)
         plan.anchor_rest_()
         self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved.optimizer))
         self.scaler.load_state_dict(saved.meta["scaler"])

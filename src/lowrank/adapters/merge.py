@@ -26,6 +26,8 @@ from lowrank.adapters.adapter import Adapter, check_whole, wide_dtype
 from lowrank.adapters.layer import adapted_layers, fold_, replace
 from lowrank.adapters.lora import LoRAAdapter
 from lowrank.adapters.wire import Exchange
+from lowrank.infra.parts import is_sharded, whole_parameter
+from lowrank.infra.ranks import Ranks
 
 Weigh = Literal["equal", "tokens", "steps", "seconds"]
 
@@ -117,8 +119,11 @@ class Merge:
         return steps > 0 and steps % self.merge_every == 0
 
 
-def merge_adapters_(model: nn.Module, merge: Merge | None = None) -> None:
+def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Ranks | None = None) -> None:
     """Fold every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
+
+    A weight that is sharded over ``ranks`` is whole for the moment, one layer at a time: DoRA's norms, transposed
+    weights and the noise of rounding are then those of one process.
 
     Raises:
         FloatingPointError: an adapter holds numbers that are not finite; nothing was merged.
@@ -131,7 +136,10 @@ def merge_adapters_(model: nn.Module, merge: Merge | None = None) -> None:
             )
     done: set[int] = set()
     for _, layer in adapted_layers(model):
-        fold_(layer, done, merge)
+        if all(id(adapter) in done for adapter in layer.adapters.values()):
+            continue
+        with whole_parameter(layer, "weight", ranks):
+            fold_(layer, done, merge)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
@@ -140,6 +148,10 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     In place, and returned. Parameters that were frozen stay frozen; call ``model.requires_grad_(True)`` to train it
     further.
     """
+    if any(is_sharded(p) for p in model.parameters()):
+        raise ValueError(
+            "the model is sharded over several processes: unload it in one, from a checkpoint (lowrank export)"
+        )
     merge_adapters_(model)
     for name, layer in list(adapted_layers(model)):
         replace(model, name, layer.original())

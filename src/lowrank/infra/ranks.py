@@ -16,6 +16,7 @@ gloo on CPUs, nccl on GPUs. Shape legend: R ranks.
 
 from __future__ import annotations
 
+import gc
 import hashlib
 import os
 import pickle
@@ -125,6 +126,16 @@ class Ranks:
         self._door.close()
 
     # --- what is said --------------------------------------------------------------------------------------------
+
+    def say(self, what: str, collective: Callable[[], T], size: int) -> T:
+        """Run a collective that somebody else has made (FSDP's), counted as ``size`` bytes sent and received.
+
+        Raises:
+            RankLost: it failed.
+        """
+        found: T = self._say(what, collective)
+        self.traffic.count(size)
+        return found
 
     def sum_(self, tensors: Sequence[Tensor]) -> None:
         """Replace each tensor by its sum over the ranks; all ranks give the same shapes, in the same order.
@@ -279,6 +290,7 @@ def joined(device: torch.device) -> Iterator[Ranks | None]:
             yield ranks
     finally:
         if ours:
+            gc.collect()  # a sharded model holds the group in cycles, and one that outlives it aborts the process
             dist.destroy_process_group()
 
 

@@ -11,7 +11,8 @@ R, S (..., rank, cols) with a left basis, (..., rows, rank) with a right one, (.
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
@@ -19,10 +20,16 @@ from torch import Tensor
 
 @dataclass(frozen=True, kw_only=True, eq=False)
 class Subspace:
-    """Bases for the rows (``left``), the columns (``right``), or both; at least one is given."""
+    """Bases for the rows (``left``), the columns (``right``), or both; at least one is given.
+
+    Where several ranks hold a part of each matrix, the bases are cut to the rows and columns here, and ``total`` sums
+    over the ranks: R, if the side that is cut is projected (``crosses``), and squared norms.
+    """
 
     left: Tensor | None = None
     right: Tensor | None = None
+    total: Callable[[Tensor], Tensor] | None = None
+    crosses: bool = False
 
     @property
     def channel_dim(self) -> int | None:
@@ -33,15 +40,22 @@ class Subspace:
 
     def clone(self) -> Subspace:
         """A copy of the subspace, bases included."""
-        return Subspace(
-            **{side: q.clone() for side, q in (("left", self.left), ("right", self.right)) if q is not None}
-        )
+        left, right = (None if q is None else q.clone() for q in (self.left, self.right))
+        return replace(self, left=left, right=right)
 
     def project(self, g: Tensor) -> Tensor:
         """Qᵀ G P."""
         if self.left is not None:
             g = self.left.mT @ g
-        return g if self.right is None else g @ self.right
+        r = g if self.right is None else g @ self.right
+        return self.total(r) if self.crosses and self.total is not None else r
+
+    def whole_norm(self, norm: Tensor, *, inside: bool = False) -> Tensor:
+        """The norm of whole matrices from that of the parts here; ``inside``: of R or S, of which every rank has the
+        whole where they were summed."""
+        if self.total is None or (inside and self.crosses):
+            return norm
+        return self.total(norm.square()).sqrt()
 
     def lift(self, s: Tensor) -> Tensor:
         """Q S Pᵀ."""

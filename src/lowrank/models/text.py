@@ -172,6 +172,13 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     vocabulary = getattr(config, "vocab_size", 0)
     if labels.numel() * vocabulary <= CHUNK_ABOVE or getattr(config, "model_type", "") not in CHUNKED_MODELS:
         return _cross_entropy(model(input_ids=ids, use_cache=False).logits, labels)
+    within: Any = getattr(model, "within_forward", None)  # a sharded model (``sharding``) must be told
+    args = (ids, labels, vocabulary)
+    return _chunked_loss(model, *args) if within is None else within(_chunked_loss, *args)
+
+
+def _chunked_loss(model: nn.Module, ids: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+    """The same loss from the model's pieces, without a call of the model itself."""
     body: Any = getattr(model, str(model.base_model_prefix))
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()  # type: ignore[operator]

@@ -129,7 +129,7 @@ class Rescale:
 
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         u = g * _length(s, r, self.scope, subspace)
-        return u if self.limiter is None else u * _limit(torch.linalg.matrix_norm(u), self.limiter, state)
+        return u if self.limiter is None else u * _limit(_norm(u, subspace), self.limiter, state)
 
     def add_(
         self,
@@ -146,7 +146,7 @@ class Rescale:
         assert g is not None
         length = _length(s, r, self.scope, subspace)
         if self.limiter is not None:
-            norm = _scaled_norm(g, length, subspace.channel_dim)
+            norm = _scaled_norm(g, length, subspace)
             length = length * _limit(norm, self.limiter, state)
         _decay_(target, beta).addcmul_(g, length * alpha)
 
@@ -181,7 +181,7 @@ class Residual:
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         outside = (g - subspace.lift(r)) * _length(s, r, self.scope, subspace)
         if self.limiter is not None:
-            outside = outside * _limit(torch.linalg.matrix_norm(outside), self.limiter, state)
+            outside = outside * _limit(_norm(outside, subspace), self.limiter, state)
         return subspace.lift(s) + outside
 
     def add_(
@@ -200,7 +200,7 @@ class Residual:
         outside = residual(g, r, subspace)
         length = _length(s, r, self.scope, subspace)
         if self.limiter is not None:
-            norm = _scaled_norm(outside, length, subspace.channel_dim)
+            norm = _scaled_norm(outside, length, subspace)
             length = length * _limit(norm, self.limiter, state)
         subspace.lift_into_(target, s * alpha, alpha=1.0, beta=beta)
         target.addcmul_(outside, length * alpha)
@@ -211,13 +211,21 @@ def _length(s: Tensor, r: Tensor, scope: Scope, subspace: Subspace) -> Tensor:
     dim: Any = subspace.channel_dim if scope == "channel" else (-2, -1)
     above = torch.linalg.vector_norm(s, dim=dim, keepdim=True)
     below = torch.linalg.vector_norm(r, dim=dim, keepdim=True)
+    if scope == "tensor":
+        above, below = (subspace.whole_norm(norm, inside=True) for norm in (above, below))
     return torch.where(below > 0, above / below, 0)
 
 
-def _scaled_norm(g: Tensor, length: Tensor, channel_dim: int | None) -> Tensor:
+def _norm(u: Tensor, subspace: Subspace) -> Tensor:
+    """‖u‖_F for each matrix."""
+    return subspace.whole_norm(torch.linalg.matrix_norm(u))
+
+
+def _scaled_norm(g: Tensor, length: Tensor, subspace: Subspace) -> Tensor:
     """‖g·length‖_F of each matrix, (...,), without a tensor of g's size in between."""
-    dim: Any = (-2, -1) if channel_dim is None else channel_dim
-    return torch.linalg.vector_norm(torch.linalg.vector_norm(g, dim=dim, keepdim=True) * length, dim=(-2, -1))
+    dim: Any = (-2, -1) if subspace.channel_dim is None else subspace.channel_dim
+    each = torch.linalg.vector_norm(g, dim=dim, keepdim=True) * length
+    return subspace.whole_norm(torch.linalg.vector_norm(each, dim=(-2, -1)))
 
 
 def _limit(norm: Tensor, growth: float, state: State) -> Tensor:

@@ -19,6 +19,9 @@ buckets, and not DDP, whose reducer knows only the parameters that it was wrappe
 whatever the rule, and has no place where R could stand for G. A rule that ``folds`` sends R = QᵀG, rank-sized, and the
 basis is refreshed from the one summed G. Per layer the sum is in the hook. Nothing overlaps with the backward pass.
 
+Of a parameter that is sharded (FSDP2) all that is seen here is this rank's part: of the parameter, the gradient that
+FSDP has summed, and the state (``optim.sharded`` says what each rule makes of that).
+
 State is made when the optimizer is, so that it costs what the plan said from the first moment on. It is saved as
 tensors by parameter, each in its own dtype, and is loaded only where rules, names and shapes agree.
 """
@@ -33,12 +36,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
+from lowrank.infra.parts import Part, is_sharded, local, part_of
 from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
 from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import round_into_
 from lowrank.optim.refresh import Refresh, together
-from lowrank.optim.rules import State, wide
+from lowrank.optim.rules import Rule, State, step_, wide
+from lowrank.optim.sharded import on_part
 from lowrank.optim.state import check_forgets, copied, forget_smallest_, leaves, matched
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -68,7 +73,8 @@ class Optimizer(torch.optim.Optimizer):
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
         ranks: the processes that train together; each divides its loss by the global batch.
-        shared: the parameters whose gradients the ranks sum; every other is trained by each rank on its own.
+        shared: the parameters whose gradients the ranks sum; every other is trained by each rank on its own. Gradients
+            of sharded parameters have been summed already.
 
     Raises:
         ValueError: no parameters, a parameter given twice or frozen, a group without a rule, a size that is not
@@ -109,7 +115,10 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped: set[nn.Parameter] = set()
         self._inverse_scale: Tensor | None = None
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
-        self._ranks, self._shared = ranks, dict.fromkeys(shared if ranks is not None else ())
+        self._ranks = ranks
+        self._shared = dict.fromkeys(p for p in (shared if ranks is not None else ()) if not is_sharded(p))
+        self._parts: dict[nn.Parameter, Part | None] = {}
+        self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
         self._synchronised = False
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
 
@@ -124,11 +133,14 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
         group = self.param_groups[-1]
         try:
-            for p in group["params"]:
+            for i, p in enumerate(group["params"]):
                 if not p.requires_grad:
                     raise ValueError("a frozen parameter (requires_grad=False) was given to the optimizer")
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
+                name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
+                self._parts[p] = part_of(p, self._ranks, name)
+                self._rules[p] = on_part(group["rule"], self._parts[p], name)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -161,9 +173,10 @@ class Optimizer(torch.optim.Optimizer):
         return sum(t.numel() * t.element_size() for t in [*tensors, *self._folded.values()])
 
     def _start_state(self, p: nn.Parameter, index: int, group: dict[str, Any]) -> None:
-        self.state[p] = group["rule"].init(p)
-        if hasattr(group["rule"], "place_"):
-            group["rule"].place_(self.state[p], index)
+        rule: Any = self._rules[p]
+        self.state[p] = rule.init(local(p))
+        if hasattr(rule, "place_"):
+            rule.place_(self.state[p], index)
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -215,7 +228,7 @@ class Optimizer(torch.optim.Optimizer):
         for p in self._shared:
             g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
             if not whole and self._folds(p):
-                self._folded[p], p.grad = self._place[p][1]["rule"].fold(g, self.state[p]), None
+                self._folded[p], p.grad = self._fold(p, g), None
             else:
                 p.grad = g
             sent.append(self._folded.get(p, g))
@@ -254,8 +267,17 @@ class Optimizer(torch.optim.Optimizer):
 
     def _folds(self, p: nn.Parameter) -> bool:
         """Whether the coming step needs the gradient of ``p`` only in its smaller form."""
-        rule = self._place[p][1]["rule"]
+        rule = self._rules[p]
         return self.clip_per_layer is None and hasattr(rule, "folds") and rule.folds(self.state[p])
+
+    def _fold(self, p: nn.Parameter, g: Tensor) -> Tensor:
+        rule: Any = self._rules[p]
+        return rule.fold(g, self.state[p])
+
+    def gradients(self) -> dict[nn.Parameter, Tensor]:
+        """What this rank holds of every gradient that there is, to be changed in place."""
+        parameters = [p for group in self.param_groups for p in group["params"]]
+        return {p: local(p.grad) for p in parameters if p.grad is not None}
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for p in [p for p in group["params"] if p in self._folded]:
@@ -264,12 +286,11 @@ class Optimizer(torch.optim.Optimizer):
         if not ready:
             return
         apply_ = getattr(group["rule"], "apply_", None)
-        plain = (
-            [p for p in ready if p.dtype not in NARROW] if apply_ is not None and self.clip_per_layer is None else []
-        )
+        at_once = apply_ is not None and self.clip_per_layer is None
+        plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is group["rule"]]
         if plain:
             grads, states = [_dense(p.grad) for p in plain], [self.state[p] for p in plain]
-            apply_([p.detach() for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
+            apply_([local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
         done = set(map(id, plain))
         for p in ready:
             if id(p) not in done:
@@ -278,23 +299,23 @@ class Optimizer(torch.optim.Optimizer):
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
         """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
         if self.clip_per_layer is not None:
-            g = _clip(g, self.clip_per_layer)
-        self._write(p, lambda target: self._advance(target, g.to(target.dtype), self.state[p], group))
+            g = _clip(g, self.clip_per_layer, self._parts[p])
+        group_lr, decay = self._lr(group), group["decay"]
+        self._write(
+            p,
+            lambda target: step_(
+                self._rules[p], [target], [g.to(target.dtype)], [self.state[p]], lr=group_lr, decay=decay
+            ),
+        )
 
     def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
+        mine, part = local(p), self._parts[p]
         if p.dtype not in NARROW:
-            return change_(p.detach())
-        target = p.detach().float()
+            return change_(mine)
+        target = mine.float()
         change_(target)
-        round_into_(p, target, generator(p.device, "rounding", self.seed, self._place[p][0], self.steps))
-
-    def _advance(self, target: Tensor, g: Tensor, state: State, group: dict[str, Any]) -> None:
-        rule, lr, decay = group["rule"], self._lr(group), group["decay"]
-        if hasattr(rule, "apply_"):
-            rule.apply_([target], [g], [state], lr=lr, decay=decay)
-        else:
-            direction, gain = rule.update(g, state)
-            target.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+        place = (self._place[p][0],) if part is None else (self._place[p][0], part.start)
+        round_into_(mine, target, generator(p.device, "rounding", self.seed, *place, self.steps))
 
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
@@ -326,9 +347,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"every {self.accumulate} backward passes, or make the optimizer with the accumulate= of your loop"
             )
         count = self._micro[p] = self._micro.get(p, 0) + 1
-        rule, state = self._place[p][1]["rule"], self.state[p]
         if self.accumulate > 1 and self._folds(p):
-            small = rule.fold(_dense(p.grad), state)
+            small = self._fold(p, _dense(p.grad))
             self._folded[p] = self._folded[p].add_(small) if p in self._folded else small
             p.grad = None
         if count == self.accumulate:
@@ -346,18 +366,20 @@ class Optimizer(torch.optim.Optimizer):
             return
         if p in self._shared and self._ranks is not None:
             if not folded and self._folds(p):
-                g, folded = group["rule"].fold(g, self.state[p]), True
+                g, folded = self._fold(p, g), True
             self._ranks.sum_([g])
         if folded:
             self._step_folded(p, group, g)
         else:
-            p.grad = g
-            self._agree_bases_([p])
-            p.grad = None
+            if self._parts[p] is None:  # of a sharded parameter no basis is shared by heads
+                p.grad = g
+                self._agree_bases_([p])
+                p.grad = None
             self._step_one(p, group, g)
 
     def _step_folded(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
-        rule, lr, decay = group["rule"], self._lr(group), group["decay"]
+        rule: Any = self._rules[p]
+        lr, decay = self._lr(group), group["decay"]
         self._write(p, lambda target: rule.apply_folded_(target, r, self.state[p], lr=lr, decay=decay))
 
     def _unscaled(self, g: Tensor) -> Tensor | None:
@@ -423,6 +445,11 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             if 0.0 < share < 1.0:
                 check_forgets(self._place[p][1]["rule"], p, self.name_of(p))
+                if self._parts[p] is not None:
+                    raise ValueError(
+                        f"the smallest numbers of the state of {self.name_of(p)} cannot be told from a part of it: it "
+                        "is sharded; use share=0 or share=1"
+                    )
         for p in params:
             rule = self._place[p][1]["rule"]
             if share == 1.0 and hasattr(rule, "restart_"):
@@ -499,12 +526,16 @@ class Optimizer(torch.optim.Optimizer):
 
 
 def _dense(g: Tensor | None) -> Tensor:
+    """The gradient, or the part of it here."""
     assert g is not None
     if g.is_sparse:
         raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
-    return g
+    return local(g)
 
 
-def _clip(g: Tensor, limit: float) -> Tensor:
+def _clip(g: Tensor, limit: float, part: Part | None) -> Tensor:
     g = g.to(wide(g.dtype))
-    return g * (limit / (torch.linalg.vector_norm(g) + 1e-6)).clamp(max=1.0)
+    norm = torch.linalg.vector_norm(g)
+    if part is not None:
+        norm = part.total(norm.square()).sqrt()
+    return g * (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -177,7 +177,7 @@ class Projected:
         if self.rank_for(like.shape) is None:
             plain = self.inner.init(like)
             return {"plain": plain} if "due" in plain else plain  # nested: not to be taken for a clock of this rule
-        whole = like.new_empty(self._matrix_shape(like.shape), dtype=wide(like.dtype))
+        whole = like.new_empty((), dtype=wide(like.dtype)).expand(self._matrix_shape(like.shape))  # never read
         state: State = {
             **new_clock(),
             "inner": self.inner.init(self._like_inside(whole)),
@@ -284,9 +284,11 @@ class Projected:
         shapes = basis_shapes(tuple(like.shape), self.side, self.rank)
         if not self.basis.stored:
             rank, seed = next(iter(shapes.values()))[-1], stream(state)
-            return Subspace(**{s: self.basis.fit(like, s, rank, old=None, seed=seed) for s in shapes})
+            drawn = {side: self.basis.fit(like, side, rank, old=None, seed=seed) for side in shapes}
+            return Subspace(left=drawn.get("left"), right=drawn.get("right"))
         kept, code = cast(Any, state["basis"]), basis_code(self.basis_storage)
-        return Subspace(**{s: read(kept[s], code, shape, like.dtype) for s, shape in shapes.items()})
+        found = {side: read(kept[side], code, shape, like.dtype) for side, shape in shapes.items()}
+        return Subspace(left=found.get("left"), right=found.get("right"))
 
     def agreement(self, g: Tensor, state: State) -> Refresh | None:
         """Where the matrices of a stack share a basis that is due: its refresh, to be run (``refresh.together``) before
@@ -301,7 +303,8 @@ class Projected:
             return None
         present = self._present(self._as_matrix(like), state)
         sides = {"left": present.left, "right": present.right}
-        return Subspace(**{side: orthonormalise(q[0].clone())[0] for side, q in sides.items() if q is not None})
+        found = {side: orthonormalise(q[0].clone())[0] for side, q in sides.items() if q is not None}
+        return Subspace(left=found.get("left"), right=found.get("right"))
 
     def span_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
         """The shape of QᵀD of one matrix of a stack of this shape, where its changes have a ``span``."""

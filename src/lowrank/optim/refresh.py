@@ -125,7 +125,7 @@ def fit(
             new = torch.where(bad[..., None, None], stay, new)
         failed = bad
         found[side] = new
-    return Subspace(**found), int(failed.sum())
+    return Subspace(left=found.get("left"), right=found.get("right")), int(failed.sum())
 
 
 def fit_joint(
@@ -146,7 +146,7 @@ def fit_joint(
             size = g.shape[-2] if side == "left" else g.shape[-1]
             new, failures = random_basis(size, rank, g, seed) if before is None else before, len(g)
         found[side] = new.expand(len(g), *new.shape)
-    return Subspace(**found), failures
+    return Subspace(left=found.get("left"), right=found.get("right")), failures
 
 
 def together(refreshes: list[Refresh], sum_: Callable[[list[Tensor]], object]) -> list[Subspace]:

@@ -17,7 +17,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Protocol, cast, runtime_checkable
+from typing import ClassVar, Protocol, cast, runtime_checkable
 
 import torch
 from torch import Tensor
@@ -36,6 +36,9 @@ class Rule(Protocol):
         apply_(params, grads, states, *, lr, decay)  the whole step in place, for float32 or float64 parameters
         place_(state, index)                         told once which parameter a state is for (to stagger, to seed)
         folds, fold, apply_folded_                   micro-batch gradients kept in a smaller form (``projected``)
+        element_wise                                 True if a number's step depends on that number alone and all state
+                                                     but scalars is moments of the parameter's shape: then it may act
+                                                     on a part of a parameter (``sharded``); it needs ``transport_``
 
     and ``Projected``, of a rule inside it:
 
@@ -83,6 +86,8 @@ class AdamW:
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     storage: Storage = "float32"
+
+    element_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -182,6 +187,8 @@ class SGD:
 
     momentum: float = 0.0
     nesterov: bool = False
+
+    element_wise: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:

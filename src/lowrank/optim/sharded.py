@@ -1,0 +1,176 @@
+"""Rules on parameters of which every rank holds a part (FSDP2): what each rule sees, and what of its state is here.
+
+    element-wise   (AdamW, SGD) a number's step depends on that number alone: the rule runs on the part, its state is
+                   the part's
+    projected      R = Qᵀ G P and the step U come from the part of G here. Q is whole on every rank; R and its moments
+                   are cut as G is along the side that is not projected, and then nothing travels. If the side that is
+                   cut is the projected one, R is summed over the ranks and whole on each (``rank`` of the other side)
+                   At a refresh of a basis that follows the gradient, G is gathered and every rank fits the same basis
+    others         (Adafactor's means, Tucker's modes) need the whole parameter: refused
+
+Stacks of matrices and matrices are cut along rows or columns; a tensor read as one matrix (out, …) along its first
+dimension. ``whole_state`` and ``own_state`` go from parts to what one process would have, and back. int8 moments are
+kept in blocks of the part: where those are not blocks of the whole, they are coded anew on the way, half a code off.
+
+Shapes as in ``projected``; with m rows of which mₗ are here, G (mₗ, cols).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, fields, replace
+from typing import Any, cast
+
+from torch import Tensor
+
+from lowrank.infra.parts import Part
+from lowrank.linalg.products import Subspace
+from lowrank.optim.geometry import inside_shape, sides_of
+from lowrank.optim.projected import Projected
+from lowrank.optim.rules import Rule, State
+
+
+def on_part(rule: Rule, part: Part | None, name: str) -> Rule:
+    """The rule as it acts on this rank's part of a parameter; itself where the parameter is whole.
+
+    Raises:
+        ValueError: it cannot; the message names the parameter, the rule and the remedy.
+    """
+    if part is None or getattr(rule, "element_wise", False):
+        return rule
+    if not isinstance(rule, Projected):
+        raise ValueError(
+            f"{type(rule).__name__} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
+            "SGD, alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
+        )
+    if rule.rank_for(part.shape) is None:
+        return on_part(rule.inner, part, name)
+    if rule.one_basis:
+        raise ValueError(
+            f"{name} is sharded, and a basis that the matrices of a stack share needs all of each: {rule!r}"
+        )
+    on_part(rule.inner, part, name)
+    if isinstance(rule.inner, Projected):
+        raise ValueError(f"{name} follows a projected rule within a projected rule, which parts of it cannot")
+    dims = range(len(part.shape) - 2, len(part.shape)) if rule.stack or len(part.shape) == 2 else range(1)
+    if part.dim not in dims:
+        raise ValueError(
+            f"{name} {part.shape} is cut along dimension {part.dim}, which is no side of the matrix that is projected: "
+            "shard with lowrank.sharding.shard_(plan), which chooses one"
+        )
+    return ProjectedPart(**{f.name: getattr(rule, f.name) for f in fields(Projected)}, part=part)
+
+
+def crosses(rule: Rule, part: Part, name: str) -> bool:
+    """Whether the rule projects the side along which the parameter is cut, so that R is a sum over the ranks."""
+    return bool(getattr(on_part(rule, part, name), "crosses", False))
+
+
+@dataclass(frozen=True, kw_only=True)
+class ProjectedPart(Projected):
+    """``Projected`` on a part: shapes are those of the whole, products those of the part. Final."""
+
+    part: Part = field(repr=False, compare=False)
+
+    @property
+    def _whole_shape(self) -> tuple[int, ...]:
+        return self._matrix_shape(self.part.shape)
+
+    @property
+    def _dim(self) -> int:
+        """Of the matrix, the dimension that is cut: −2 for rows, −1 for columns."""
+        return self.part.dim - len(self.part.shape) if len(self.part.shape) == len(self._whole_shape) else -2
+
+    @property
+    def crosses(self) -> bool:
+        """Whether the side that is cut is projected, so that R is a sum over the ranks."""
+        cut = "left" if self._dim == -2 else "right"
+        return cut in sides_of(self.side, *self._whole_shape[-2:])
+
+    def _stand_in(self, like: Tensor) -> Tensor:
+        """A tensor of the whole's shape without memory; its values mean nothing."""
+        return like.new_empty(()).expand(self.part.shape)
+
+    def init(self, like: Tensor) -> State:
+        """The state of the part that is ``like`` this one."""
+        return super().init(self._stand_in(like))
+
+    def _like_inside(self, g: Tensor) -> Tensor:
+        shape = list(inside_shape(self._whole_shape, self.side, self.rank))
+        if not self.crosses:
+            shape[self._dim] = self.part.local_shape[self.part.dim]
+        return g.new_empty(shape)
+
+    def _present(self, like: Tensor, state: State) -> Subspace:
+        if tuple(like.shape) == self._whole_shape:
+            return super()._present(like, state)
+        return self._cut(super()._present(self._stand_in(like).reshape(self._whole_shape), state))
+
+    def _refresh(self, g: Tensor, state: State) -> Subspace:
+        """Of a basis that is drawn at random nothing need be gathered."""
+        whole = self.part.gather(g, self._dim) if self.basis.stored else self._stand_in(g).reshape(self._whole_shape)
+        return self._cut(super()._refresh(whole, state))
+
+    def _cut(self, whole: Subspace) -> Subspace:
+        """The subspace as the part here sees it."""
+        sides: dict[str, Any] = {"left": whole.left, "right": whole.right}
+        cut = "left" if self._dim == -2 else "right"
+        if sides[cut] is not None:
+            sides[cut] = self.part.cut(sides[cut], -2)
+        return replace(whole, **sides, total=self.part.total, crosses=self.crosses)
+
+
+# --- parts and wholes of a state -------------------------------------------------------------------------------------
+
+
+def whole_state(rule: Rule, part: Part, state: State, like: Tensor) -> State:
+    """What one process would hold for the whole parameter; ``like`` is the part here. Every rank must call it.
+
+    Args:
+        rule: as the plan has it. state: this rank's, of ``on_part(rule, …)``.
+    """
+    return _converted(rule, part, state, like, to_whole=True)
+
+
+def own_state(rule: Rule, part: Part, whole: State, like: Tensor) -> State:
+    """Of the state of a whole parameter what this rank holds."""
+    return _converted(rule, part, whole, like, to_whole=False)
+
+
+def _converted(rule: Rule, part: Part, source: State, like: Tensor, *, to_whole: bool) -> State:
+    here = on_part(rule, part, "the parameter")
+    change = part.gather if to_whole else part.cut
+    if not isinstance(here, ProjectedPart):
+        whole_like = like.new_empty(()).expand(part.shape)
+        before, after = (like, whole_like) if to_whole else (whole_like, like)
+        return _moments_changed(here, source, before, after, lambda m: change(m, None))
+    if here.crosses:
+        return source
+    stand_in = here._stand_in(like)
+    whole_inside = stand_in.new_empty(()).expand(inside_shape(here._whole_shape, here.side, here.rank))
+    before, after = here._like_inside(like), whole_inside
+    before, after = (before, after) if to_whole else (after, before)
+    dim = len(whole_inside.shape) + here._dim
+    inner = _moments_changed(here.inner, cast(State, source["inner"]), before, after, lambda m: change(m, dim))
+    return {**source, "inner": inner}
+
+
+def _moments_changed(
+    rule: Rule, source: State, before: Tensor, after: Tensor, change: Callable[[Tensor], Tensor]
+) -> State:
+    """The state of an element-wise rule for a tensor like ``after``, from that for one like ``before``."""
+    moments: list[Tensor] = []
+
+    def collect(moment: Tensor, power: int) -> Tensor:
+        moments.append(moment.clone())
+        return moment
+
+    mover: Any = rule
+    mover.transport_(source, before, collect)
+    changed = iter([change(moment) for moment in moments])
+    target = rule.init(after)
+    mover.transport_(target, after, lambda moment, power: next(changed))
+    for key, value in source.items():
+        if isinstance(value, Tensor) and not value.dim():
+            cast(Tensor, target[key]).copy_(value)
+    return target

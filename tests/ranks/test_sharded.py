@@ -1,0 +1,134 @@
+"""FSDP2: ranks that hold a model in parts against one process that holds it all; and checkpoints between the two."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tests.ranks.launch import launch
+from tests.ranks.sharded import SCENARIOS, stack, tiny_run
+
+import lowrank
+from lowrank.generate import generate
+from lowrank.infra import checkpoint
+from lowrank.infra.record import read_log
+from lowrank.train import train
+
+RANKS = 2
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return tmp_path_factory.mktemp("sharded")
+
+
+@pytest.fixture(scope="module")
+def found(folder: Path) -> list[dict[str, Any]]:
+    for ranks, words in ((4, ["start"]), (RANKS, [])):
+        results = launch("tests.ranks.sharded", str(folder), *words, ranks=ranks, LOWRANK_CACHE=str(folder / "cache"))
+        assert [code for code, _ in results] == [0] * ranks, "\n".join(error for _, error in results)
+    return [torch.load(folder / f"sharded-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+
+
+def flat(nest: Any, path: str = "") -> dict[str, torch.Tensor]:
+    if isinstance(nest, torch.Tensor):
+        return {path: nest}
+    return {name: t for key, value in nest.items() for name, t in flat(value, f"{path}/{key}").items()}
+
+
+@pytest.mark.parametrize("name", SCENARIOS)
+def test_sharded_equals_unsharded(name: str, found: list[dict[str, Any]]) -> None:
+    """Weights and optimizer state; moments in 8 bits are cut into other blocks, and so differ by their codes."""
+    function, slack = SCENARIOS[name]
+    alone, theirs = function(None), found[0][name]
+    for part in ("state", "moments")[: 1 if slack else 2]:
+        mine, others = flat(alone[part]), flat(theirs[part])
+        assert mine.keys() == others.keys()
+        for key, tensor in mine.items():
+            torch.testing.assert_close(
+                others[key], tensor, rtol=1e-7, atol=max(1e-9, slack * 7e-2), msg=lambda m, k=key: f"{k}: {m}"
+            )
+
+
+def test_projected_matrices_are_cut_along_the_side_that_is_not_projected(found: list[dict[str, Any]]) -> None:
+    dims = found[0]["galore"]["dims"]
+    assert [dims[f"blocks.0.{name}.weight"] for name in ("fc1", "fc2", "fc3", "fc4")] == [0, 1, 0, 0]
+    assert found[0]["galore-reset-long"]["dims"]["blocks.0.fc1.weight"] == 1
+    assert found[0]["full"]["dims"]["blocks.0.fc2.weight"] == 0
+
+
+@pytest.mark.parametrize("name", ["full", "galore", "galore_8bit", "fira", "lora", "lte"])
+def test_the_ledger_is_of_this_rank(name: str, found: list[dict[str, Any]]) -> None:
+    for rank in range(RANKS):
+        held = found[rank][name]["held"]
+        assert held["state_bytes"] == held["really"]
+        assert held["weights"] < 0.6 * 8 * sum(t.numel() for t in found[0]["full"]["state"].values())
+        assert "memory of this rank" in held["table"]
+        assert any(note.startswith("sharded over 2 ranks (FSDP2)") for note in held["notes"])
+
+
+@pytest.mark.parametrize("name", ["full", "galore", "galore-both", "apollo", "lora", "relora", "lte"])
+def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) -> None:
+    said, ahead = found[0][name]["said"], found[0][name]["held"]["forecast"]
+    limited = {"apollo": 8 * 8}.get(name, 0)  # the limiter sums one number a matrix: eight, and 2(R−1)/R is 1
+    adapters = sum("adapters" in key for key in found[0][name]["state"] if key.endswith((".A", ".B")))
+    present = 4 * adapters  # the optimizer asks which of the whole parameters have gradients
+    between = ahead.sharded + ahead.gradients_between + limited + present
+    if ahead.merge_every:
+        assert said[2] == between + ahead.merge
+    if name.startswith("galore"):  # in three steps every matrix is refreshed once
+        assert said[0] == ahead.sharded + ahead.gradients
+        assert sum(said[1:4]) == 3 * between + ahead.gradients - ahead.gradients_between
+    else:
+        assert min(said) == between
+
+
+def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) -> None:
+    wanted = {
+        "twice": "sharded already",
+        "order": r"first apply_(model, method, ranks=ranks, synchronised=True), then lowrank.sharding.shard_(plan)",
+        "unload": "lowrank export",
+        "apart": "synchronised=True",
+        "rule": "Adafactor on blocks.0.fc1.weight needs the whole gradient",
+        "alone": "torchrun",
+        "dtypes": "model.to(dtype)",
+        "weights": "rank 1 has weights",
+        "forget": "share=0 or share=1",
+    }
+    for rank in range(RANKS):
+        messages = found[rank]["refused"]
+        assert messages.keys() == wanted.keys()
+        for name, text in wanted.items():
+            assert text in messages[name]
+
+
+def test_saved_on_four_resumed_on_two_and_on_one(found: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
+    """A run of nine steps: four ranks made three of them, two made three, and one process makes the rest."""
+    assert [each.name for each in checkpoint.saved(folder / "run" / "checkpoints")] == [
+        "step-00000003",
+        "step-00000006",
+    ]
+    alone = train(tiny_run(), tmp_path / "alone", quiet=True)
+    summary = train(tiny_run(), folder / "run", resume=True, quiet=True)
+    assert summary["val_tokens"] == alone["val_tokens"]
+    assert summary["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
+    one, two = (read_log(run / "log.jsonl") for run in (tmp_path / "alone", folder / "run"))
+    for mine, theirs in zip(one, two, strict=True):
+        assert theirs["step"] == mine["step"]
+        for name in {"loss", "val_loss", "grad_norm"} & mine.keys():
+            assert theirs[name] == pytest.approx(mine[name], rel=1e-3)
+    assert len(generate(str(folder / "run"), "The", tokens=3, device="cpu")) > 3
+
+
+def test_settings_that_contradict_the_engine_are_refused() -> None:
+    from lowrank.checks import validate
+    from lowrank.settings import override
+
+    with pytest.raises(ValueError, match=r"--engine fsdp keeps the ranks in step"):
+        validate(override(tiny_run(), {"method": "lte", "method.rest": "local", "method.merge_every": 3}))
+    with pytest.raises(ValueError, match="--compile with --engine fsdp"):
+        validate(override(tiny_run(), {"compile": True}))
+    with pytest.raises(ValueError, match="which synchronised ranks do not"):
+        lowrank.apply_(stack(), lowrank.methods.full(rest="local"), synchronised=True)
