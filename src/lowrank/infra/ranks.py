@@ -288,9 +288,10 @@ def joined(device: torch.device) -> Iterator[Ranks | None]:
             return
         with closing(Ranks(device, timeout)) as ranks:
             yield ranks
-    finally:
         if ours:
             gc.collect()  # a sharded model holds the group in cycles, and one that outlives it aborts the process
+    finally:
+        if ours:
             dist.destroy_process_group()
 
 
