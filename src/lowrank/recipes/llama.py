@@ -13,25 +13,25 @@ from lowrank.run import Call, Run, Settings
 
 # Learning rates of llama-mini from the grid in docs/log.md.
 _MINI: dict[str, Settings] = {
-    "*": {"lr": 3e-3},
-    "galore": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
-    "galore_8bit": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
-    "galore_adafactor": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
+    "*": {"lr": 1e-3},
+    "galore": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "galore_8bit": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "galore_adafactor": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
     "apollo": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
     "apollo_mini": {"lr": 1e-2, "method.refresh_every": 50},
-    "fira": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
+    "fira": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
     "frozen": {"method.target_modules": "all-linear"},
-    "lora": {"lr": 1e-2, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32},
+    "lora": {"lr": 3e-3, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32},
     "relora": {
-        "lr": 1e-2,
+        "lr": 3e-3,
         "method.target_modules": "all-linear",
         "method.rank": 32,
         "method.alpha": 32,
         "method.merge_every": 100,
     },
-    "multihead_lora": {"lr": 1e-2, "method.rank": 8},
-    "lte": {"lr": 1e-2, "method.rank": 8},
-    "lte_galore": {"lr": 1e-2, "method.rank": 8, "method.galore_rank": 32, "method.refresh_every": 50},
+    "multihead_lora": {"lr": 3e-3, "method.rank": 8},
+    "lte": {"lr": 3e-3, "method.rank": 8},
+    "lte_galore": {"lr": 3e-3, "method.rank": 8, "method.galore_rank": 32, "method.refresh_every": 50},
 }
 
 
@@ -40,7 +40,7 @@ def llama_mini() -> Run:
 
     Command:  lowrank train llama-mini --data FILE --method galore --method.rank 32
     Time:     about a minute on 2 cores, 300 steps of 16 × 128 bytes
-    Expected: validation loss about 2.2 nats a byte with full training on news text, the unigram entropy being 3.2
+    Expected: validation loss below 2.0 nats a byte with GaLore on news text, the unigram entropy being 3.1
     """
     return Run(
         recipe="llama-mini",
@@ -49,7 +49,7 @@ def llama_mini() -> Run:
         data=Call(name="text", args={"source": "builtin", "tokenizer": "bytes", "context": 128}),
         method=Call(name="full"),
         steps=300,
-        lr=3e-3,
+        lr=1e-3,
         warmup=0.1,
         weight_decay=0.0,
         max_grad_norm=None,

@@ -17,10 +17,10 @@ _PROJECTED: Settings = {"method.rank": 16, "method.refresh_every": 50}
 
 _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
-    "linear_probe": {"lr": 3e-3},
+    "linear_probe": {"lr": 1e-2},
     "frozen": _ALL,
-    "lora": {"lr": 3e-3, "method.rank": 8, **_ALL},
-    "rslora": {"lr": 2e-3, "method.rank": 8, **_ALL},
+    "lora": {"lr": 1e-3, "method.rank": 8, **_ALL},
+    "rslora": {"lr": 1e-3, "method.rank": 8, **_ALL},
     "dora": {"lr": 3e-3, "method.rank": 8, **_ALL},
     "pissa": {"lr": 1e-3, "method.rank": 8, **_ALL},
     "lora_plus": {"lr": 1e-3, "method.rank": 8, **_ALL},
