@@ -28,7 +28,7 @@ def main(folder: str = "runs/demo") -> None:
     text, images = shlex.quote(str(out / "text")), shlex.quote(str(out / "images"))
     methods = "full,lora,multihead_lora,lte,relora:merge_every=80"
     run(f"compare gpt-mini --methods {methods} --steps 240 --eval-every 40 --eval-batches 16 --quiet --out {text}")
-    run(f"generate {shlex.quote(str(out / 'text' / 'lte'))} --prompt 'The ' --tokens 200")
+    run(f"generate {shlex.quote(str(out / 'text' / 'lte_seed_0'))} --prompt 'The ' --tokens 200")
     run(f"compare vit-mini --data digits --methods full,lora,lte_galore --epochs 3 --quiet --out {images}")
     print(f"\nOpen {out}/text/report.html and {out}/images/report.html; the loss curves are {out}/*/curves.png.")
 
