@@ -18,7 +18,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import Adapter
-from lowrank.adapters.adapter import wide_dtype
 from lowrank.adapters.exchange import SplitAdapter
 from lowrank.adapters.layer import adapted_layers
 from lowrank.binding import Across, Binding, Row
@@ -29,6 +28,7 @@ from lowrank.infra.work import Work
 from lowrank.memory import Ledger, ledger, table
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.rules import wide
 from lowrank.optim.state import check_forgets
 
 
@@ -80,7 +80,7 @@ class Plan:
     def anchor_rest_(self) -> None:
         """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
         if self.method.merge is not None and self.method.merge.exchange != "float32":
-            self.anchors = [p.detach().to(wide_dtype(p.dtype), copy=True) for p in self.local]
+            self.anchors = [p.detach().to(wide(p.dtype), copy=True) for p in self.local]
 
     def _across(self, which: Across) -> list[nn.Parameter]:
         parameters = dict(self.model.named_parameters())

@@ -32,7 +32,6 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import wide_dtype
 from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.exchange import KEPT, SplitAdapter, gather_heads_later, holding, split_adapters
 from lowrank.adapters.layer import adapted_layers, fold_, write_merged_
@@ -41,6 +40,7 @@ from lowrank.adapters.merge import Merge
 from lowrank.adapters.wire import Exchange, add_up_later, decode, encode
 from lowrank.infra.ranks import Ranks, share
 from lowrank.linalg.products import Subspace
+from lowrank.linalg.rounding import wide
 
 Factors = Mapping[str, Tensor]
 
@@ -122,13 +122,13 @@ def _fold_(
             if id(adapter) in done or not isinstance(adapter, SplitAdapter) or not adapter.split:
                 continue
             done.add(id(adapter))
-            wide = W.to(wide_dtype(W.dtype))
+            before = W.to(wide(W.dtype))
             if adapter in factors:
                 counting = _counting(adapter.all_heads, ranks, terms)
-                merged = _merged_from(adapter, factors[adapter], counting, wide)
+                merged = _merged_from(adapter, factors[adapter], counting, before)
             else:
-                merged = wide + changes[adapter]
-            write_merged_(W, merge.step(wide, merged, adapter), adapter, part)
+                merged = before + changes[adapter]
+            write_merged_(W, merge.step(before, merged, adapter), adapter, part)
             _settle_(adapter, factors.get(adapter), merge, terms.spans.get(adapter))
         fold_(layer, done, merge)
 

@@ -16,12 +16,12 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
 
-import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.wire import Exchange
 from lowrank.infra.ranks import share
+from lowrank.linalg.rounding import wide
 
 
 @dataclass(frozen=True)
@@ -98,7 +98,7 @@ class Adapter(nn.Module, ABC):
 
     def row_norms(self, W: Tensor) -> Tensor:
         """The norm of each row of merged(W), (out,), in float32 or wider."""
-        return self.merged(W.to(wide_dtype(W.dtype))).norm(dim=1)
+        return self.merged(W.to(wide(W.dtype))).norm(dim=1)
 
     def rows(self, ids: Tensor, W: Tensor) -> Tensor:
         """Rows ``ids`` (batch, ...) of the changed W → (batch, ..., in): the adapter on an embedding with table W."""
@@ -134,8 +134,3 @@ def check_whole(name: str, value: object, least: int = 1) -> int:
     if isinstance(value, bool) or not isinstance(value, int) or value < least:
         raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
     return value
-
-
-def wide_dtype(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of factors and of merging for a weight of ``dtype``: never narrower than float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32

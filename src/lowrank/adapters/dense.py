@@ -18,7 +18,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, Site, check_whole, shard_sizes, wide_dtype
+from lowrank.adapters.adapter import Adapter, Site, check_whole, shard_sizes
+from lowrank.linalg.rounding import wide
 
 
 @dataclass(frozen=True)
@@ -46,7 +47,7 @@ class DenseAdapter(Adapter):
         self.config, self.split = config, config.split
         self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
         self.name, self.seed = site.name, site.seed
-        kind: dict[str, Any] = {"dtype": wide_dtype(site.weight.dtype), "device": site.weight.device}
+        kind: dict[str, Any] = {"dtype": wide(site.weight.dtype), "device": site.weight.device}
         self.D = nn.Parameter(torch.zeros(self.heads, site.out_features, site.in_features, **kind))
         self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
 

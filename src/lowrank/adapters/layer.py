@@ -19,9 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, Additive, wide_dtype
+from lowrank.adapters.adapter import Adapter, Additive
 from lowrank.infra.seeds import generator
-from lowrank.linalg.rounding import round_into_
+from lowrank.linalg.rounding import round_into_, wide
 
 if TYPE_CHECKING:
     from lowrank.adapters.merge import Merge
@@ -221,9 +221,9 @@ def fold_(layer: AdaptedLayer, skip: set[int], merge: Merge | None = None) -> No
         if id(adapter) in skip:
             continue
         skip.add(id(adapter))
-        wide = W.to(wide_dtype(W.dtype))
-        merged = adapter.merged(wide)
-        write_merged_(W, merged if merge is None else merge.step(wide, merged, adapter), adapter, part)
+        before = W.to(wide(W.dtype))
+        merged = adapter.merged(before)
+        write_merged_(W, merged if merge is None else merge.step(before, merged, adapter), adapter, part)
         adapter.settle_()
 
 

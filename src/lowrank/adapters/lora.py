@@ -30,11 +30,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes, wide_dtype
+from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes
 from lowrank.adapters.product import add_low_rank_
 from lowrank.adapters.wire import Exchange, rounded_bytes, sum_bytes
 from lowrank.infra.ranks import largest_share, ring_gather_bytes
 from lowrank.infra.seeds import draw_normal, generator
+from lowrank.linalg.rounding import wide
 
 Init = Literal["kaiming", "orthogonal", "reference", "pissa"]
 
@@ -108,7 +109,7 @@ class LoRAAdapter(Additive):
         own = site.own_heads(config.heads) if config.split else range(config.heads)
         self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
         self.split = config.split
-        kind: dict[str, Any] = {"dtype": wide_dtype(site.weight.dtype), "device": site.weight.device}
+        kind: dict[str, Any] = {"dtype": wide(site.weight.dtype), "device": site.weight.device}
         shape, width = tuple(site.weight.shape), kind["dtype"].itemsize
         self.sends_factors = factors_are_fewer(config.heads, config.rank, shape, width, site.ranks, site.exchange)
         self.A = nn.Parameter(torch.empty(self.heads, config.rank, site.in_features, **kind))

@@ -22,12 +22,13 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, check_whole, wide_dtype
+from lowrank.adapters.adapter import Adapter, check_whole
 from lowrank.adapters.layer import adapted_layers, fold_, replace
 from lowrank.adapters.lora import LoRAAdapter
 from lowrank.adapters.wire import Exchange
 from lowrank.infra.parts import is_sharded, whole_parameter
 from lowrank.infra.ranks import Ranks
+from lowrank.linalg.rounding import wide
 
 Weigh = Literal["equal", "tokens", "steps", "seconds"]
 
@@ -98,7 +99,7 @@ class Merge:
             adapter.register_buffer("sent_A", torch.zeros_like(adapter.A, requires_grad=False))
             adapter.register_buffer("sent_B", torch.zeros_like(adapter.B, requires_grad=False))
         if self.outer_momentum:
-            adapter.register_buffer("momentum", torch.zeros_like(W, dtype=wide_dtype(W.dtype)))
+            adapter.register_buffer("momentum", torch.zeros_like(W, dtype=wide(W.dtype)))
 
     def step(self, W: Tensor, merged: Tensor, adapter: Adapter) -> Tensor:
         """Where W (wide) goes when its adapters say ``merged``; moves the adapter's momentum on."""

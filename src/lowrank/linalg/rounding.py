@@ -1,4 +1,4 @@
-"""Stochastic rounding from float32 into bfloat16.
+"""The dtype to compute in, and stochastic rounding back from float32 into bfloat16.
 
 A bfloat16 number has 8 significant bits, so an update below 1/512 of a weight is lost when it is rounded to the
 nearest. Rounded up with a probability equal to the discarded fraction, it survives in expectation (Gupta et al.,
@@ -10,6 +10,11 @@ import torch
 from torch import Tensor
 
 
+def wide(dtype: torch.dtype) -> torch.dtype:
+    """The dtype to compute in for numbers of ``dtype``: float64 stays, everything narrower becomes float32."""
+    return torch.float64 if dtype is torch.float64 else torch.float32
+
+
 @torch.no_grad()
 def round_into_(target: Tensor, source: Tensor, noise: torch.Generator | None = None) -> Tensor:
     """Write float32 ``source`` into ``target`` of the same shape, in place, and return ``target``.
@@ -19,8 +24,8 @@ def round_into_(target: Tensor, source: Tensor, noise: torch.Generator | None = 
     """
     if target.dtype is not torch.bfloat16:
         return target.copy_(source)
-    wide = source.to(torch.float32)
-    bits = wide.view(torch.int32)
+    exact = source.to(torch.float32)
+    bits = exact.view(torch.int32)
     uniform = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
     rounded = (uniform.add_(bits) & -65536).view(torch.float32)
-    return target.copy_(torch.where(wide.isfinite(), rounded, wide))
+    return target.copy_(torch.where(exact.isfinite(), rounded, exact))

@@ -22,8 +22,8 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowrank.linalg.rounding import wide
 from lowrank.optim.rules import Move, State
-from lowrank.optim.storage import wide
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -13,11 +13,10 @@ from torch import Tensor
 
 from lowrank.infra.seeds import generator
 from lowrank.linalg.basis import SVD
-from lowrank.linalg.rounding import round_into_
+from lowrank.linalg.rounding import round_into_, wide
 from lowrank.optim.projected import Projected
 from lowrank.optim.refresh import copy_into_
 from lowrank.optim.rules import AdamW, Rule, State, step_
-from lowrank.optim.storage import wide
 
 SIDES = {"std": "short", "reverse_std": "long", "left": "left", "right": "right", "full": "both"}
 DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}

@@ -26,10 +26,10 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowrank.linalg.rounding import wide
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.galore_base import GaLoreOptimizer, Params, check_lr, step_of
 from lowrank.optim.rules import AdamW, Rule, State, step_
-from lowrank.optim.storage import wide
 
 
 class GaLoreAdamW(GaLoreOptimizer):

@@ -100,7 +100,41 @@ class GaLore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Rescale:
+class _ByLength:
+    """What Rescale and Residual share: a step length |S|/|R| by channel or tensor, and the norm-growth limiter."""
+
+    scope: Scope = "channel"
+    limiter: float | None = 1.01
+
+    needs_gradient: ClassVar[bool] = True
+
+    def __post_init__(self) -> None:
+        if self.scope not in get_args(Scope):
+            raise ValueError(f"scope={self.scope!r} is unknown; it is one of {', '.join(get_args(Scope))}")
+        if self.limiter is not None and not self.limiter >= 1.0:
+            raise ValueError(f"limiter={self.limiter} must be at least 1 (the papers' is 1.01), or None for none")
+
+    def check(self, side: str) -> None:
+        if side == "both" and self.scope == "channel":
+            raise ValueError(
+                f"{self!r} scales channels, and side='both' leaves none; use scope='tensor', or another side"
+            )
+
+    def init(self, like: Tensor) -> State:
+        if self.limiter is None:
+            return {}
+        return {"norm": torch.zeros(like.shape[:-2], dtype=like.dtype, device=like.device)}
+
+    def limited_length(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        """|S|/|R|, shaped to multiply ``g``, within what the limiter allows; the limited norm is noted."""
+        length = _length(s, r, self.scope, subspace)
+        if self.limiter is None:
+            return length
+        return length * _limit(_scaled_norm(g, length, subspace), self.limiter, state)
+
+
+@dataclass(frozen=True, kw_only=True)
+class Rescale(_ByLength):
     """U = G·|S|/|R| (APOLLO). The basis only estimates a step length, so a random one serves.
 
     Args:
@@ -111,21 +145,6 @@ class Rescale:
     Raises:
         ValueError: an unknown scope, or a limiter below 1.
     """
-
-    scope: Scope = "channel"
-    limiter: float | None = 1.01
-
-    needs_gradient: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_scope(self.scope)
-        _check_limiter(self.limiter)
-
-    def check(self, side: str) -> None:
-        _check_side(self, self.scope, side)
-
-    def init(self, like: Tensor) -> State:
-        return _limiter_state(like, self.limiter)
 
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         u = g * _length(s, r, self.scope, subspace)
@@ -144,15 +163,12 @@ class Rescale:
         beta: float,
     ) -> None:
         assert g is not None
-        length = _length(s, r, self.scope, subspace)
-        if self.limiter is not None:
-            norm = _scaled_norm(g, length, subspace)
-            length = length * _limit(norm, self.limiter, state)
+        length = self.limited_length(g, r, s, subspace, state)
         _decay_(target, beta).addcmul_(g, length * alpha)
 
 
 @dataclass(frozen=True, kw_only=True)
-class Residual:
+class Residual(_ByLength):
     """U = QS + (G − QR)·|S|/|R| (Fira): full-rank updates from low-rank state.
 
     Args:
@@ -162,21 +178,6 @@ class Residual:
     Raises:
         ValueError: an unknown scope, or a limiter below 1.
     """
-
-    scope: Scope = "channel"
-    limiter: float | None = 1.01
-
-    needs_gradient: ClassVar[bool] = True
-
-    def __post_init__(self) -> None:
-        _check_scope(self.scope)
-        _check_limiter(self.limiter)
-
-    def check(self, side: str) -> None:
-        _check_side(self, self.scope, side)
-
-    def init(self, like: Tensor) -> State:
-        return _limiter_state(like, self.limiter)
 
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         outside = (g - subspace.lift(r)) * _length(s, r, self.scope, subspace)
@@ -198,10 +199,7 @@ class Residual:
     ) -> None:
         assert g is not None
         outside = residual(g, r, subspace)
-        length = _length(s, r, self.scope, subspace)
-        if self.limiter is not None:
-            norm = _scaled_norm(outside, length, subspace)
-            length = length * _limit(norm, self.limiter, state)
+        length = self.limited_length(outside, r, s, subspace, state)
         subspace.lift_into_(target, s * alpha, alpha=1.0, beta=beta)
         target.addcmul_(outside, length * alpha)
 
@@ -238,24 +236,3 @@ def _limit(norm: Tensor, growth: float, state: State) -> Tensor:
 
 def _decay_(target: Tensor, beta: float) -> Tensor:
     return target if beta == 1.0 else target.mul_(beta)
-
-
-def _limiter_state(like: Tensor, limiter: float | None) -> State:
-    if limiter is None:
-        return {}
-    return {"norm": torch.zeros(like.shape[:-2], dtype=like.dtype, device=like.device)}
-
-
-def _check_scope(scope: str) -> None:
-    if scope not in get_args(Scope):
-        raise ValueError(f"scope={scope!r} is unknown; it is one of {', '.join(get_args(Scope))}")
-
-
-def _check_limiter(limiter: float | None) -> None:
-    if limiter is not None and not limiter >= 1.0:
-        raise ValueError(f"limiter={limiter} must be at least 1 (the papers' is 1.01), or None for none")
-
-
-def _check_side(lift: object, scope: Scope, side: str) -> None:
-    if side == "both" and scope == "channel":
-        raise ValueError(f"{lift!r} scales channels, and side='both' leaves none; use scope='tensor', or another side")

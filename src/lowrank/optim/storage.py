@@ -21,6 +21,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.blocks import Code, round_bfloat16
+from lowrank.linalg.rounding import wide
 
 Storage = Literal["float32", "bfloat16", "int8"]
 BasisStorage = Literal["float32", "bfloat16", "int8", "int4"]
@@ -40,11 +41,6 @@ def check_storage(name: str, value: str, allowed: Any = Storage) -> None:
     kinds = get_args(allowed)
     if value not in kinds:
         raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(kinds)}")
-
-
-def wide(dtype: torch.dtype) -> torch.dtype:
-    """The dtype to compute in for numbers of ``dtype``: float64 stays, everything narrower becomes float32."""
-    return torch.float64 if dtype is torch.float64 else torch.float32
 
 
 def allocate(like: Tensor, storage: str, code: Code) -> Stored:

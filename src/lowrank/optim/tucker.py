@@ -25,9 +25,9 @@ from torch import Tensor
 
 from lowrank.linalg.basis import Basis, PowerIteration
 from lowrank.linalg.products import Subspace
+from lowrank.linalg.rounding import wide
 from lowrank.optim.refresh import advance_, count, fit, is_due, new_clock, schedule_next_, stream
 from lowrank.optim.rules import AdamW, Rule, State
-from lowrank.optim.storage import wide
 
 
 @dataclass(frozen=True, kw_only=True)
