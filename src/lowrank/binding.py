@@ -34,8 +34,9 @@ from lowrank.adapters.layer import (
     matrix_of,
     replace,
 )
+from lowrank.infra.group import share
 from lowrank.infra.loaded import loaded_parameters
-from lowrank.infra.ranks import Ranks, share
+from lowrank.infra.workers import Division
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.rules import Rule
 from lowrank.targets import Layer, as_list, name_matches
@@ -49,7 +50,7 @@ class Row:
     """One parameter of the model under the plan: its rule, or why it does not train.
 
     ``across`` says how several ranks train it: ``shared``: the same on all, its gradients are summed; ``own``: heads
-    that this rank alone trains; ``local``: each rank trains its own copy, which is averaged now and then.
+    that this worker alone trains; ``local``: each worker trains its own copy, which is averaged now and then.
     """
 
     name: str
@@ -73,9 +74,8 @@ class Row:
 class Binding:
     """The work of ``apply_``: first everything is decided and checked, then ``place_adapters`` changes the model."""
 
-    def __init__(self, model: nn.Module, method: Method, seed: int, ranks: Ranks | None, *, synchronised: bool = False):
-        self.model, self.method, self.seed, self.ranks = model, method, seed, ranks
-        self.synchronised = synchronised
+    def __init__(self, model: nn.Module, method: Method, seed: int, division: Division):
+        self.model, self.method, self.seed, self.division = model, method, seed, division
         self.layers = targets.linear_layers(model)
         self.names_of = _names_by_parameter(model)
         self.frozen_before = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -86,7 +86,7 @@ class Binding:
         self.adapters: dict[str, Adapter] = {}
         self.under: set[int] = set()
         self.factors: set[int] = set()
-        self.split: set[int] = set()  # factors of heads that are divided between ranks
+        self.split: set[int] = set()  # factors of heads that are divided between workers
         self.told: set[int] = set()
         self.notes: list[str] = []
         self.left: dict[str, str] = {}
@@ -214,10 +214,9 @@ class Binding:
         keep = merge is not None and merge.keep
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
-            apart = self.ranks is not None and not self.synchronised
-            rank, count = (self.ranks.rank, self.ranks.count) if self.ranks is not None and apart else (0, 1)
+            place, count = self.division.place
             W = matrix[layer.rows(part)]
-            site = Site(layer.label(part), W, self.seed, keep, rank, count)
+            site = Site(layer.label(part), W, self.seed, keep, place, count)
             made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)
@@ -278,7 +277,7 @@ class Binding:
             self.notes.append(
                 f"rest='auto': {random:,} parameters initialised at random train, {loaded:,} loaded ones are frozen"
             )
-        self.notes += _notes_on_ranks(self.method, self.ranks, rows, self.adapters, self.synchronised)
+        self.notes += _notes_on_ranks(self.method, self.division, rows, self.adapters)
         return rows
 
     def _check_patterns(self) -> None:
@@ -311,7 +310,7 @@ class Binding:
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
         """How several ranks train ``p`` (see ``Row.across``)."""
-        if self.synchronised:
+        if self.division.in_step:
             return "shared"
         if id(p) in self.split:
             return "own"
@@ -356,31 +355,38 @@ class Binding:
 # --- small helpers ---------------------------------------------------------------------------------------------------
 
 
-def _notes_on_ranks(
-    method: Method, ranks: Ranks | None, rows: list[Row], adapters: dict[str, Adapter], synchronised: bool
-) -> list[str]:
+def _notes_on_ranks(method: Method, division: Division, rows: list[Row], adapters: dict[str, Adapter]) -> list[str]:
     """Notes for the reader of a plan: which ranks train what, and when they communicate."""
-    if ranks is None:
+    if division.ranks is None:
         return _notes_alone(method)
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
-    notes = [str(ranks)]
+    notes, member, (_, count) = [str(division.ranks)], "rank", division.place
+    if division.mates is not None and not division.in_step:
+        member = "worker"
+        notes.append(f"{count} workers train apart, each of {division.mates_count} ranks that train in step")
     for heads in sorted({a.all_heads for a in adapters.values() if a.split}):
-        if synchronised:
+        if division.in_step:
             notes.append(f"every rank has all {heads} heads, and splits its rows of the batch between them")
             continue
-        counts = [len(share(heads, r, ranks.count)) for r in range(ranks.count)]
+        counts = [len(share(heads, place, count)) for place in range(count)]
         uneven = "" if len(set(counts)) == 1 else ", not evenly; in the mean every head weighs the same"
-        notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the ranks{uneven}")
+        notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the {member}s{uneven}")
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"
-        notes.append(f"{size['own']:,} numbers are this rank's own heads, {every}; nothing of them travels in between")
+        notes.append(
+            f"{size['own']:,} numbers are this {member}'s own heads, {every}; nothing of them travels in between"
+            + (" but their gradients within the worker" if member == "worker" else "")
+        )
     if method.merge is not None and method.merge.exchange != "float32":
         notes.append(f"merges and averages travel as {method.merge.exchange}, where that is fewer bytes")
     if method.merge is not None and method.merge.weigh != "equal":
-        notes.append(f"in merges and averages ranks weigh by {method.merge.weigh} since the last")
+        notes.append(f"in merges and averages {member}s weigh by {method.merge.weigh} since the last")
     if size["local"]:
-        what = f"{size['local']:,} parameters train on each rank by itself, averaged every {method.rest_interval} steps"
-        notes.append(f"{what} ({'the default here, ' if method.rest == 'auto' else ''}rest='local')")
+        default = "the default here, " if method.rest == "auto" else ""
+        notes.append(
+            f"{size['local']:,} parameters train on each {member} by itself, averaged every {method.rest_interval} "
+            f"steps ({default}rest='local')"
+        )
     if size["shared"]:
         notes.append(f"the gradients of {size['shared']:,} parameters are summed over the ranks every step")
     return notes

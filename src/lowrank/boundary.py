@@ -1,14 +1,16 @@
-"""What happens between two steps: merges, and over several ranks the averaging of what they trained apart.
+"""What happens between two steps: merges, and over several workers the averaging of what they trained apart.
 
-    merge due      W ← mean of merged(W) over the heads of all ranks (``adapters.across``); adapters settle. Overlapped,
-                   what was sent at the last merge arrives, and this one's is sent
-    average due    the rest that trains locally ← its mean over the ranks (local SGD, arXiv 1805.09767)
-    before both    every rank tells whether its own numbers are finite, and what it has done, where ``Merge.weigh`` goes
-                   by that. One whose numbers are not is left out, counted and reported; its heads and their state
+    merge due      W ← mean of merged(W) over the heads of all workers (``adapters.across``); adapters settle.
+                   Overlapped, what was sent at the last merge arrives, and this one's is sent
+    average due    the rest that trains locally ← its mean over the workers (local SGD, arXiv 1805.09767)
+    before both    every worker tells whether its own numbers are finite, and what it has done, where ``Merge.weigh``
+                   goes by that. One whose numbers are not is left out, counted and reported; its heads and their state
                    are restarted, and its rest becomes the mean of the others'
 
+A worker is a rank, or several ranks in step (``infra.workers``).
+
 ``whole`` gives every rank the model that all of them make together, for evaluation and for checkpoints; there heads and
-ranks weigh the same, whatever they will weigh in the next merge.
+workers weigh the same, whatever they will weigh in the next merge.
 """
 
 from __future__ import annotations
@@ -27,8 +29,8 @@ from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.exchange import SplitAdapter, split_adapters, whole_heads
 from lowrank.adapters.merge import merge_adapters_
 from lowrank.adapters.wire import add_up_
-from lowrank.infra.parts import reshard_
-from lowrank.infra.ranks import Ranks
+from lowrank.infra.group import Group
+from lowrank.infra.parts import is_sharded, local, reshard_
 from lowrank.linalg.products import Subspace
 from lowrank.optim.optimizer import Optimizer
 
@@ -66,8 +68,8 @@ def meet_(plan: Plan, opt: Optimizer | None, *, merging: bool, averaging: bool) 
 
 @dataclass(frozen=True)
 class Roll:
-    """Who takes part in a meeting: the ranks left out, and what each rank weighs in a merge and in an average (None:
-    heads, or ranks, weigh the same)."""
+    """Who takes part in a meeting: the workers left out, and what each weighs in a merge and in an average (None:
+    heads, or workers, weigh the same)."""
 
     left_out: frozenset[int] = frozenset()
     merge: list[float] | None = None
@@ -83,19 +85,19 @@ def _averaging(plan: Plan, steps: int) -> bool:
 
 
 def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
-    """Fold the adapters into the weights, without the heads of ranks that are left out; then the optimizer forgets."""
+    """Fold the adapters into the weights, without the heads of those left out; then the optimizer forgets."""
     merge, spans = plan.method.merge, {} if opt is None else _spans(plan, opt)
     if roll.merge is not None:
         _total(roll.merge)
-    terms = Terms(roll.left_out, roll.merge, spans)
+    terms = Terms(roll.left_out, roll.merge, spans, plan.mates)
+    reshard_(plan.model)
     if merge is not None and merge.overlap:
         remember_(plan.model)
-        plan.under_way = None if plan.ranks is None else send(plan.model, plan.ranks, merge, terms)
-    elif plan.ranks is not None and plan.own and merge is not None:
-        merge_across_(plan.model, plan.ranks, merge, terms)
+        plan.under_way = None if plan.workers is None else send(plan.model, plan.workers, merge, terms)
+    elif plan.workers is not None and plan.own and merge is not None:
+        merge_across_(plan.model, plan.workers, merge, terms)
     else:
-        reshard_(plan.model)
-        merge_adapters_(plan.model, merge, plan.ranks)
+        merge_adapters_(plan.model, merge, plan.mates)
     forget = merge.forget if merge else 0.0
     if opt is not None and forget:
         opt.forget([p for adapter in plan.adapters.values() for p in adapter.parameters()], forget)
@@ -106,8 +108,9 @@ def arrive_(plan: Plan) -> None:
     merge = plan.method.merge
     if merge is None or not merge.overlap or not under_way(plan.model):
         return
+    reshard_(plan.model)
     # In one process, and after a resume, nobody is sending what has been remembered.
-    arrive = plan.under_way or send(plan.model, plan.ranks, merge)
+    arrive = plan.under_way or send(plan.model, plan.workers, merge, Terms(mates=plan.mates))
     plan.under_way = None
     arrive()
 
@@ -126,29 +129,32 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
     Raises:
         FloatingPointError: that is so on every rank.
     """
-    ranks, mine = plan.ranks, [*plan.own, *plan.local]
-    if ranks is None or not mine:
+    workers, mine = plan.workers, [*plan.own, *plan.local]
+    if workers is None or not mine:
         return Roll()
-    finite = torch.stack([p.isfinite().all() for p in mine]).all().float()[None]
+    bad = 1.0 - torch.stack([local(p).isfinite().all() for p in mine]).all().float()[None]
     if plan.work.kind != "equal":
-        finite = torch.tensor([float(finite), *plan.work.since.values()], dtype=torch.float64, device=finite.device)
-    everyone = ranks.gather([finite])[0]
-    sick = frozenset((everyone[:, 0] == 0).nonzero().flatten().tolist())
-    if len(sick) == ranks.count:
+        bad = torch.tensor([float(bad), *plan.work.since.values()], dtype=torch.float64, device=bad.device)
+    if plan.mates is not None:  # what is not finite may be in another one's part; and they have worked together
+        plan.mates.sum_([bad])
+    everyone = workers.gather([bad])[0]
+    sick = frozenset(everyone[:, 0].nonzero().flatten().tolist())
+    member = "rank" if plan.mates is None else "worker"
+    if len(sick) == workers.count:
         raise FloatingPointError(
-            "the trained numbers of every rank are not finite: resume from the last checkpoint with a lower --lr"
+            f"the trained numbers of every {member} are not finite: resume from the last checkpoint with a lower --lr"
         )
     if sick:
         arrive_(plan)  # before heads begin anew that have something under way
-    if ranks.rank in sick:
+    if workers.rank in sick:
         for adapter in split_adapters(plan.model):
             adapter.restart_()
         if opt is not None:
             opt.forget(mine, 1.0)
-    for rank in sorted(sick):
-        plan.left_out.append(rank)
+    for number in sorted(sick):
+        plan.left_out.append(number)
         warnings.warn(
-            f"rank {rank} is left out of this merge: its numbers are not finite; it begins anew", stacklevel=2
+            f"{member} {number} is left out of this merge: its numbers are not finite; it begins anew", stacklevel=2
         )
     if plan.work.kind == "equal":
         return Roll(sick)
@@ -158,31 +164,33 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
 
 @torch.no_grad()
 def average_rest_(plan: Plan, roll: Roll, tick: int = 0) -> None:
-    """The rest that trains locally ← its mean over the ranks that take part; bitwise the same on all.
+    """The rest that trains locally ← its mean over the workers that take part; bitwise the same on all.
 
     What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last the
     same everywhere (``plan.anchors``), so that rounding is as fine as the change.
     """
-    if plan.ranks is None:
+    if plan.workers is None:
         return
-    local, (mine, all_of_it) = [p.detach() for p in plan.local], _part(plan.ranks, roll)
+    reshard_(plan.model)
+    rest, (mine, all_of_it) = [local(p) for p in plan.local], _part(plan.workers, roll)
     merge = plan.method.merge
     if not plan.anchors or merge is None:
-        _average_(local, plan.ranks, mine, all_of_it)
+        _average_(plan, rest, mine, all_of_it)
         return
-    changes = [p.to(a.dtype) - a for p, a in zip(local, plan.anchors, strict=True)]
+    changes = [p.to(a.dtype) - a for p, a in zip(rest, plan.anchors, strict=True)]
     for change in changes:
         change.mul_(mine / all_of_it) if mine else change.zero_()  # what is not finite counts for nothing
-    add_up_(changes, plan.ranks, merge.exchange, tick)
-    for change, p, a in zip(changes, local, plan.anchors, strict=True):
+    for group, some in _by_group(plan, changes):
+        add_up_(some, group, merge.exchange, tick)
+    for change, p, a in zip(changes, rest, plan.anchors, strict=True):
         p.copy_(a.add_(change))
 
 
-def _part(ranks: Ranks, roll: Roll) -> tuple[float, float]:
-    """What this rank's rest counts for in the mean, and what all count for together."""
+def _part(workers: Group, roll: Roll) -> tuple[float, float]:
+    """What this worker's rest counts for in the mean, and what all count for together."""
     if roll.average is None:
-        return float(ranks.rank not in roll.left_out), ranks.count - len(roll.left_out)
-    return roll.average[ranks.rank], _total(roll.average)
+        return float(workers.rank not in roll.left_out), workers.count - len(roll.left_out)
+    return roll.average[workers.rank], _total(roll.average)
 
 
 def _total(weights: Sequence[float]) -> float:
@@ -194,12 +202,23 @@ def _total(weights: Sequence[float]) -> float:
     return sum(weights)
 
 
-def _average_(tensors: Sequence[Tensor], ranks: Ranks, mine: float, all_of_it: float) -> None:
-    for tensor in tensors:
+def _average_(plan: Plan, rest: Sequence[Tensor], mine: float, all_of_it: float) -> None:
+    for tensor in rest:
         tensor.mul_(mine) if mine else tensor.zero_()
-    ranks.sum_(tensors)
-    for tensor in tensors:
+    for group, some in _by_group(plan, rest):
+        group.sum_(some)
+    for tensor in rest:
         tensor.div_(all_of_it)
+
+
+def _by_group(plan: Plan, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
+    """With whom this rank adds up which of the tensors, which belong to ``plan.local``: its parts with its peers, who
+    hold the same parts of other workers' parameters; what mates hold alike with all workers."""
+    in_parts = [is_sharded(p) for p in plan.local]
+    for group, parts in ((plan.workers, False), (plan.division.peers, True)):
+        some = [tensor for tensor, is_part in zip(rest, in_parts, strict=True) if is_part == parts]
+        if some and group is not None:
+            yield group, some
 
 
 @contextmanager
@@ -208,24 +227,26 @@ def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
 
     In one process it is so anyway, and nothing is done.
     """
-    if plan.ranks is None or not (plan.own_adapters or plan.local):
+    if plan.workers is None or not (plan.own_adapters or plan.local):
         try:
             yield
         finally:
-            if plan.parts:
-                reshard_(plan.model)
+            reshard_(plan.model)
         return
     roll = heal_(plan, opt)
     if roll.left_out:
         average_rest_(plan, roll)
         plan.work.met("average")
-    own = [p.data for p in plan.local]
-    with whole_heads(plan.model, plan.ranks):
+    reshard_(plan.model)
+    rest = [local(p) for p in plan.local]
+    own = [tensor.clone() for tensor in rest]
+    with whole_heads(plan.model, plan.workers):
         try:
-            for p in plan.local:
-                p.data = p.data.clone()
-            _average_([p.data for p in plan.local], plan.ranks, 1.0, plan.ranks.count)
+            with torch.no_grad():
+                _average_(plan, rest, 1.0, plan.workers.count)
             yield
         finally:
-            for p, data in zip(plan.local, own, strict=True):
-                p.data = data
+            reshard_(plan.model)
+            with torch.no_grad():
+                for tensor, before in zip(rest, own, strict=True):
+                    tensor.copy_(before)

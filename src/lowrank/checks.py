@@ -30,6 +30,7 @@ _MAY_CHANGE = (
     "--wandb",
     "--device",
     "--engine",
+    "--workers",
     "--compile",
     "--data.workers",
 )
@@ -192,17 +193,25 @@ def _packages(run: Run) -> Iterator[str]:
 
 
 def _engine(run: Run) -> Iterator[str]:
-    if run.engine == "fsdp" and run.own_data:
+    if run.workers is not None and run.engine == "auto":
+        yield (
+            f"--workers {run.workers}: with --engine auto every rank is a worker; use --engine ddp or fsdp, or leave "
+            "it out"
+        )
+    if isinstance(run.workers, int) and run.workers < 1:
+        yield f"--workers {run.workers} must be at least 1, or nodes"
+    one = run.engine != "auto" and run.workers in (None, 1)
+    if run.engine == "fsdp" and run.own_data and one:
         yield (
             "--own-data gives each rank batches of its own number, and --engine fsdp computes every batch on all ranks "
-            "at once: use --engine auto or ddp"
+            "at once: use --engine auto or ddp, or --workers nodes, where the ranks of a node read the same"
         )
     if run.engine == "fsdp" and run.compile:
         yield "--compile with --engine fsdp has not been tried: leave one out"
-    if run.engine != "auto" and run.method.args.get("rest") == "local":
+    if one and run.method.args.get("rest") == "local":
         yield (
-            f"--method.rest local trains the rest on each rank by itself, and --engine {run.engine} keeps the ranks in "
-            "step: use --engine auto, or --method.rest train"
+            f"--method.rest local trains the rest on each worker by itself, and --engine {run.engine} keeps all ranks "
+            "in step: use --engine auto, several --workers, or --method.rest train"
         )
 
 

@@ -36,7 +36,7 @@ _GROUPS = {
     "Length": ("steps", "epochs", "stop_at", "seed"),
     "Learning rate": ("lr", "schedule", "warmup", "min_lr_ratio", "weight_decay"),
     "Steps": ("batch_size", "own_data", "grad_accum", "max_grad_norm", "clip_per_layer", "per_layer"),
-    "Machine": ("device", "engine", "precision", "compile"),
+    "Machine": ("device", "engine", "workers", "precision", "compile"),
     "Evaluation and records": (
         "eval_every",
         "eval_batches",

@@ -4,7 +4,7 @@ In evaluation mode an adapter computes with ``merged(W)``, the mean of its heads
 that ``merge_and_unload`` would give, whatever has happened since the last merge. Sums are taken over predictions and
 not over batches, so the result does not depend on the batch size, nor on how many ranks share the batches: rank r of R
 scores the batches r, r + R, …, and what all have counted is put together. All run equally many batches, as a sharded
-model needs: who has none left runs one whose result nobody counts. Ranks with data of their own each score all of it.
+model needs: who has none left runs one whose result nobody counts. Data of their own ranks score by themselves.
 """
 
 from __future__ import annotations
@@ -29,18 +29,19 @@ def evaluate(
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
     ranks: Ranks | None = None,
-    own: bool = False,
+    sharing: Ranks | None = None,
 ) -> dict[str, float]:
     """Metrics of ``model`` over ``batches``, the same on all ``ranks``; the model's mode is put back afterwards.
 
-    ``own``: the batches are this rank's own, of which it scores all, and not those that all ranks have.
+    ``sharing``: the ranks that have the same ``batches``, and divide them: all, some of them, or None, where these are
+    this rank's own.
 
     Raises:
         ValueError: there was nothing to score.
     """
     mine: Iterable[tuple[Batch, bool]] = ((batch, True) for batch in batches)
-    if ranks is not None and not own:
-        mine = _share(batches, ranks.rank, ranks.count)
+    if sharing is not None:
+        mine = _share(batches, sharing.rank, sharing.count)
     tally, seen = _count(model, mine, task, torch.device(device), autocast)
     if ranks is not None:
         everyone = ranks.gather_objects((tally, seen))

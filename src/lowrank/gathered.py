@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, own_part
 from lowrank.gathered_parts import load_model_state_, put_together_, take_parts_
+from lowrank.infra.fingerprints import digest
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
 
@@ -52,12 +53,12 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer, *, keep: bool = True) -> d
     state = opt.state_dict()
     if plan.parts:
         put_together_(plan, opt, state, keep=keep)
-    if plan.ranks is None or not plan.own:
+    if plan.workers is None or not plan.own:
         return state
     by_name = _by_name(state)
     own = [(adapter, by_name[opt.name_of(p)]) for p, adapter in zip(plan.own, plan.own_adapters, strict=True)]
     flat = [{str(i): t for i, t in enumerate(_leaves(nest)) if t.dim()} for _, nest in own]
-    gathered = gather_heads(flat, [adapter for adapter, _ in own], plan.ranks)
+    gathered = gather_heads(flat, [adapter for adapter, _ in own], plan.workers)
     for (_, nest), mine, everyone in zip(own, flat, gathered, strict=True):
         whole = {id(mine[key]): everyone[key] for key in mine}
         _replace_(nest, lambda t, whole=whole: whole.get(id(t), t))  # type: ignore[misc]
@@ -65,11 +66,18 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer, *, keep: bool = True) -> d
 
 
 def load_own_model_state_(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """What this rank's model holds of a checkpoint's ``tensors``."""
-    if plan.parts:
-        return load_model_state_(plan, tensors)
+    """What this rank's model holds of a checkpoint's ``tensors``.
+
+    Raises:
+        RanksDisagree: the ranks of a sharded model have read different checkpoints.
+    """
+    if plan.parts and plan.ranks is not None:
+        plan.ranks.agree({"checkpoint": digest(tensors)})
     split = split_names(plan.model)
-    plan.model.load_state_dict({n: own_part(*split[n], t) if n in split else t for n, t in tensors.items()})
+    own = {name: own_part(*split[name], tensor) if name in split else tensor for name, tensor in tensors.items()}
+    if plan.parts:
+        return load_model_state_(plan, own)
+    plan.model.load_state_dict(own)
 
 
 def own_optimizer_state(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:

@@ -16,7 +16,6 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.infra.parts import Part, local, part_of, reshard_
-from lowrank.infra.ranks import digest
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
 from lowrank.optim.sharded import own_state, whole_state
@@ -27,14 +26,14 @@ from lowrank.plan import Plan
 def whole_model_state(plan: Plan, *, keep: bool = True) -> dict[str, Tensor]:
     """The model's ``state_dict`` with every weight whole. Every rank must call it; of a sharded model who does not
     ``keep`` it gets nothing."""
-    if not plan.parts or plan.ranks is None:
+    if not plan.parts:
         return plan.model.state_dict()
     reshard_(plan.model)
     wholes: dict[int, Tensor] = {}  # tied names get one tensor
     state: dict[str, Tensor] = {}
     for name, held in plan.model.state_dict(keep_vars=True).items():
         if id(held) not in wholes:
-            part = part_of(held, plan.ranks, name)
+            part = part_of(held, plan.mates, name)
             whole = held.detach() if part is None else part.gather(local(held))
             wholes[id(held)] = whole.cpu() if keep else held
         state[name] = wholes[id(held)]
@@ -46,14 +45,12 @@ def load_model_state_(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
     """Load what ``whole_model_state`` gave, each rank its parts.
 
     Raises:
-        RanksDisagree: the ranks have read different checkpoints. ValueError: a shape differs.
+        ValueError: a shape differs.
     """
-    assert plan.ranks is not None
-    plan.ranks.agree({"checkpoint": digest(tensors)})
     reshard_(plan.model)
     state = dict(tensors)
     for name, held in plan.model.named_parameters(remove_duplicate=False):
-        part = part_of(held, plan.ranks, name)
+        part = part_of(held, plan.mates, name)
         if part is None or name not in state:
             continue
         if tuple(state[name].shape) != part.shape:

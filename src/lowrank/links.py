@@ -24,8 +24,8 @@ from dataclasses import dataclass, replace
 import torch
 
 from lowrank.infra.convert import nearest
+from lowrank.infra.group import BUCKET_BYTES
 from lowrank.infra.progress import short_bytes, short_count
-from lowrank.infra.ranks import BUCKET_BYTES
 from lowrank.run import Call, Run
 from lowrank.session import Session
 from lowrank.tasks import to_device

@@ -22,9 +22,11 @@ from lowrank.adapters.exchange import SplitAdapter
 from lowrank.adapters.layer import adapted_layers
 from lowrank.binding import Across, Binding, Row
 from lowrank.boundary import boundary_, meet_
-from lowrank.infra.parts import Part, is_sharded
+from lowrank.infra.group import Group
+from lowrank.infra.parts import Part, is_sharded, local
 from lowrank.infra.ranks import Ranks
 from lowrank.infra.work import Work
+from lowrank.infra.workers import Division, divide
 from lowrank.memory import Ledger, ledger, table
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
@@ -36,10 +38,10 @@ from lowrank.optim.state import check_forgets
 class Plan:
     """A model bound to a method.
 
-    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``ranks`` the processes that train it
-    together, None for one; ``left_out`` a rank's number for each time that it was left out of a merge or an average
-    because its numbers were not finite; ``synchronised`` whether the ranks train one model in step; ``parts`` what this
-    rank holds of each sharded parameter, by name (``sharding.shard_``).
+    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``division`` the processes that train it,
+    and which of them in step; ``left_out`` a worker's number for each time that it was left out of a merge or an
+    average because its numbers were not finite; ``parts`` what this rank holds of each sharded parameter, by name
+    (``sharding.shard_``).
     """
 
     model: nn.Module
@@ -48,13 +50,27 @@ class Plan:
     rows: list[Row]
     adapters: dict[str, Adapter]
     notes: list[str] = field(default_factory=list)
-    ranks: Ranks | None = None
+    division: Division = field(default_factory=Division)
     left_out: list[int] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     anchors: list[Tensor] = field(default_factory=list)
     under_way: Callable[[], None] | None = None
-    synchronised: bool = False
     parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """All processes that train the model; None for one."""
+        return self.division.ranks
+
+    @property
+    def mates(self) -> Ranks | None:
+        """The ranks that train in step with this one; None where it trains alone."""
+        return self.division.mates
+
+    @property
+    def workers(self) -> Group | None:
+        """Those who train apart, of which this rank's worker is one; None where all ranks train in step."""
+        return self.division.workers
 
     @cached_property
     def shared(self) -> list[nn.Parameter]:
@@ -63,7 +79,7 @@ class Plan:
 
     @cached_property
     def own(self) -> list[nn.Parameter]:
-        """Heads that this rank alone trains."""
+        """Heads that this worker alone trains."""
         return self._across("own")
 
     @cached_property
@@ -74,13 +90,13 @@ class Plan:
 
     @cached_property
     def local(self) -> list[nn.Parameter]:
-        """Parameters that each rank trains by itself, averaged every ``method.rest_interval`` steps."""
+        """Parameters that each worker trains by itself, averaged every ``method.rest_interval`` steps."""
         return self._across("local")
 
     def anchor_rest_(self) -> None:
         """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
         if self.method.merge is not None and self.method.merge.exchange != "float32":
-            self.anchors = [p.detach().to(wide(p.dtype), copy=True) for p in self.local]
+            self.anchors = [local(p).to(wide(p.dtype), copy=True) for p in self.local]
 
     def _across(self, which: Across) -> list[nn.Parameter]:
         parameters = dict(self.model.named_parameters())
@@ -148,7 +164,7 @@ class Plan:
             raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
         self.anchor_rest_()
         self.work = Work(
-            self.method.merge.weigh if self.ranks is not None and self.method.merge is not None else "equal"
+            self.method.merge.weigh if self.workers is not None and self.method.merge is not None else "equal"
         )
         optimizer: Optimizer
 
@@ -162,10 +178,18 @@ class Plan:
             boundary=lambda steps: boundary_(self, optimizer, steps, merge=merge == "auto"),
             expect={p: name for name, adapter in self.adapters.items() for p in list(adapter.parameters())[:1]},
             seed=self.seed,
-            ranks=self.ranks,
-            shared=self.shared,
+            mates=self.mates,
+            summed=self._summed(),
+            agreed=dict.fromkeys(self.own, self.workers) if self.workers is not None else {},
         )
         return optimizer
+
+    def _summed(self) -> dict[nn.Parameter, Ranks]:
+        """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts over the mates."""
+        division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.parts}
+        over = [(p, division.peers if id(p) in parts else division.ranks) for p in self.shared]
+        over += [(p, None if id(p) in parts else division.mates) for p in (*self.own, *self.local)]
+        return {p: ranks for p, ranks in over if ranks is not None}
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         parameters = dict(self.model.named_parameters())
@@ -183,7 +207,7 @@ class Plan:
 
 
 def apply_(
-    model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None, synchronised: bool = False
+    model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None, workers: int | None = None
 ) -> Plan:
     """Bind ``method`` to ``model`` in place, and return the plan.
 
@@ -191,31 +215,33 @@ def apply_(
         model: any module with linear layers; it is changed: layers get adapters, ``requires_grad`` is set.
         method: from ``lowrank.methods``, or your own :class:`~lowrank.methods.Method`.
         seed: of the factors' random streams.
-        ranks: the processes that train it together (``lowrank.infra.ranks.joined``); each gets its share of the heads
-            that split the batch. Every rank divides its loss by the global batch.
-        synchronised: the ranks train one model in step, as DDP and FSDP do: each has all heads, and all gradients are
-            summed every step; ``lowrank.sharding.shard_(plan)`` may follow.
+        ranks: the processes that train it together (``lowrank.infra.ranks.joined``). Every rank divides its loss by the
+            global batch.
+        workers: how many of them train apart, each with its share of the heads that split the batch; the ranks of one
+            worker train in step (``infra.workers``). None: every rank is a worker. 1: all ranks train in step, as DDP
+            and FSDP do, and each has all heads. But where every rank is a worker, ``lowrank.sharding.shard_(plan)``
+            may follow, by which the ranks of a worker hold its model in parts.
 
     Raises:
         ValueError: targets that match no linear layer, a rank above a matrix, nothing left to train, a parameter
-            without a rule; in each case the model is as it was.
+            without a rule, ranks that cannot be divided so; in each case the model is as it was.
     """
     if next(adapted_layers(model), None) is not None:
         raise ValueError("the model carries adapters already; lowrank.merge_and_unload(model) takes them off first")
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters")
     _refuse_wrapped(model)
-    if synchronised and method.rest == "local":
+    division, merge = divide(ranks, workers), method.merge
+    if division.in_step and method.rest == "local":
+        raise ValueError("rest='local' trains the rest on each worker by itself, and there is one: leave it out")
+    apart = merge is not None and (merge.overlap or merge.weigh != "equal" or merge.exchange != "float32")
+    if division.in_step and apart:
         raise ValueError(
-            "rest='local' trains the rest on each rank by itself, which synchronised ranks do not: leave it"
+            "overlap=, weigh= and exchange= are for heads that are divided between workers; with one worker each rank "
+            "has all of them, and gradients are summed: leave these out, or take more workers (--engine auto, or "
+            "--workers)"
         )
-    merge = method.merge
-    if synchronised and merge is not None and (merge.overlap or merge.weigh != "equal" or merge.exchange != "float32"):
-        raise ValueError(
-            "overlap=, weigh= and exchange= are for heads that are divided between ranks; synchronised ranks each have "
-            "all of them, and sum their gradients: leave these out, or synchronised (--engine auto)"
-        )
-    binding = Binding(model, method, seed, ranks, synchronised=synchronised)
+    binding = Binding(model, method, seed, division)
     binding.check_rest()
     try:
         binding.place_adapters()
@@ -223,7 +249,7 @@ def apply_(
     except Exception:
         binding.undo()
         raise
-    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, ranks, synchronised=synchronised)
+    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, division)
     parameters = dict(model.named_parameters())
     for row in rows:
         parameters[row.name].requires_grad_(row.rule is not None)
@@ -236,7 +262,7 @@ def _refuse_wrapped(model: nn.Module) -> None:
     if sharded is not None:
         raise ValueError(
             f"{sharded} is sharded already (fully_shard), so that adapters and rules cannot be chosen by its shape: "
-            "first apply_(model, method, ranks=ranks, synchronised=True), then lowrank.sharding.shard_(plan)"
+            "first apply_(model, method, ranks=ranks, workers=1), then lowrank.sharding.shard_(plan)"
         )
     kind = type(model).__name__
     if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):

@@ -87,6 +87,10 @@ class Run:
             "help": "several ranks: LTE's heads apart and else in step; all in step; in step and sharded (FSDP2)"
         },
     )
+    workers: int | Literal["nodes"] | None = field(
+        default=None,
+        metadata={"help": "with --engine ddp or fsdp: groups of ranks that train apart, or one for each of the nodes"},
+    )
     device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
     seed: int = field(default=0, metadata={"help": "seed of weights, factors, data order and dropout"})
     eval_every: int | None = field(default=100, metadata={"help": "steps between evaluations; none: an epoch"})

@@ -23,6 +23,7 @@ from lowrank.data import DATA
 from lowrank.data.images import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.ranks import Ranks
+from lowrank.infra.workers import nodes
 from lowrank.methods import METHODS
 from lowrank.models import MODELS
 from lowrank.plan import Plan, apply_
@@ -69,10 +70,19 @@ def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, r
         model = model.to(torch.bfloat16)
     model = model.to(device)
     method = METHODS[run.method.name](**run.method.args)
-    plan = apply_(model, method, seed=run.seed, ranks=ranks, synchronised=run.engine != "auto")
-    if run.engine == "fsdp" and ranks is not None:
+    plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
+    if run.engine == "fsdp" and plan.mates is not None:
         shard_(plan)
     return Session(run, task_of(run.task), data, model, plan, device, autocast, needs_scaler)
+
+
+def _workers(run: Run) -> int | None:
+    """How many workers the ranks of a run make; None: each is one."""
+    if run.engine == "auto":
+        return None
+    if run.workers == "nodes":
+        return nodes()
+    return run.workers or 1
 
 
 def restore(

@@ -1,8 +1,11 @@
 """FSDP2 for a plan: every weight in parts over the ranks, gathered a block at a time while it is computed.
 
-    plan = apply_(model, method, ranks=ranks, synchronised=True)
+    plan = apply_(model, method, ranks=ranks, workers=1)
     shard_(plan)                     torch's ``fully_shard`` on each block and on the root
     opt = plan.optimizer(lr=…)       state for the part here; what each rule makes of parts: ``optim.sharded``
+
+With several workers (``infra.workers``) each has a model of its own, in parts over its ranks: the mesh of two
+dimensions on which LTE or local training runs between nodes and FSDP inside them.
 
 Which way a weight is cut: a projected matrix along the side that is not projected, so that nothing of the projection
 travels and its moments are cut too; every other along its rows. A dimension that does not go round the ranks (rows may
@@ -27,8 +30,10 @@ from torch import Tensor, nn
 
 from lowrank.adapters.layer import adapted_layers
 from lowrank.binding import Row
+from lowrank.infra.fingerprints import digest
+from lowrank.infra.group import ring_gather_bytes
 from lowrank.infra.parts import Part, all_hold_some, local
-from lowrank.infra.ranks import Ranks, digest, ring_gather_bytes
+from lowrank.infra.ranks import Ranks
 from lowrank.memory import megabytes
 from lowrank.optim.projected import Projected
 from lowrank.optim.sharded import crosses, on_part
@@ -41,13 +46,13 @@ def shard_(plan: Plan) -> None:
     """Shard the plan's model in place; afterwards make the optimizer. Every rank must call it.
 
     Raises:
-        ValueError: one process, ranks that divide the heads, a rule that cannot act on parts, weights of several dtypes
-            in a block; nothing has been changed.
+        ValueError: one process, workers of one rank each, a rule that cannot act on parts, weights of several dtypes in
+            a block; nothing has been changed.
         RanksDisagree: the ranks hold different weights.
     """
-    ranks = _check(plan)
+    everyone, ranks = _check(plan)
     plain = {name: p for name, p in plan.model.named_parameters() if ".adapters." not in name}
-    ranks.agree({"weights": digest({**plain, **dict(plan.model.named_buffers())})})
+    everyone.agree({"weights": digest({**plain, **dict(plan.model.named_buffers())})})
     parameters = dict(plan.model.named_parameters())
     parts = {row.name: part for row in plan.rows if (part := _cut(row, ranks)) is not None}
     shared = across_blocks(plan.model)
@@ -100,13 +105,14 @@ def names_in_blocks(model: nn.Module) -> set[str]:
     }
 
 
-def _check(plan: Plan) -> Ranks:
+def _check(plan: Plan) -> tuple[Ranks, Ranks]:
+    """(all ranks, those of this worker)."""
     if plan.ranks is None:
         raise ValueError("there is one process, and nothing to shard: start several with torchrun, and give ranks=")
-    if plan.own or plan.local:
+    if plan.mates is None:
         raise ValueError(
-            "the ranks train heads or the rest apart, and FSDP shards one model that all train in step: "
-            "apply_(model, method, ranks=ranks, synchronised=True)"
+            "every rank is a worker that trains apart, and FSDP shards the model of ranks that train in step: "
+            "apply_(model, method, ranks=ranks, workers=1), or fewer workers than ranks"
         )
     if plan.parts:
         raise ValueError("the plan's model is sharded already")
@@ -117,7 +123,7 @@ def _check(plan: Plan) -> Ranks:
         raise ValueError(
             f"FSDP wants trained weights of one dtype; {odd} is {parameters[odd].dtype}: use model.to(dtype) first"
         )
-    return plan.ranks
+    return plan.ranks, plan.mates
 
 
 def _cut(row: Row, ranks: Ranks) -> Part | None:
@@ -139,7 +145,7 @@ def _cut(row: Row, ranks: Ranks) -> Part | None:
 
 
 def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, int], ranks: Ranks) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
@@ -147,7 +153,7 @@ def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, in
         raise ValueError(f"--engine fsdp needs torch 2.9 or newer, this is {torch.__version__}; use --engine ddp")
     narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     options: dict[str, Any] = {
-        "mesh": init_device_mesh(ranks.device.type, (ranks.count,)),
+        "mesh": DeviceMesh.from_group(ranks.process_group, ranks.device.type),
         "shard_placement_fn": lambda p: Shard(dims[id(p)]),
         "ignored_params": whole,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None),

@@ -1,13 +1,13 @@
 """What the loop asks about the ranks; in one process every answer is the plain one and costs nothing.
 
-Three ways to divide the loss, by what the ranks do with its gradients:
+Three ways to divide the loss, by what the workers do with its gradients (a worker is a rank, or several in step):
 
     summed every step (some parameters are shared)   by the predictions of all ranks, which they tell each other
-    heads alone, the rest frozen                     the same, estimated from this rank's rows: nothing is sent
-    the rest trains locally                          by this rank's own: each rank is a run of its own between averages
+    heads alone, the rest frozen                     the same, estimated from this worker's rows: nothing is sent
+    the rest trains locally                          by this worker's own: each is a run of its own between averages
 
-So the logged loss and gradient norm are those of the whole batch in the first case, and this rank's own in the others.
-Clipping uses that norm.
+So the logged loss and gradient norm are those of the whole batch in the first case, and this worker's own in the
+others. Clipping uses that norm.
 """
 
 from __future__ import annotations
@@ -24,9 +24,11 @@ from torch import Tensor, nn
 from lowrank.boundary import talks
 from lowrank.data.tokenizers import Tokenizer
 from lowrank.gathered import check_state
+from lowrank.infra.fingerprints import code_version, digest
+from lowrank.infra.group import Traffic
 from lowrank.infra.parts import is_sharded
 from lowrank.infra.progress import short_bytes
-from lowrank.infra.ranks import Ranks, Traffic, code_version, digest
+from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import stable_seed
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
@@ -43,6 +45,7 @@ class Team:
     def __init__(self, plan: Plan, run: Run):
         self.plan, self.run = plan, run
         self.ranks: Ranks | None = plan.ranks
+        self.stepping = plan.ranks if plan.shared else plan.mates  # who make every step together, if several do
         self.first = self.ranks is None or self.ranks.rank == 0
         self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
         self._told = Traffic()
@@ -63,11 +66,11 @@ class Team:
         check_state(self.plan, optimizer)
         heads = max((a.heads for a in self.plan.adapters.values() if a.split), default=1)
         rows = self.run.batch_size // self.ranks.count
-        if heads > rows and not self.plan.own:
+        if heads > rows and self.plan.mates is not None:
             raise ValueError(
-                f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between all {heads} heads, "
+                f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between {heads} heads, "
                 f"and some would never see anything: use --batch-size {heads * self.ranks.count} or more, fewer heads, "
-                "or --engine auto, which divides the heads between the ranks"
+                "or more --workers, which divide the heads (with --engine auto every rank is one)"
             )
         merge = self.plan.method.merge
         if merge is not None and merge.weigh == "steps":
@@ -117,7 +120,7 @@ class Team:
     @property
     def together(self) -> bool:
         """Whether every step is one step of all ranks."""
-        return self.ranks is not None and bool(self.plan.shared)
+        return self.ranks is not None and self.stepping is self.ranks
 
     def agree(self, version: str, step: int, data: Any) -> None:
         """Refuse ranks that differ in weights, settings, code or step; then give each its own stream of dropout. Under
@@ -130,15 +133,17 @@ class Team:
         same = {n: t for n, t in named if id(t) not in own and ".adapters." not in n and not is_sharded(t)}
         facts = {"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)}
         if self.run.own_data:
-            facts.pop("--data.source", None)
+            source = facts.pop("--data.source", None)
             facts["tokenizer"] = tokenizer_digest(data.tokenizer)
+            if self.plan.mates is not None:  # who compute every batch together
+                self.plan.mates.agree({"--data.source": source})
         self.ranks.agree(facts)
         torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
         self._told = Traffic(**vars(self.ranks.traffic))
         self.plan.work.met()  # what has been prepared and waited for until now is no work
 
     def whole_rows(self, batches: Sequence[Batch]) -> float:
-        """How many times this rank's rows the whole batch has."""
+        """How many times the rows of this rank the whole batch has."""
         own = sum(len(batch["labels"]) for batch in batches)
         return self.run.batch_size * len(batches) / own if self.ranks is not None else 1.0
 
@@ -146,22 +151,35 @@ class Team:
         """What this rank divides the sum of its losses by."""
         own = sum(task.count(batch) for batch in batches)
         self.plan.work.saw(own)
-        if self.together and self.ranks is not None:
-            own = round(self.ranks.total(own)[0])
-        elif self.ranks is not None and not self.plan.local:
-            return max(1.0, own * self.whole_rows(batches))
-        return max(1, own)
+        if self.ranks is None:
+            return max(1, own)
+        count = own if self.stepping is None else round(self.stepping.total(own)[0])
+        if not (self.together or self.plan.local):
+            return max(1.0, count * self.whole_rows(batches) / self.plan.division.mates_count)
+        return max(1, count)
 
     def norm(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
-        """The norm of all gradients, of all ranks where they step together; None where only projections are known."""
+        """The norm of all gradients, of all ranks that step together; None where only projections are known.
+
+        Squares are added up over those who hold different numbers: parts over the mates, and where all ranks step
+        together, what each worker trains apart over the workers.
+        """
         if optimizer.holds_projections:
             return None
-        if not self.together or self.ranks is None or not (self.plan.own or self.plan.local or self.plan.parts):
+        apart = {*self.plan.own, *self.plan.local} if self.together else set()
+        if not (apart or self.plan.parts):
             return torch.nn.utils.get_total_norm(list(gradients.values()))
-        shared = {p for p in self.plan.shared if not is_sharded(p)}
-        both = [[g for p, g in gradients.items() if (p in shared) == flag] for flag in (True, False)]
-        ours, mine = (float(torch.nn.utils.get_total_norm(grads)) ** 2 for grads in both)
-        return torch.tensor((ours + self.ranks.total(mine)[0]) ** 0.5, device=self.ranks.device)
+        squares: dict[tuple[bool, bool], list[Tensor]] = {}
+        for p, g in gradients.items():
+            squares.setdefault((is_sharded(p), p in apart), []).append(g)
+        total = {kind: float(torch.nn.utils.get_total_norm(grads)) ** 2 for kind, grads in squares.items()}
+        if self.plan.mates is not None:
+            parts = [total.get((True, flag), 0.0) for flag in (False, True)]
+            total[True, False], total[True, True] = self.plan.mates.total(*parts)
+        if apart and self.plan.workers is not None:
+            mine = total.pop((False, True), 0.0) + total.pop((True, True), 0.0)
+            total[False, True] = self.plan.workers.total(mine)[0]
+        return torch.tensor(sum(total.values()) ** 0.5, device=next(iter(gradients.values())).device)
 
     def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
         """Scale the gradients so that their ``norm`` is at most ``limit``."""
@@ -180,16 +198,20 @@ class Team:
         if self.together:
             total, wishes = self.ranks.total(float(loss), float(stop))
             return torch.tensor(total), wishes > 0
-        own = loss if self.plan.local else loss * record["rows"]
+        if self.stepping is not None:
+            loss = torch.tensor(self.stepping.total(float(loss))[0])
+        own = loss if self.plan.local else loss * (record["rows"] / self.plan.division.mates_count)
         return own, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
 
     def traffic(self) -> dict[str, int]:
-        """Bytes sent and received since the last call; empty in one process."""
+        """Bytes sent and received since the last call, and of those sent what went to other workers, where workers have
+        several ranks; empty in one process."""
         if self.ranks is None:
             return {}
         now, before = self.ranks.traffic, self._told
         self._told = Traffic(**vars(now))
-        return {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
+        found = {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
+        return found | ({"bytes_sent_between": now.between - before.between} if self.plan.division.is_mesh else {})
 
     def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """For the run's summary: ranks, bytes that one sent in the logged steps, DDP's, how often one was left out."""

@@ -337,7 +337,7 @@ class _Loop:
         session = self.session
         batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
         where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
-        where["own"] = session.run.own_data
+        where["sharing"] = session.plan.mates if session.run.own_data else self.team.ranks
         metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})

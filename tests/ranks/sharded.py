@@ -19,7 +19,8 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.gathered import load_own_model_state_, own_optimizer_state, whole_optimizer_state
 from lowrank.gathered_parts import whole_model_state
-from lowrank.infra.ranks import Ranks, joined, share
+from lowrank.infra.group import share
+from lowrank.infra.ranks import Ranks, joined
 from lowrank.methods import Use
 from lowrank.sharding import shard_
 from lowrank.traffic import forecast
@@ -86,7 +87,7 @@ def trained(
     **options: Any,
 ) -> Result:
     """Seven steps on this rank's rows; weights and optimizer state, whole, and what was said at each step."""
-    plan = lowrank.apply_(make(dtype), method, seed=3, ranks=ranks, synchronised=True)
+    plan = lowrank.apply_(make(dtype), method, seed=3, ranks=ranks, workers=1)
     if ranks is not None and sharded:
         shard_(plan)
     opt = plan.optimizer(lr=1e-2, weight_decay=0.1, **options)
@@ -119,7 +120,7 @@ def _reloaded(
     saved = (whole_model_state(plan), whole_optimizer_state(plan, opt))
     if ranks is not None:
         saved = ranks.gather_objects(saved)[0]
-    fresh = lowrank.apply_(model, method, seed=3, ranks=ranks, synchronised=True)
+    fresh = lowrank.apply_(model, method, seed=3, ranks=ranks, workers=1)
     if ranks is not None:
         shard_(fresh)
     other = fresh.optimizer(lr=1e-2, weight_decay=0.1, **options)
@@ -136,7 +137,7 @@ def tied(ranks: Ranks | None, *, method: lowrank.Method, chunked: bool = False) 
     """GPT-2: weights stored transposed, fused projections, the output tied to the embedding; the loss in chunks."""
     from lowrank.models import text
 
-    plan = lowrank.apply_(gpt2().double(), method, seed=3, ranks=ranks, synchronised=True)
+    plan = lowrank.apply_(gpt2().double(), method, seed=3, ranks=ranks, workers=1)
     if ranks is not None:
         shard_(plan)
     opt = plan.optimizer(lr=1e-2)
@@ -168,7 +169,7 @@ def refused(ranks: Ranks | None) -> Result:
             messages[name] = str(error)
 
     full = lowrank.methods.full()
-    together = partial(lowrank.apply_, ranks=ranks, synchronised=True)
+    together = partial(lowrank.apply_, ranks=ranks, workers=1)
     plan = together(stack(), full)
     shard_(plan)
     note("twice", lambda: shard_(plan))

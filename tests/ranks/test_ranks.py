@@ -13,7 +13,7 @@ from tests.ranks.worker import SCENARIOS, lte, tiny_run, trained
 
 import lowrank
 from lowrank.infra import checkpoint
-from lowrank.infra.ranks import ring_gather_bytes, ring_sum_bytes
+from lowrank.infra.group import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra.record import read_log
 from lowrank.run import Run
 from lowrank.settings import override, resolve

@@ -88,9 +88,9 @@ def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) ->
 def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) -> None:
     wanted = {
         "twice": "sharded already",
-        "order": r"first apply_(model, method, ranks=ranks, synchronised=True), then lowrank.sharding.shard_(plan)",
+        "order": r"first apply_(model, method, ranks=ranks, workers=1), then lowrank.sharding.shard_(plan)",
         "unload": "lowrank export",
-        "apart": "synchronised=True",
+        "apart": "workers=1",
         "rule": "Adafactor on blocks.0.fc1.weight needs the whole gradient",
         "alone": "torchrun",
         "dtypes": "model.to(dtype)",
@@ -126,9 +126,9 @@ def test_settings_that_contradict_the_engine_are_refused() -> None:
     from lowrank.checks import validate
     from lowrank.settings import override
 
-    with pytest.raises(ValueError, match=r"--engine fsdp keeps the ranks in step"):
+    with pytest.raises(ValueError, match=r"--engine fsdp keeps all ranks in step"):
         validate(override(tiny_run(), {"method": "lte", "method.rest": "local", "method.merge_every": 3}))
     with pytest.raises(ValueError, match="--compile with --engine fsdp"):
         validate(override(tiny_run(), {"compile": True}))
-    with pytest.raises(ValueError, match="which synchronised ranks do not"):
-        lowrank.apply_(stack(), lowrank.methods.full(rest="local"), synchronised=True)
+    with pytest.raises(ValueError, match="and there is one: leave it out"):
+        lowrank.apply_(stack(), lowrank.methods.full(rest="local"), workers=1)

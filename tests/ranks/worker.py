@@ -24,7 +24,11 @@ from tests.models import mlp, small_method
 import lowrank
 from lowrank.boundary import whole
 from lowrank.gathered import whole_optimizer_state
-from lowrank.infra.ranks import Ranks, RanksDisagree, joined, share
+from lowrank.gathered_parts import whole_model_state
+from lowrank.infra.group import Traffic, share
+from lowrank.infra.ranks import Ranks, RanksDisagree, joined
+from lowrank.sharding import shard_
+from lowrank.traffic import forecast
 
 BATCH, WIDTH, CLASSES = 12, 10, 4
 Result = dict[str, Any]
@@ -37,15 +41,24 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(
-    ranks: Ranks | None, method: lowrank.Method, *, steps: int = 7, per_layer: bool = False, poison: int | None = None
+    ranks: Ranks | None,
+    method: lowrank.Method,
+    *,
+    steps: int = 7,
+    per_layer: bool = False,
+    poison: int | None = None,
+    workers: int | None = None,
+    sharded: bool = False,
 ) -> Result:
     """A few steps on this rank's rows of each batch; the whole model after them, and what was said at each step."""
     model = mlp(torch.float64)
-    plan = lowrank.apply_(model, method, seed=3, ranks=ranks)
+    plan = lowrank.apply_(model, method, seed=3, ranks=ranks, workers=workers)
+    if sharded:
+        shard_(plan)
     opt = plan.optimizer(lr=1e-2, weight_decay=0.1, per_layer=per_layer)
-    said, local = [], []
+    said, between, local = [], [], []
     for step in range(steps):
-        before = (ranks.traffic.collectives, ranks.traffic.sent) if ranks else (0, 0)
+        before = Traffic(**vars(ranks.traffic)) if ranks else Traffic()
         x, y = batch(step)
         rows = share(BATCH, *(0, 1) if ranks is None else (ranks.rank, ranks.count))
         loss = F.cross_entropy(model(x[rows.start : rows.stop]), y[rows.start : rows.stop], reduction="sum") / BATCH
@@ -55,15 +68,18 @@ def trained(
             plan.own[0].grad.fill_(float("nan"))
         opt.step()
         opt.zero_grad()
-        after = (ranks.traffic.collectives, ranks.traffic.sent) if ranks else (0, 0)
-        said.append((after[0] - before[0], after[1] - before[1]))
-        local.append(weights_of(model))
+        after = ranks.traffic if ranks else Traffic()
+        said.append((after.collectives - before.collectives, after.sent - before.sent))
+        between.append(after.between - before.between)
+        local.append(plain_weights(plan))
     with whole(plan, opt):
-        state = {name: t.clone() for name, t in model.state_dict().items()}
+        state = {name: t.clone() for name, t in whole_model_state(plan).items()}
         moments = whole_optimizer_state(plan, opt)
         x, _ = batch(99)
         output = model.eval()(x).detach()
     own = {"left_out": list(plan.left_out), "said": said, "weights": local, "notes": plan.notes}
+    if ranks is not None and workers is not None:
+        own |= {"forecast": forecast(plan, ranks.count), "between": between}
     return {"state": state, "moments": moments["state"], "output": output, "own": own}
 
 
@@ -94,6 +110,11 @@ def met(ranks: Ranks | None, method: lowrank.Method, *, rows: tuple[int, int] = 
 
 def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
     return {n: p.detach().clone() for n, p in model.named_parameters() if ".adapters." not in n}
+
+
+def plain_weights(plan: lowrank.Plan) -> dict[str, torch.Tensor]:
+    """This rank's weights without adapters; those in parts put together."""
+    return {n: t.detach().clone() for n, t in whole_model_state(plan).items() if ".adapters." not in n}
 
 
 def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:

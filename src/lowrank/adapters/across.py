@@ -1,4 +1,7 @@
-"""Merges over several ranks, and merges that are under way while training goes on.
+"""Merges over several workers, and merges that are under way while training goes on.
+
+Here a rank is a worker: one process, or several in step that speak as one (``infra.workers``); if they hold the weights
+in parts, one adapted matrix at a time is whole on each while it is merged.
 
 Between merges, nothing travels. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all ranks, where a matrix travels
 as whatever is fewer bytes:
@@ -38,7 +41,9 @@ from lowrank.adapters.layer import adapted_layers, fold_, write_merged_
 from lowrank.adapters.lora import LoRAAdapter
 from lowrank.adapters.merge import Merge
 from lowrank.adapters.wire import Exchange, add_up_later, decode, encode
-from lowrank.infra.ranks import Ranks, share
+from lowrank.infra.group import Group, share
+from lowrank.infra.parts import whole_parameter
+from lowrank.infra.ranks import Ranks
 from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import wide
 
@@ -53,14 +58,16 @@ class Terms:
         left_out: ranks whose heads do not count.
         weights: what each rank weighs, shared evenly by its heads; None: every head weighs the same.
         spans: of dense heads the subspace, the same on all ranks, that their changes lie in.
+        mates: the processes of this worker that may hold the weights in parts.
     """
 
     left_out: Collection[int] = ()
     weights: Sequence[float] | None = None
     spans: Mapping[SplitAdapter, Subspace] = field(default_factory=dict)
+    mates: Ranks | None = None
 
 
-def merge_across_(model: nn.Module, ranks: Ranks, merge: Merge, terms: Terms | None = None) -> None:
+def merge_across_(model: nn.Module, ranks: Group, merge: Merge, terms: Terms | None = None) -> None:
     """Fold every adapter into the weights, as ``merge_adapters_`` does, over the heads of all ranks.
 
     Raises:
@@ -82,7 +89,7 @@ def under_way(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def send(model: nn.Module, ranks: Ranks | None, merge: Merge, terms: Terms | None = None) -> Callable[[], None]:
+def send(model: nn.Module, ranks: Group | None, merge: Merge, terms: Terms | None = None) -> Callable[[], None]:
     """Start a merge over the heads of all ranks and go on; the function returned waits for what the others have sent
     and folds it in. What is sent are the heads as they are now, overlapped as they were remembered.
 
@@ -111,26 +118,29 @@ def _fold_(
     model: nn.Module,
     factors: Mapping[SplitAdapter, Factors],
     changes: Mapping[SplitAdapter, Tensor],
-    ranks: Ranks | None,
+    ranks: Group | None,
     merge: Merge,
     terms: Terms,
 ) -> None:
     """W ← W with the mean of all heads, from their factors or as the change that it is; then they settle."""
     done: set[int] = set()
     for _, layer in adapted_layers(model):
-        for part, adapter, W in layer.pieces():
-            if id(adapter) in done or not isinstance(adapter, SplitAdapter) or not adapter.split:
-                continue
-            done.add(id(adapter))
-            before = W.to(wide(W.dtype))
-            if adapter in factors:
-                counting = _counting(adapter.all_heads, ranks, terms)
-                merged = _merged_from(adapter, factors[adapter], counting, before)
-            else:
-                merged = before + changes[adapter]
-            write_merged_(W, merge.step(before, merged, adapter), adapter, part)
-            _settle_(adapter, factors.get(adapter), merge, terms.spans.get(adapter))
-        fold_(layer, done, merge)
+        if all(id(adapter) in done for adapter in layer.adapters.values()):
+            continue
+        with whole_parameter(layer, "weight", terms.mates):
+            for part, adapter, W in layer.pieces():
+                if id(adapter) in done or not isinstance(adapter, SplitAdapter) or not adapter.split:
+                    continue
+                done.add(id(adapter))
+                before = W.to(wide(W.dtype))
+                if adapter in factors:
+                    counting = _counting(adapter.all_heads, ranks, terms)
+                    merged = _merged_from(adapter, factors[adapter], counting, before)
+                else:
+                    merged = before + changes[adapter]
+                write_merged_(W, merge.step(before, merged, adapter), adapter, part)
+                _settle_(adapter, factors.get(adapter), merge, terms.spans.get(adapter))
+            fold_(layer, done, merge)
 
 
 # --- factors ---------------------------------------------------------------------------------------------------------
@@ -143,7 +153,7 @@ def _to_send(adapter: LoRAAdapter, merge: Merge) -> dict[str, Tensor]:
 
 
 def _send_factors(
-    adapters: Sequence[LoRAAdapter], ranks: Ranks | None, merge: Merge, terms: Terms
+    adapters: Sequence[LoRAAdapter], ranks: Group | None, merge: Merge, terms: Terms
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """A and B of all heads, (N, ...), as everyone knows them. What is rounded is what they have changed by since the
     last merge, where factors are kept: so rounding is as fine as the change, and what it leaves out stays in the
@@ -169,7 +179,7 @@ def _decoded(bases: Factors, parts: Factors, exchange: Exchange) -> dict[str, Te
     return {n: b + decode(by_name[n], exchange, tuple(b.shape), b.dtype) for n, b in bases.items()}
 
 
-def _known_factors(adapter: LoRAAdapter, ranks: Ranks, left_out: Collection[int]) -> dict[str, Tensor]:
+def _known_factors(adapter: LoRAAdapter, ranks: Group, left_out: Collection[int]) -> dict[str, Tensor]:
     """What every rank knows already of the factors of all heads: those kept, of heads that have not begun anew."""
     if not adapter.keep:
         shapes = {name: (adapter.all_heads, *p.shape[1:]) for name, p in adapter.named_parameters()}
@@ -197,7 +207,7 @@ def _merged_from(adapter: SplitAdapter, factors: Factors, counting: Mapping[int,
 
 
 def _send_changes(
-    adapters: Sequence[SplitAdapter], ranks: Ranks, merge: Merge, terms: Terms
+    adapters: Sequence[SplitAdapter], ranks: Group, merge: Merge, terms: Terms
 ) -> Callable[[], dict[SplitAdapter, Tensor]]:
     """The mean change (out, in) over the heads of all ranks: dense sums, or inside a subspace that all ranks know."""
     weights, spans = terms.weights, terms.spans
@@ -243,13 +253,13 @@ def _settle_(adapter: SplitAdapter, factors: Factors | None, merge: Merge, span:
         adapter.settle_()
 
 
-def _taking_part(heads: int, ranks: Ranks | None, left_out: Collection[int]) -> list[int]:
+def _taking_part(heads: int, ranks: Group | None, left_out: Collection[int]) -> list[int]:
     if ranks is None:
         return list(range(heads))
     return [h for r in range(ranks.count) if r not in left_out for h in share(heads, r, ranks.count)]
 
 
-def _counting(heads: int, ranks: Ranks | None, terms: Terms) -> dict[int, float]:
+def _counting(heads: int, ranks: Group | None, terms: Terms) -> dict[int, float]:
     """The heads taking part: by number, how many times the mean of them each weighs."""
     part, weights = _taking_part(heads, ranks, terms.left_out), terms.weights
     if weights is None or ranks is None:

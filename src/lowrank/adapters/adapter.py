@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.wire import Exchange
-from lowrank.infra.ranks import share
+from lowrank.infra.group import share
 from lowrank.linalg.rounding import wide
 
 

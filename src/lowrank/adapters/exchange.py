@@ -21,7 +21,7 @@ from lowrank.adapters.adapter import Adapter
 from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.layer import adapted_layers
 from lowrank.adapters.lora import LoRAAdapter
-from lowrank.infra.ranks import Ranks, largest_share, share
+from lowrank.infra.group import Group, largest_share, share
 
 SplitAdapter = LoRAAdapter | DenseAdapter
 KEPT = ("kept_A", "kept_B")
@@ -40,7 +40,7 @@ def sends_factors(adapter: Adapter) -> bool:
 
 
 @contextmanager
-def whole_heads(model: nn.Module, ranks: Ranks) -> Iterator[None]:
+def whole_heads(model: nn.Module, ranks: Group) -> Iterator[None]:
     """A context in which every split adapter holds the heads of all ranks; all of them are sent, dense ones whole."""
     adapters = split_adapters(model)
     own = [_tensors_by_head(adapter) for adapter in adapters]
@@ -52,7 +52,7 @@ def whole_heads(model: nn.Module, ranks: Ranks) -> Iterator[None]:
 
 
 def gather_heads(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Ranks
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Group
 ) -> list[dict[str, Tensor]]:
     """The tensors of all heads, (N, ...) in the heads' order, from each rank's own, (H, ...).
 
@@ -63,7 +63,7 @@ def gather_heads(
 
 
 def gather_heads_later(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Ranks
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Group
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """Start ``gather_heads`` and go on; the function returned waits for it."""
     flat = [(entry, name, t) for entry, named in enumerate(tensors) for name, t in named.items()]

@@ -33,7 +33,7 @@ from torch import Tensor, nn
 from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes
 from lowrank.adapters.product import add_low_rank_
 from lowrank.adapters.wire import Exchange, rounded_bytes, sum_bytes
-from lowrank.infra.ranks import largest_share, ring_gather_bytes
+from lowrank.infra.group import largest_share, ring_gather_bytes
 from lowrank.infra.seeds import draw_normal, generator
 from lowrank.linalg.rounding import wide
 
@@ -266,13 +266,10 @@ class LoRAAdapter(Additive):
         return f"{self.config}, out={self.B.shape[1]}, in={self.A.shape[2]}"
 
 
-def factor_bytes(
-    heads: int, rank: int, shape: tuple[int, ...], width: int, ranks: int, exchange: Exchange = "float32"
-) -> int:
-    """Bytes that each of ``ranks`` processes sends until everyone has everyone's factors for a matrix (out, in)."""
+def factor_bytes(rank: int, shape: tuple[int, ...], width: int, exchange: Exchange = "float32") -> int:
+    """Bytes of one head's factors for a matrix (out, in), as they travel; ``width``: bytes of a number."""
     out, inside = shape
-    head = rounded_bytes(exchange, (rank, inside), width) + rounded_bytes(exchange, (out, rank), width)
-    return ring_gather_bytes(largest_share(heads, ranks) * head, ranks)
+    return rounded_bytes(exchange, (rank, inside), width) + rounded_bytes(exchange, (out, rank), width)
 
 
 def factors_are_fewer(
@@ -280,4 +277,5 @@ def factors_are_fewer(
 ) -> bool:
     """Whether at a merge of ``ranks`` processes everyone's factors to everyone are no more bytes than a sum of dense
     changes of this shape (out, in); ``width``: bytes of a number."""
-    return factor_bytes(heads, rank, shape, width, ranks, exchange) <= sum_bytes(exchange, shape, width, ranks)
+    factors = largest_share(heads, ranks) * factor_bytes(rank, shape, width, exchange)
+    return ring_gather_bytes(factors, ranks) <= sum_bytes(exchange, shape, width, ranks)

@@ -20,7 +20,7 @@ from typing import Literal
 import torch
 from torch import Tensor
 
-from lowrank.infra.ranks import Ranks, ring_gather_bytes, ring_sum_bytes
+from lowrank.infra.group import Group, ring_gather_bytes, ring_sum_bytes
 from lowrank.linalg.blocks import Code, round_bfloat16, split
 
 Exchange = Literal["float32", "bfloat16", "int8"]
@@ -68,7 +68,7 @@ def decode(sent: Sequence[Tensor], exchange: Exchange, shape: tuple[int, ...], d
     return sent[0].to(dtype)
 
 
-def add_up_later(tensors: Sequence[Tensor], ranks: Ranks, exchange: Exchange, tick: int) -> Callable[[], None]:
+def add_up_later(tensors: Sequence[Tensor], ranks: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
     """Start to replace each tensor by its sum over the ranks, rounded as ``exchange`` says where that is fewer bytes;
     the function returned waits and writes the sums.
 
@@ -95,6 +95,6 @@ def add_up_later(tensors: Sequence[Tensor], ranks: Ranks, exchange: Exchange, ti
     return finish
 
 
-def add_up_(tensors: Sequence[Tensor], ranks: Ranks, exchange: Exchange, tick: int) -> None:
+def add_up_(tensors: Sequence[Tensor], ranks: Group, exchange: Exchange, tick: int) -> None:
     """``add_up_later``, waited for."""
     add_up_later(tensors, ranks, exchange, tick)()

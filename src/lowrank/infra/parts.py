@@ -100,7 +100,7 @@ def part_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Part
     if not is_sharded(p):
         return None
     cut: Any = p
-    remedy = "apply_(model, method, ranks=ranks, synchronised=True), then lowrank.sharding.shard_(plan)"
+    remedy = "apply_(model, method, ranks=ranks, workers=1), then lowrank.sharding.shard_(plan)"
     if ranks is None:
         raise ValueError(f"{name} is sharded over several processes, and the plan knows of one: {remedy}")
     placement = cut.placements[0]

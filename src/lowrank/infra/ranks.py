@@ -4,41 +4,37 @@
         ranks.sum_(tensors)            in place, bitwise the same on every rank
         ranks.gather(tensors)          those of all ranks, in the order of the ranks
 
-Everything that is sent goes through these few functions, which count it. Bytes are what a ring sends per rank, whatever
-the backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank contributes to a gather, all of a broadcast. A rank
-receives as much.
+Everything that is sent goes through a few functions (``group``), which count it.
 
 A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a socket
 listening, its doorbell: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
 
-gloo on CPUs, nccl on GPUs. Shape legend: R ranks.
+gloo on CPUs, nccl on GPUs.
 """
 
 from __future__ import annotations
 
+import copy
 import gc
-import hashlib
 import os
-import pickle
 import re
 import socket
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import closing, contextmanager
-from dataclasses import dataclass
 from datetime import timedelta
 from functools import partial
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from lowrank.infra.group import Group, Traffic, buckets, ring_gather_bytes, ring_sum_bytes
+
 T = TypeVar("T")
 TIMEOUT_SECONDS = 300.0  # LOWRANK_TIMEOUT overrides it
-BUCKET_BYTES = 25 * 2**20
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -48,50 +44,6 @@ class RankLost(ConnectionError):
 
 class RanksDisagree(ValueError):
     """The ranks were not started alike; the message says who differs in what."""
-
-
-@dataclass
-class Traffic:
-    """Bytes that one rank has sent and received."""
-
-    sent: int = 0
-    received: int = 0
-    collectives: int = 0
-
-    def count(self, size: int) -> None:
-        self.sent, self.received, self.collectives = self.sent + size, self.received + size, self.collectives + 1
-
-
-def ring_sum_bytes(size: int, ranks: int) -> int:
-    """Bytes that each rank of a ring sends (and receives) to sum ``size`` bytes: scatter the sums, gather them.
-
-    >>> ring_sum_bytes(1000, 4)
-    1500
-    """
-    return 2 * (ranks - 1) * size // ranks
-
-
-def ring_gather_bytes(size: int, ranks: int) -> int:
-    """Bytes that each rank of a ring sends (and receives) until everyone has everyone's ``size`` bytes.
-
-    >>> ring_gather_bytes(1000, 4)
-    3000
-    """
-    return (ranks - 1) * size
-
-
-def share(count: int, rank: int, ranks: int) -> range:
-    """Which of ``count`` things are this rank's: consecutive, as even as it goes.
-
-    >>> [list(share(5, rank, 2)) for rank in range(2)]
-    [[0, 1], [2, 3, 4]]
-    """
-    return range(rank * count // ranks, (rank + 1) * count // ranks)
-
-
-def largest_share(count: int, ranks: int) -> int:
-    """The longest of the ranks' shares: what is gathered is padded to it."""
-    return -(-count // ranks)
 
 
 def is_first() -> bool:
@@ -109,12 +61,15 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Ranks:
-    """This process among ``count``, as number ``rank``; made by :func:`joined`."""
+class Ranks(Group):
+    """This process among ``count``, as number ``rank``: all that there are (:func:`joined`), or some (``divided``)."""
 
     def __init__(self, device: torch.device, timeout: float):
         self.rank, self.count, self.device, self.timeout = dist.get_rank(), dist.get_world_size(), device, timeout
-        self.traffic = Traffic()
+        self.traffic, self.between = Traffic(), True
+        self.numbers: Sequence[int] = range(self.count)  # of each member among all ranks
+        self.process_group: Any = dist.group.WORLD
+        self._divided: dict[tuple[tuple[int, ...], ...], Ranks] = {}
         self._door = socket.create_server(("", 0), backlog=64)
         self._doors: list[tuple[str, int]] = []
         self._doors = self.gather_objects((_own_address(), self._door.getsockname()[1]))
@@ -123,7 +78,27 @@ class Ranks:
         return f"{self.count} ranks ({dist.get_backend()}, timeout {self.timeout:g} s), this is rank {self.rank}"
 
     def close(self) -> None:
+        self._divided.clear()
         self._door.close()
+
+    def divided(self, groups: Sequence[Sequence[int]], *, between: bool) -> Ranks:
+        """The one of ``groups``, which divide all ranks, that this rank is in. All ranks must call it.
+
+        Args:
+            groups: the numbers of each group's ranks.
+            between: what is said there goes to other workers, and is counted as such; what is said to all is too.
+        """
+        key = tuple(tuple(numbers) for numbers in groups)
+        if key in self._divided:  # making groups takes time, and torch keeps them until the end
+            return self._divided[key]
+        timeout = timedelta(seconds=self.timeout)
+        group, _ = dist.new_subgroups_by_enumeration([list(numbers) for numbers in key], timeout=timeout)
+        found = self._divided[key] = copy.copy(self)  # which counts into the same traffic
+        found.numbers = next(numbers for numbers in key if self.rank in numbers)
+        found.rank, found.count = found.numbers.index(self.rank), len(found.numbers)
+        found.process_group, found.between = group, between
+        found._doors = [self._doors[number] for number in found.numbers]
+        return found
 
     # --- what is said --------------------------------------------------------------------------------------------
 
@@ -134,96 +109,50 @@ class Ranks:
             RankLost: it failed.
         """
         found: T = self._say(what, collective)
-        self.traffic.count(size)
+        self.traffic.count(size, between=self.between)
         return found
 
-    def sum_(self, tensors: Sequence[Tensor]) -> None:
-        """Replace each tensor by its sum over the ranks; all ranks give the same shapes, in the same order.
+    def _add_up(self, flat: Tensor) -> Callable[[], object]:
+        reduce = partial(dist.all_reduce, flat, group=self.process_group, async_op=True)
+        wait = self._start("a sum", reduce)
+        self.traffic.count(ring_sum_bytes(flat.nbytes, self.count), between=self.between)
+        return wait
 
-        Sums are float32 or wider, whatever the tensors are. Each number is summed on one rank and then passed on, so
-        that all ranks hold the same bits.
-        """
-        self.sum_later(tensors)()
+    def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
+        everyone = flat.new_empty(self.count, flat.numel())
+        gather = partial(dist.all_gather, list(everyone), flat, group=self.process_group, async_op=True)
+        wait = self._start("a gathering", gather)
+        self.traffic.count(ring_gather_bytes(flat.nbytes, self.count), between=self.between)
 
-    def sum_later(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
-        """Start ``sum_`` and go on; the function returned waits for it and writes the sums. What the tensors are in the
-        meantime does not matter."""
-        started = []
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.detach().reshape(-1).to(_wide(t.dtype)) for t in bucket])
-            wait = self._start("a sum", partial(dist.all_reduce, flat, async_op=True))
-            started.append((bucket, flat, wait))
-            self.traffic.count(ring_sum_bytes(flat.nbytes, self.count))
+        def arrive() -> Tensor:
+            wait()
+            return everyone.view(self.count, flat.numel())  # and so flat is held until all have read it
 
-        def finish() -> None:
-            for bucket, flat, wait in started:
-                wait()
-                for tensor, part in zip(bucket, flat.split([t.numel() for t in bucket]), strict=True):
-                    tensor.copy_(part.view(tensor.shape))
-
-        return finish
-
-    def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
-        """For each tensor everyone's, (R, ...); all ranks give the same shapes and dtypes, in the same order."""
-        return self.gather_later(tensors)()
-
-    def gather_later(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
-        """Start ``gather`` and go on; the function returned waits for it."""
-        started = []
-        for bucket in _buckets(tensors):
-            flat = torch.cat([t.detach().reshape(-1) for t in bucket])
-            everyone = flat.new_empty(self.count, flat.numel())
-            wait = self._start("a gathering", partial(dist.all_gather, list(everyone), flat, async_op=True))
-            started.append((bucket, flat, everyone, wait))  # flat is read until then
-            self.traffic.count(ring_gather_bytes(flat.nbytes, self.count))
-
-        def finish() -> list[Tensor]:
-            gathered: list[Tensor] = []
-            for bucket, _, everyone, wait in started:
-                wait()
-                parts = everyone.split([t.numel() for t in bucket], dim=1)
-                gathered += [part.reshape(self.count, *t.shape) for part, t in zip(parts, bucket, strict=True)]
-            return gathered
-
-        return finish
+        return arrive
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
         """Replace each tensor by that of rank ``source``; they may lie elsewhere than the ranks talk."""
-        for bucket in _buckets(tensors):
+        number = self.numbers[source]
+        for bucket in buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket]).to(self.device)
-            self._say("a broadcast", lambda flat=flat: dist.broadcast(flat, source))  # type: ignore[misc]
-            self.traffic.count(flat.nbytes)
+            self._say("a broadcast", partial(dist.broadcast, flat, number, group=self.process_group))
+            self.traffic.count(flat.nbytes, between=self.between)
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
                 tensor.copy_(part.view(tensor.shape))
-
-    def gather_objects(self, value: T) -> list[T]:
-        """The ``value`` of every rank, in the order of the ranks; for small objects, since it is pickled."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
-        sizes = self.gather([torch.tensor([data.numel()], device=self.device)])[0].flatten().tolist()
-        padded = data.new_zeros(max(sizes))
-        padded[: data.numel()] = data
-        rows = self.gather([padded])[0].cpu()
-        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
-
-    def total(self, *numbers: float) -> list[float]:
-        """The sums over the ranks of a few numbers, in float64."""
-        values = torch.tensor(numbers, dtype=torch.float64, device=self.device)
-        self.sum_([values])
-        return values.tolist()
 
     def agree(self, facts: Mapping[str, object]) -> None:
         """Refuse ranks that were not started alike.
 
         Raises:
-            RanksDisagree: on every rank, naming each rank that differs from rank 0, and in what.
+            RanksDisagree: on every rank, naming each rank that differs from the first, and in what.
         """
-        everyone = self.gather_objects(dict(facts))
+        first, *others = zip(self.numbers, self.gather_objects(dict(facts)), strict=True)
         objections = [
-            f"rank {rank} has {name} {theirs.get(name)}, rank 0 has {everyone[0].get(name)}"
-            for rank, theirs in enumerate(everyone)
-            for name in {**everyone[0], **theirs}
-            if theirs.get(name) != everyone[0].get(name)
+            f"rank {rank} has {name} {theirs.get(name)}, rank {first[0]} has {first[1].get(name)}"
+            for rank, theirs in others
+            for name in {**first[1], **theirs}
+            if theirs.get(name) != first[1].get(name)
         ]
         if objections:
             raise RanksDisagree(
@@ -245,15 +174,16 @@ class Ranks:
             raise RankLost(self._explain(what, error)) from error
 
     def _explain(self, what: str, error: Exception) -> str:
-        others = [r for r in range(len(self._doors)) if r != self.rank]
+        me, others = self.numbers[self.rank], [r for r in range(len(self._doors)) if r != self.rank]
         lost = [r for r in others if not self._answers(r)]
         reason = _reason(error)
         if lost:
-            names = ", ".join(f"rank {r} ({self._doors[r][0]})" for r in lost)
-            return f"{names} is gone; rank {self.rank} was waiting for {what}: {reason}. Resume from the checkpoint"
-        names = f"rank {others[0]}" if len(others) == 1 else f"one of ranks {', '.join(map(str, others))}"
+            names = ", ".join(f"rank {self.numbers[r]} ({self._doors[r][0]})" for r in lost)
+            return f"{names} is gone; rank {me} was waiting for {what}: {reason}. Resume from the checkpoint"
+        numbers = ", ".join(str(self.numbers[r]) for r in others)
+        names = f"rank {numbers}" if len(others) == 1 else f"one of ranks {numbers}"
         return (
-            f"{names} lives but did not answer rank {self.rank} in {what} within {self.timeout:g} s ({reason}); if it "
+            f"{names} lives but did not answer rank {me} in {what} within {self.timeout:g} s ({reason}); if it "
             "is only slow, set LOWRANK_TIMEOUT to more seconds"
         )
 
@@ -344,43 +274,7 @@ def _store_of_this_life(timeout: float) -> dist.Store:
     return dist.PrefixStore(life, store)
 
 
-def digest(tensors: Mapping[str, Tensor]) -> str:
-    """A short fingerprint of tensors: names, shapes, dtypes and every bit."""
-    found = hashlib.blake2b(digest_size=8)
-    for name in sorted(tensors):
-        tensor = tensors[name].detach().cpu().contiguous()
-        found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
-        found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return found.hexdigest()
-
-
-def code_version(version: str) -> str:
-    """``version`` and a short fingerprint of the package's sources."""
-    found = hashlib.blake2b(digest_size=6)
-    package = Path(__file__).resolve().parents[1]
-    for path in sorted(package.rglob("*.py")):
-        found.update(str(path.relative_to(package)).encode() + path.read_bytes())
-    return f"{version} ({found.hexdigest()})"
-
-
 # --- small helpers ---------------------------------------------------------------------------------------------------
-
-
-def _wide(dtype: torch.dtype) -> torch.dtype:
-    return torch.float32 if dtype in (torch.bfloat16, torch.float16) else dtype
-
-
-def _buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype together, up to ``BUCKET_BYTES`` (or one larger tensor)."""
-    bucket: list[Tensor] = []
-    for tensor in tensors:
-        size = sum(t.nbytes for t in bucket)
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
-            yield bucket
-            bucket = []
-        bucket.append(tensor)
-    if bucket:
-        yield bucket
 
 
 def _reason(error: Exception) -> str:

@@ -13,11 +13,12 @@ result equals the ordinary step's, bitwise. With ``accumulate=K`` the hook waits
 coming step needs the gradient only in a smaller form (``folds``) keeps that form between micro-batches, every other
 keeps ``p.grad``.
 
-Over several ranks the gradients of ``shared`` parameters are summed before the step (each rank divides its loss by the
-global batch, so that the sum is the mean's gradient): plain sums of our own gradients after the backward pass, in
-buckets, and not DDP, whose reducer knows only the parameters that it was wrapped round, sums within the backward pass
-whatever the rule, and has no place where R could stand for G. A rule that ``folds`` sends R = QᵀG, rank-sized, and the
-basis is refreshed from the one summed G. Per layer the sum is in the hook. Nothing overlaps with the backward pass.
+Over several ranks gradients are summed before the step (each rank divides its loss by the global batch, so that the sum
+is the mean's gradient), each over the ranks that ``summed`` gives for its parameter: plain sums of our own gradients
+after the backward pass, in buckets, and not DDP, whose reducer knows only the parameters that it was wrapped round,
+sums within the backward pass whatever the rule, and has no place where R could stand for G. A rule that ``folds``
+sends R = QᵀG, rank-sized, and the basis is refreshed from the one summed G. Per layer the sum is in the hook. Nothing
+overlaps with the backward pass.
 
 Of a parameter that is sharded (FSDP2) all that is seen here is this rank's part: of the parameter, the gradient that
 FSDP has summed, and the state (``optim.sharded`` says what each rule makes of that).
@@ -36,7 +37,8 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank.infra.parts import Part, is_sharded, local, part_of
+from lowrank.infra.group import Group
+from lowrank.infra.parts import Part, local, part_of
 from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
 from lowrank.linalg.products import Subspace
@@ -72,9 +74,10 @@ class Optimizer(torch.optim.Optimizer):
         expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
-        ranks: the processes that train together; each divides its loss by the global batch.
-        shared: the parameters whose gradients the ranks sum; every other is trained by each rank on its own. Gradients
-            of sharded parameters have been summed already.
+        mates: the ranks that train in step with this one, which may hold parameters in parts between them.
+        summed: the ranks over which a parameter's gradient is summed before its step; none for who trains it alone, or
+            where FSDP has done it.
+        agreed: with whom the heads in a parameter share a basis, where they share one.
 
     Raises:
         ValueError: no parameters, a parameter given twice or frozen, a group without a rule, a size that is not
@@ -93,10 +96,11 @@ class Optimizer(torch.optim.Optimizer):
         boundary: Callable[[int], None] | None = None,
         expect: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
-        ranks: Ranks | None = None,
-        shared: Iterable[nn.Parameter] = (),
+        mates: Ranks | None = None,
+        summed: Mapping[nn.Parameter, Ranks] | None = None,
+        agreed: Mapping[nn.Parameter, Group] | None = None,
     ):
-        if ranks is not None and scaler is not None and scaler.is_enabled():
+        if (mates is not None or summed or agreed) and scaler is not None and scaler.is_enabled():
             raise ValueError("float16 scales the loss of each rank by itself: use bfloat16 with several ranks")
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate} must be at least 1")
@@ -115,8 +119,8 @@ class Optimizer(torch.optim.Optimizer):
         self._stepped: set[nn.Parameter] = set()
         self._inverse_scale: Tensor | None = None
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
-        self._ranks = ranks
-        self._shared = dict.fromkeys(p for p in (shared if ranks is not None else ()) if not is_sharded(p))
+        self._mates = mates
+        self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
         self._parts: dict[nn.Parameter, Part | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
         self._synchronised = False
@@ -139,7 +143,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
                 name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
-                self._parts[p] = part_of(p, self._ranks, name)
+                self._parts[p] = part_of(p, self._mates, name)
                 self._rules[p] = on_part(group["rule"], self._parts[p], name)
         except ValueError:
             self.param_groups.pop()
@@ -213,46 +217,46 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def synchronise_(self, *, whole: bool = False) -> None:
-        """Sum the gradients of shared parameters over the ranks; ``step()`` does it where it has not been done.
+        """Sum the gradients over the ranks; ``step()`` does it where it has not been done.
 
-        Afterwards ``grad`` is the same on all ranks, or None where the rule needs only R = QᵀG, which was then summed
-        in its place; ``whole=True`` sums G all the same, for callers that need its norm. A parameter without a gradient
-        on some ranks counts as zero there. Does nothing in one process, and with ``per_layer``.
+        Afterwards ``grad`` is the same on all ranks that sum it, or None where the rule needs only R = QᵀG, which was
+        then summed in its place; ``whole=True`` sums G all the same, for callers that need its norm. A parameter
+        without a gradient on some ranks counts as zero there. Does nothing in one process, and with ``per_layer``.
         """
-        if not self._shared or self._ranks is None or self.per_layer or self._synchronised:
+        if self.per_layer or self._synchronised:
             return
         self._synchronised = True
+        for ranks in dict.fromkeys(self._summed.values()):
+            self._sum_over(ranks, [p for p, over in self._summed.items() if over is ranks], whole=whole)
+
+    def _sum_over(self, ranks: Ranks, params: list[nn.Parameter], *, whole: bool) -> None:
         sent: list[Tensor] = []
-        device = next(iter(self._shared)).device
-        present = torch.tensor([float(p.grad is not None) for p in self._shared], device=device)
-        for p in self._shared:
-            g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
+        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            g = _dense(p.grad)
             if not whole and self._folds(p):
                 self._folded[p], p.grad = self._fold(p, g), None
-            else:
-                p.grad = g
             sent.append(self._folded.get(p, g))
-        self._ranks.sum_([present, *sent])
-        for p, holders in zip(self._shared, present.tolist(), strict=True):
+        ranks.sum_([present, *sent])
+        for p, holders in zip(params, present.tolist(), strict=True):
             if not holders:
                 p.grad = None
                 self._folded.pop(p, None)
 
     def _agree_bases_(self, params: Iterable[nn.Parameter]) -> None:
-        """Refresh the bases that heads share and that are due; with the heads of other ranks, where each has its
+        """Refresh the bases that heads share and that are due; with the heads of other workers, where each has its
         own."""
-        due: dict[bool, list[Refresh]] = {True: [], False: []}
+        due: dict[Group | None, list[Refresh]] = {}
         for p in params:
-            agreement = getattr(self._place[p][1]["rule"], "agreement", None)
-            alone = self._ranks is None or p in self._shared
-            if agreement is None or (alone and p.grad is None):
+            agreement, others = getattr(self._place[p][1]["rule"], "agreement", None), self._agreed.get(p)
+            if agreement is None or (others is None and p.grad is None):
                 continue
             g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
             if (refresh := agreement(g, self.state[p])) is not None:
-                due[alone].append(refresh)
-        together(due[True], lambda told: None)
-        if self._ranks is not None:
-            together(due[False], self._ranks.sum_)
+                due.setdefault(others, []).append(refresh)
+        for others, refreshes in due.items():
+            together(refreshes, (lambda told: None) if others is None else others.sum_)
 
     def span(self, p: nn.Parameter) -> Subspace | None:
         """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
@@ -364,10 +368,10 @@ class Optimizer(torch.optim.Optimizer):
         p.grad = None
         if g is None:
             return
-        if p in self._shared and self._ranks is not None:
+        if p in self._summed:
             if not folded and self._folds(p):
                 g, folded = self._fold(p, g), True
-            self._ranks.sum_([g])
+            self._summed[p].sum_([g])
         if folded:
             self._step_folded(p, group, g)
         else:
@@ -451,9 +455,9 @@ class Optimizer(torch.optim.Optimizer):
                         "is sharded; use share=0 or share=1"
                     )
         for p in params:
-            rule = self._place[p][1]["rule"]
+            rule: Any = self._rules[p]
             if share == 1.0 and hasattr(rule, "restart_"):
-                rule.restart_(self.state[p], p)
+                rule.restart_(self.state[p], local(p))
                 rule.place_(self.state[p], self._place[p][0])
             elif share == 1.0:
                 self._start_state(p, *self._place[p])

@@ -95,11 +95,15 @@ class ProjectedPart(Projected):
         """The state of the part that is ``like`` this one."""
         return super().init(self._stand_in(like))
 
-    def _like_inside(self, g: Tensor) -> Tensor:
+    def inside_shape_here(self) -> tuple[int, ...]:
+        """The shape of what this rank has of R."""
         shape = list(inside_shape(self._whole_shape, self.side, self.rank))
         if not self.crosses:
             shape[self._dim] = self.part.local_shape[self.part.dim]
-        return g.new_empty(shape)
+        return tuple(shape)
+
+    def _like_inside(self, g: Tensor) -> Tensor:
+        return g.new_empty(self.inside_shape_here())
 
     def _present(self, like: Tensor, state: State) -> Subspace:
         if tuple(like.shape) == self._whole_shape:

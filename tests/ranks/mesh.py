@@ -1,0 +1,125 @@
+"""Four ranks as two workers of two: ``python -m tests.ranks.mesh FOLDER [start]``.
+
+The scenarios are those of ``worker``, which two ranks run as two workers of one each: the numbers must be the same,
+whether the ranks of a worker hold its model whole or in parts.
+"""
+
+from __future__ import annotations
+
+import sys
+import warnings
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from tests.ranks import worker
+from tests.ranks.worker import Result, lte
+
+import lowrank
+from lowrank.infra.group import share
+from lowrank.infra.ranks import Ranks, joined
+from lowrank.infra.workers import divide
+
+WORKERS = 2
+NAMES = [  # of those with one head a worker: with more, each rank's rows are split otherwise than two ranks' are
+    *("lte", "lte-train", "lte-reset", "lte-reset-train", "lte-per-layer", "lte-local", "lte-outer", "lte-tokens-even"),
+    *("lte-bfloat16", "lte-int8", "lte-int8-reset", "lte-overlap", "lte-overlap-int8", "lte-overlap-nan", "lte-nan"),
+    *("full-local", "explorers", "explorers-svd-two", "explorers-per-layer", "explorers-nan"),
+    *("full", "lora", "dora", "relora", "galore", "galore-per-layer", "apollo"),
+]
+EXTRA = {"explorers-svd-two": partial(worker.trained, method=worker.explorers(basis="svd"))}
+
+
+TOGETHER = {"method.rest": "train", "method.rest_every": None}  # what resumes bitwise, and what one process does too
+
+
+def scenario(name: str) -> Any:
+    return EXTRA.get(name) or worker.SCENARIOS[name][0]
+
+
+def talking(ranks: Ranks) -> Result:
+    """Workers that speak as one: sums and gatherings of sizes that do and do not go round the mates."""
+    division = divide(ranks, WORKERS)
+    workers, mates = division.workers, division.mates
+    assert workers is not None
+    assert mates is not None
+    before = torch.tensor([ranks.traffic.sent, ranks.traffic.between])
+    tensors = [torch.arange(n, dtype=torch.float64) + 10 * workers.rank for n in (1, 3, 4)]
+    gathered = workers.gather(tensors)
+    later = workers.gather_later(tensors)
+    workers.sum_(tensors)
+    objects = workers.gather_objects({"worker": workers.rank})
+    told = torch.full((2,), float(ranks.rank))
+    mates.broadcast_([told], 1)
+    after = torch.tensor([ranks.traffic.sent, ranks.traffic.between])
+    return {
+        "place": (workers.rank, mates.rank, [*mates.numbers], [*(division.peers.numbers if division.peers else ())]),
+        "gathered": gathered,
+        "later": later(),
+        "sums": tensors,
+        "objects": objects,
+        "told": told,
+        "sent": (after - before).tolist(),
+    }
+
+
+def refused(ranks: Ranks) -> Result:
+    """What cannot be, each with its message."""
+    messages = {}
+    for name, workers in {"three": 3, "none": 0}.items():
+        try:
+            divide(ranks, workers)
+        except ValueError as error:
+            messages[name] = str(error)
+    try:
+        lowrank.apply_(worker.mlp(), lte(heads=2, rest="freeze"), ranks=ranks)
+    except ValueError as error:
+        messages["heads"] = str(error)
+    return messages
+
+
+def mesh_run(**options: Any) -> Any:
+    """Nine steps of LTE with a local rest, two workers of two ranks that hold their model in parts."""
+    from lowrank.settings import override, resolve
+
+    mesh = {"engine": "fsdp", "workers": 2, "batch-size": 8, "method.heads": 2, "device": "cpu", "method.rest": "local"}
+    often = {"method.rest_every": 3, "checkpoint-every": 3, "eval-every": 3}
+    return resolve(override(worker.tiny_run(), {**mesh, **often, **options}))
+
+
+def runs(ranks: Ranks, folder: Path) -> Result:
+    """The loop on the mesh: straight, and stopped by one rank and gone on with."""
+    from lowrank.train import train
+
+    seldom = {"eval-every": 9, "checkpoint-every": 9}  # what they say is in the next record
+    found = {"local": train(mesh_run(**seldom), folder / "local", quiet=True)}
+    found["straight"] = train(mesh_run(**TOGETHER), folder / "straight", quiet=True)
+    train(mesh_run(**TOGETHER, **{"stop-at": 6}), folder / "stopped", quiet=True)
+    train(mesh_run(**TOGETHER), folder / "stopped", resume=True, quiet=True)
+    text = folder / f"text-{share(2, 0, 1)[ranks.rank // 2]}.txt"
+    if ranks.rank % 2 == 0:
+        text.write_text(f"Node {ranks.rank // 2} reads this. " * (200 + 100 * ranks.rank))
+    ranks.total(0.0)
+    own = {"own-data": True, "data": str(text), "method.weigh": "tokens", "eval-batches": None, "batch-size": 9}
+    found["own"] = train(mesh_run(**own), folder / "own", quiet=True)
+    return found
+
+
+def main(folder: Path) -> None:
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks is not None
+        found: dict[str, Any] = {"talking": talking(ranks), "refused": refused(ranks)}
+        for name in NAMES:
+            poison = {"poison": 3} if "nan" in name else {}
+            for sharded in (True, False) if name in ("lte-local", "lte-train", "galore") else (True,):
+                function = partial(scenario(name), workers=WORKERS, sharded=sharded, **poison)
+                found[name if sharded else f"{name}-whole"] = function(ranks)
+        found["runs"] = runs(ranks, folder)
+        torch.save(found, folder / f"mesh-{ranks.rank}.pt")
+
+
+if __name__ == "__main__":
+    main(Path(sys.argv[1]))
