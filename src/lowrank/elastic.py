@@ -5,6 +5,7 @@ checkpoints, each with the weights, the optimizer's state and the heads of all r
 one node's disk lost, with other nodes, or with more or fewer of them:
 
     keeps     rank 0, and the first rank of each further node that does not see the same folder as one before it
+    keeping   what each rank keeps of a model that is sharded: its parts, where they can lie in one folder
     newest    the ranks exchange which newest good checkpoint they have; the newest of all is copied to whoever lacks it
 
 Damaged checkpoints are passed over, with a note.
@@ -18,9 +19,11 @@ from pathlib import Path
 
 import torch
 
+from lowrank.gathered_parts import Keeping
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.infra.ranks import Ranks, first_on_node
+from lowrank.plan import Plan
 
 PIECE = 1 << 24  # bytes of a file that travel at once
 
@@ -45,6 +48,30 @@ def keeps(out: Path, ranks: Ranks | None) -> bool:
     ranks.total(0.0)
     signs[ranks.rank].unlink(missing_ok=True)
     return first_on_node() and not shared
+
+
+def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
+    """What this rank gets of what is to be saved; ``keeper``: whether it writes. Every rank must call it.
+
+    The ranks that hold a model in parts write them side by side where one of them is a keeper and all see its folder.
+    """
+    if not plan.parts or plan.mates is None:
+        return "whole" if keeper else "help"
+    everyone = plan.mates.gather_objects((keeper, uuid.uuid4().hex))
+    keepers = [name for writes, name in everyone if writes]
+    if not keepers:
+        return "nothing"
+    sign = out / f".parts-{keepers[0]}"
+    if keeper:
+        out.mkdir(parents=True, exist_ok=True)
+        sign.touch()
+    plan.mates.total(0.0)
+    seen = all(plan.mates.gather_objects(sign.exists()))
+    plan.mates.total(0.0)
+    sign.unlink(missing_ok=True)
+    if len(keepers) == 1 and seen:
+        return "parts"
+    return "whole" if keeper else "help"
 
 
 def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None, list[str]]:

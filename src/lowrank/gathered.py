@@ -3,9 +3,9 @@
     save    inside ``boundary.whole``: the model's own ``state_dict``, and here the optimizer's, all heads gathered
     load    each rank takes its heads out of it; one process takes it as it is
 
-Of a rest that trains locally the weights saved are the ranks' mean and the optimizer's state is rank 0's: such a run
-resumes as if it had just been averaged. Everything else resumes bitwise, with as many ranks as saved it. For sharded
-models see ``gathered_parts``.
+Of a rest that trains locally the weights saved are the workers' mean and the optimizer's state is that of the first
+rank to write on each disk: such a run resumes as if it had just been averaged. Everything else resumes bitwise, with as
+many ranks as saved it. For sharded models see ``gathered_parts``.
 """
 
 from __future__ import annotations
@@ -16,8 +16,8 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, own_part
-from lowrank.gathered_parts import load_model_state_, put_together_, take_parts_
-from lowrank.infra.fingerprints import digest
+from lowrank.gathered_parts import Keeping, load_model_parts_, own_optimizer_parts, put_together_
+from lowrank.infra import checkpoint
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
 
@@ -47,12 +47,12 @@ def check_state(plan: Plan, opt: Optimizer) -> None:
                 )
 
 
-def whole_optimizer_state(plan: Plan, opt: Optimizer, *, keep: bool = True) -> dict[str, Any]:
-    """``opt.state_dict()`` of one process with all heads. Every rank must call it; the state of sharded parameters is
-    only for who will ``keep`` it."""
+def whole_optimizer_state(plan: Plan, opt: Optimizer, keeping: Keeping = "whole") -> dict[str, Any]:
+    """``opt.state_dict()`` of one process with all heads. Every rank must call it; of the state of sharded parameters
+    each gets what ``keeping`` says."""
     state = opt.state_dict()
     if plan.parts:
-        put_together_(plan, opt, state, keep=keep)
+        put_together_(plan, opt, state, keeping)
     if plan.workers is None or not plan.own:
         return state
     by_name = _by_name(state)
@@ -65,30 +65,32 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer, *, keep: bool = True) -> d
     return state
 
 
-def load_own_model_state_(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """What this rank's model holds of a checkpoint's ``tensors``.
+def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:
+    """Load what this rank's model holds of a checkpoint.
 
     Raises:
-        RanksDisagree: the ranks of a sharded model have read different checkpoints.
+        RanksDisagree: the ranks of a sharded model have different checkpoints.
     """
-    if plan.parts and plan.ranks is not None:
-        plan.ranks.agree({"checkpoint": digest(tensors)})
     split = split_names(plan.model)
-    own = {name: own_part(*split[name], tensor) if name in split else tensor for name, tensor in tensors.items()}
-    if plan.parts:
-        return load_model_state_(plan, own)
-    plan.model.load_state_dict(own)
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        return own_part(*split[name], tensor) if name in split else tensor
+
+    if plan.parts and plan.ranks is not None:
+        plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
+        load_model_parts_(plan, saved, own)
+    else:
+        plan.model.load_state_dict({name: own(name, tensor) for name, tensor in saved.tensors.items()})
 
 
-def own_optimizer_state(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> dict[str, Any]:
-    """What this rank's optimizer holds of a checkpoint's optimizer state; ``saved`` is changed."""
-    if plan.parts:
-        take_parts_(plan, opt, saved)
-    by_name = _by_name(saved)
+def own_optimizer_state(plan: Plan, opt: Optimizer, saved: checkpoint.Checkpoint) -> dict[str, Any]:
+    """What this rank's optimizer holds of a checkpoint's optimizer state."""
+    own: dict[str, Any] = own_optimizer_parts(plan, opt, saved) if plan.parts else saved.optimizer
+    by_name = _by_name(own)
     for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
         if (nest := by_name.get(opt.name_of(p))) is not None:
             _replace_(nest, lambda t, a=adapter: own_part(a, "", t) if t.dim() else t)  # type: ignore[misc]
-    return saved
+    return own
 
 
 def _by_name(state: dict[str, Any]) -> dict[str, dict[str, Any]]:

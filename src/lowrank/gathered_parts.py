@@ -1,87 +1,127 @@
-"""Checkpoints of a sharded model (``sharding``): what one process that holds it all would have saved, and back.
+"""Checkpoints of a sharded model (``sharding``): what one process that holds it all would have saved, in parts or put
+together, and back.
 
-    save    each parameter, and its optimizer state, is put together from everyone's parts, one at a time; who writes
-            the checkpoint (each node's first rank) keeps the result, in its processor's memory
-    load    every rank reads the whole checkpoint and keeps its parts
+    in parts   every rank of a worker writes its own into one folder (``infra.checkpoint_parts``)
+    whole      where the ranks of a worker do not all see one folder, as on nodes with disks of their own: each
+               parameter, and its optimizer state, is put together from everyone's parts, one at a time; who writes
+               (each node's first rank) keeps the result, in its processor's memory
+    load       every rank reads its parts, of a checkpoint of either kind
 
-So a run goes on with any number of ranks, sharded or not, and its folder opens in one process.
+So a run goes on with any number of ranks, sharded or not, and its folder opens in one process. State in 8 bits is kept
+in blocks of the part; it is put together to be saved, by the ranks in turn.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from typing import Any
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.infra.parts import Part, local, part_of, reshard_
+from lowrank.infra.checkpoint import Checkpoint
+from lowrank.infra.checkpoint_parts import read_parts
+from lowrank.infra.nest import unflatten
+from lowrank.infra.parts import Cut, Part, local, part_of, reshard_
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
-from lowrank.optim.sharded import own_state, whole_state
+from lowrank.optim.sharded import Cuts, cuts_of, own_state, whole_state
 from lowrank.plan import Plan
 
+# What a rank gets of what is to be saved: all of it; its parts; nothing, but it helps those who do; or nothing.
+Keeping = Literal["whole", "parts", "help", "nothing"]
+
 
 @torch.no_grad()
-def whole_model_state(plan: Plan, *, keep: bool = True) -> dict[str, Tensor]:
-    """The model's ``state_dict`` with every weight whole. Every rank must call it; of a sharded model who does not
-    ``keep`` it gets nothing."""
+def whole_model_state(plan: Plan, keeping: Keeping = "whole") -> dict[str, Tensor]:
+    """The model's ``state_dict`` as one process would have it. Every rank of a sharded model's worker must call it.
+
+    ``keeping``: "whole" and "help" go together on the ranks of a worker; "parts" gives DTensors.
+    """
     if not plan.parts:
-        return plan.model.state_dict()
+        return plan.model.state_dict() if keeping == "whole" else {}
     reshard_(plan.model)
+    state: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
+    if keeping in ("parts", "nothing"):
+        return state if keeping == "parts" else {}
     wholes: dict[int, Tensor] = {}  # tied names get one tensor
-    state: dict[str, Tensor] = {}
-    for name, held in plan.model.state_dict(keep_vars=True).items():
+    for held in state.values():
         if id(held) not in wholes:
-            part = part_of(held, plan.mates, name)
+            part = part_of(held, plan.mates)
             whole = held.detach() if part is None else part.gather(local(held))
-            wholes[id(held)] = whole.cpu() if keep else held
-        state[name] = wholes[id(held)]
-    return state if keep else {}
+            wholes[id(held)] = whole.cpu() if keeping == "whole" else held
+    return {name: wholes[id(held)] for name, held in state.items()} if keeping == "whole" else {}
 
 
 @torch.no_grad()
-def load_model_state_(plan: Plan, tensors: Mapping[str, Tensor]) -> None:
-    """Load what ``whole_model_state`` gave, each rank its parts.
+def put_together_(plan: Plan, opt: Optimizer, state: dict[str, Any], keeping: Keeping) -> None:
+    """``opt.state_dict()`` with the state of every sharded parameter as ``keeping`` says."""
+    for index, p, rule, part in _sharded(plan, opt):
+        mine = state["state"][index]
+        cuts = cuts_of(rule, part, mine, local(p)) if keeping == "parts" else None
+        if keeping == "nothing":
+            state["state"][index] = {}
+        elif cuts is not None:
+            state["state"][index] = _spread(mine, cuts)
+        else:
+            whole = whole_state(rule, part, mine, local(p))
+            turn = part.ranks.rank == index % part.ranks.count
+            if keeping == "parts" and not turn:
+                state["state"][index] = _each(whole, lambda t: t.to("meta"))
+            else:
+                state["state"][index] = {} if keeping == "help" else _each(whole, Tensor.cpu)
+
+
+@torch.no_grad()
+def load_model_parts_(plan: Plan, saved: Checkpoint, own: Callable[[str, Tensor], Tensor]) -> None:
+    """Load a checkpoint's model, each rank its parts; ``own(name, tensor)`` is what this rank has of a whole tensor.
 
     Raises:
         ValueError: a shape differs.
     """
+    assert plan.mates is not None
     reshard_(plan.model)
-    state = dict(tensors)
-    for name, held in plan.model.named_parameters(remove_duplicate=False):
-        part = part_of(held, plan.mates, name)
-        if part is None or name not in state:
-            continue
-        if tuple(state[name].shape) != part.shape:
-            raise ValueError(f"{name} is {tuple(state[name].shape)} in the checkpoint, {part.shape} in the model")
-        local(held).copy_(part.cut(state[name]))
-        state[name] = held.detach()
+    held = dict(plan.model.named_parameters(remove_duplicate=False))
+    parts = {name: part for name, p in held.items() if (part := part_of(p, plan.mates, name)) is not None}
+    names = saved.names("model")
+    cuts = {name: Cut(part, part.dim, part.shape) for name, part in parts.items() if name in names}
+    read = read_parts(saved, "model", names, cuts, plan.mates)
+    state = {name: tensor if name in cuts else own(name, tensor) for name, tensor in read.items()}
+    for name in cuts:
+        local(held[name]).copy_(state[name])
+        state[name] = held[name].detach()
     plan.model.load_state_dict(state)
 
 
-@torch.no_grad()
-def put_together_(plan: Plan, opt: Optimizer, state: dict[str, Any], *, keep: bool = True) -> None:
-    """``opt.state_dict()`` with the state of every sharded parameter whole, or empty for who does not ``keep`` it.
-    Every rank must call it."""
-    for index, p, rule, part in _sharded(plan, opt):
-        whole = whole_state(rule, part, state["state"][index], local(p))
-        state["state"][index] = _on_cpu(whole) if keep else {}
+def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[str, Any]:
+    """Of a checkpoint's optimizer state what this rank's optimizer holds.
 
-
-@torch.no_grad()
-def take_parts_(plan: Plan, opt: Optimizer, saved: dict[str, Any]) -> None:
-    """Of a checkpoint's optimizer state, which is changed, what this rank's optimizer holds."""
+    Raises:
+        ValueError: it is of other parameters or rules than the optimizer's.
+    """
+    assert plan.mates is not None
+    tree = saved.state["tree"]["optimizer"]
+    paths = unflatten(tree, _Itself())
+    opt.check_saved(paths)
     places = {
         name: index
-        for group in saved["param_groups"]
-        for name, index in zip(group.get("param_names", ()), group["params"], strict=False)
+        for group in paths["param_groups"]
+        for name, index in zip(group["param_names"], group["params"], strict=True)
     }
+    cuts: dict[str, Cut] = {}
+    coded: list[tuple[int, nn.Parameter, Rule, Part]] = []
     for _, p, rule, part in _sharded(plan, opt):
-        index = places.get(opt.name_of(p))
-        if index in saved["state"]:
-            like = torch.empty_like(local(p), device="cpu")
-            saved["state"][index] = own_state(rule, part, saved["state"][index], like)
+        index = places[opt.name_of(p)]
+        found = cuts_of(rule, part, opt.state[p], local(p))
+        if found is None:
+            coded.append((index, p, rule, part))
+        else:
+            cuts |= dict(_paired(paths["state"][index], found))
+    names = [name for name in saved.names("optimizer") if name.startswith("optimizer.")]
+    own: dict[str, Any] = unflatten(tree, read_parts(saved, "optimizer", names, cuts, plan.mates))
+    for index, p, rule, part in coded:
+        own["state"][index] = own_state(rule, part, own["state"][index], torch.empty_like(local(p), device="cpu"))
+    return own
 
 
 def _sharded(plan: Plan, opt: Optimizer) -> Iterator[tuple[int, nn.Parameter, Rule, Part]]:
@@ -94,5 +134,32 @@ def _sharded(plan: Plan, opt: Optimizer) -> Iterator[tuple[int, nn.Parameter, Ru
             index += 1
 
 
-def _on_cpu(state: State) -> State:
-    return {key: value.cpu() if isinstance(value, Tensor) else _on_cpu(value) for key, value in state.items()}
+class _Itself(dict[str, Any]):
+    """Gives for each path the path."""
+
+    def __missing__(self, path: str) -> str:
+        return path
+
+
+def _paired(paths: dict[str, Any], cuts: Cuts) -> Iterator[tuple[str, Cut]]:
+    """(path, cut) of each tensor of a nest that is cut."""
+    for key, cut in cuts.items():
+        if isinstance(cut, Cut):
+            yield paths[key], cut
+        elif cut is not None:
+            yield from _paired(paths[key], cut)
+
+
+def _spread(state: State, cuts: Cuts) -> State:
+    """The state with DTensors in the place of what is cut."""
+    spread: dict[str, Any] = {}
+    for key, value in state.items():
+        if isinstance(value, Tensor):
+            spread[key] = value if cuts[key] is None else cuts[key].spread(value.contiguous())
+        else:
+            spread[key] = _spread(value, cuts[key])
+    return spread
+
+
+def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
+    return {key: change(value) if isinstance(value, Tensor) else _each(value, change) for key, value in state.items()}

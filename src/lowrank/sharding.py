@@ -145,7 +145,6 @@ def _cut(row: Row, ranks: Ranks) -> Part | None:
 
 
 def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, int], ranks: Ranks) -> None:
-    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
@@ -153,7 +152,7 @@ def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, in
         raise ValueError(f"--engine fsdp needs torch 2.9 or newer, this is {torch.__version__}; use --engine ddp")
     narrow = any(p.dtype in (torch.bfloat16, torch.float16) for p in model.parameters())
     options: dict[str, Any] = {
-        "mesh": DeviceMesh.from_group(ranks.process_group, ranks.device.type),
+        "mesh": ranks.mesh,
         "shard_placement_fn": lambda p: Shard(dims[id(p)]),
         "ignored_params": whole,
         "mp_policy": MixedPrecisionPolicy(reduce_dtype=torch.float32 if narrow else None),

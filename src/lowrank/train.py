@@ -32,11 +32,12 @@ from torch import Tensor
 from lowrank import __version__
 from lowrank.boundary import whole
 from lowrank.data.images import ImageData
-from lowrank.elastic import keeps, newest
+from lowrank.elastic import keeping, keeps, newest
 from lowrank.evaluate import evaluate
-from lowrank.gathered import load_own_model_state_, own_optimizer_state, whole_optimizer_state
-from lowrank.gathered_parts import whole_model_state
+from lowrank.gathered import load_model_, own_optimizer_state, whole_optimizer_state
+from lowrank.gathered_parts import Keeping, whole_model_state
 from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint_parts import save_in_parts
 from lowrank.infra.environment import environment
 from lowrank.infra.meter import StepClock, peak_bytes, reset_peak
 from lowrank.infra.nest import random_state, set_random_state_
@@ -105,8 +106,10 @@ def _train(
     loop.team.agree(__version__, loop.step, session.data)
     if saved is not None:
         loop.restore_random(saved)
+        del saved  # which holds all that was read
     if keeper:
         _describe(session, out)
+    loop.keeping = keeping(out, session.plan, keeper=keeper)
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
         loop.judge()
@@ -133,6 +136,7 @@ class _Loop:
     def __init__(self, session: Session, out: Path, *, quiet: bool, keeper: bool = True):
         run = session.run
         self.keeper = keeper  # of the run's folder
+        self.keeping: Keeping = "whole" if keeper else "help"  # of each checkpoint
         self.session, self.out, self.team = session, out, Team(session.plan, run)
         self.quiet = quiet or not self.team.first
         self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
@@ -377,11 +381,11 @@ class _Loop:
             return
         self._check_weights()
         self.saved_at = self.step
-        model = whole_model_state(self.session.plan, keep=self.keeper)
-        optimizer = whole_optimizer_state(self.session.plan, self.optimizer, keep=self.keeper)
+        model = whole_model_state(self.session.plan, self.keeping)
+        optimizer = whole_optimizer_state(self.session.plan, self.optimizer, self.keeping)
         random = self.team.everyones(random_state())
         work = self.team.everyones(dict(self.session.plan.work.since)) if self.team.weighs else []
-        if not self.keeper:
+        if self.keeping in ("help", "nothing"):
             return
         meta = {
             "random": random[0],
@@ -392,15 +396,13 @@ class _Loop:
             "metrics": self.latest_metrics,
             "method": self.session.run.method.to_json(),
         }
-        checkpoint.save(
-            self.out / "checkpoints",
-            self.step,
-            model,
-            optimizer,
-            meta,
-            keep=self.session.run.keep,
-            best=best,
-        )
+        what = (self.out / "checkpoints", self.step, model, optimizer, meta)
+        options: dict[str, Any] = {"keep": self.session.run.keep, "best": best}
+        mates = self.session.plan.mates
+        if self.keeping == "parts" and mates is not None:
+            save_in_parts(*what, ranks=mates, writes=self.keeper, **options)
+        else:
+            checkpoint.save(*what, **options)
 
     def restore(self, saved: checkpoint.Checkpoint, *, ended: bool = False) -> None:
         """Go back to a checkpoint: weights, optimizer, random generators, step; also to a run's end where ``ended``.
@@ -420,9 +422,9 @@ class _Loop:
                 "go on"
             )
         plan = self.session.plan
-        load_own_model_state_(plan, saved.tensors)
+        load_model_(plan, saved)
         plan.anchor_rest_()
-        self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved.optimizer))
+        self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved))
         self.scaler.load_state_dict(saved.meta["scaler"])
         self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
         self.step = self.saved_at = saved.step

@@ -66,7 +66,7 @@ def main() -> int:
     elif kind == "merge":
         at(int(step), lambda *_: before(boundary, "merge_across_", die))
     elif kind == "save":
-        at(int(step), lambda *_: before(checkpoint, "_measure", die), rank=0)
+        at(int(step), lambda *_: before(checkpoint, "measure", die), rank=0)
     elif kind == "damage":
         at(int(step), spoil)
     elif kind == "wait":

@@ -3,7 +3,9 @@
 
 from __future__ import annotations
 
+import errno
 import sys
+import tempfile
 import warnings
 from collections.abc import Callable
 from dataclasses import replace
@@ -17,9 +19,13 @@ from tests.models import gpt2, small_method, text_loss, tokens
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.gathered import load_own_model_state_, own_optimizer_state, whole_optimizer_state
-from lowrank.gathered_parts import whole_model_state
+from lowrank.gathered import load_model_, own_optimizer_state, whole_optimizer_state
+from lowrank.gathered_parts import Keeping, whole_model_state
+from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint import CheckpointError
+from lowrank.infra.checkpoint_parts import save_in_parts
 from lowrank.infra.group import share
+from lowrank.infra.parts import local
 from lowrank.infra.ranks import Ranks, joined
 from lowrank.methods import Use
 from lowrank.sharding import shard_
@@ -116,21 +122,50 @@ def trained(
 def _reloaded(
     plan: lowrank.Plan, opt: Any, method: lowrank.Method, ranks: Ranks | None, model: nn.Module, **options: Any
 ) -> Any:
-    """Saved, made anew and loaded, through what rank 0 writes; every rank needs it to load."""
-    saved = (whole_model_state(plan), whole_optimizer_state(plan, opt))
-    if ranks is not None:
-        saved = ranks.gather_objects(saved)[0]
+    """Saved in parts (one process: whole), made anew and loaded; then the same from the whole that rank 0 writes."""
     fresh = lowrank.apply_(model, method, seed=3, ranks=ranks, workers=1)
     if ranks is not None:
         shard_(fresh)
     other = fresh.optimizer(lr=1e-2, weight_decay=0.1, **options)
-    if ranks is None:
-        fresh.model.load_state_dict(saved[0])
-        other.load_state_dict(saved[1])
-    else:
-        load_own_model_state_(fresh, saved[0])
-        other.load_state_dict(own_optimizer_state(fresh, other, saved[1]))
+    with tempfile.TemporaryDirectory() as own:
+        root = Path(own if ranks is None else ranks.gather_objects(own)[0])
+        keepings: tuple[Keeping, ...] = ("parts", "whole") if ranks is not None else ("whole",)
+        found = []
+        for step, keeping in enumerate(keepings):
+            what = (root, step, whole_model_state(plan, keeping), whole_optimizer_state(plan, opt, keeping), {})
+            if keeping == "parts" and ranks is not None:
+                save_in_parts(*what, ranks=ranks, writes=ranks.rank == 1)
+            elif ranks is None or ranks.rank == 0:
+                checkpoint.save(*what)
+            if ranks is not None:
+                ranks.total(0.0)
+            saved = checkpoint.load(checkpoint.latest(root))
+            load_model_(fresh, saved)
+            other.load_state_dict(own_optimizer_state(fresh, other, saved))
+            found.append(
+                (
+                    saved.tensors,
+                    saved.optimizer["state"],
+                    {n: local(p).clone() for n, p in fresh.model.named_parameters()},
+                )
+            )
+        if ranks is not None:
+            assert_equal(found[0], found[1])
+            ranks.total(0.0)
     return fresh, other
+
+
+def assert_equal(one: Any, other: Any) -> None:
+    """Two nests with the same tensors, bitwise."""
+    if isinstance(one, Tensor):
+        assert torch.equal(one, other)
+    elif isinstance(one, dict):
+        assert one.keys() == other.keys()
+        for key in one:
+            assert_equal(one[key], other[key])
+    else:
+        for mine, theirs in zip(one, other, strict=True):
+            assert_equal(mine, theirs)
 
 
 def tied(ranks: Ranks | None, *, method: lowrank.Method, chunked: bool = False) -> Result:
@@ -187,6 +222,46 @@ def refused(ranks: Ranks | None) -> Result:
     note("weights", lambda: shard_(together(other, full)))
     opt = plan.optimizer()
     note("forget", lambda: opt.forget([opt.param_groups[0]["params"][0]], 0.5))
+    return messages
+
+
+def unsaved(ranks: Ranks, folder: Path) -> Result:
+    """A checkpoint in parts that one rank cannot write, for want of room; and one of which a part has been spoilt."""
+    assert ranks is not None
+    plan = lowrank.apply_(stack(), lowrank.methods.full(), ranks=ranks, workers=1)
+    shard_(plan)
+    opt = plan.optimizer()
+    root = folder / "unsaved"
+
+    def save(step: int) -> None:
+        what = (root, step, whole_model_state(plan, "parts"), whole_optimizer_state(plan, opt, "parts"), {"n": 1})
+        save_in_parts(*what, ranks=ranks, writes=ranks.rank == 0)
+
+    save(1)
+    from torch.distributed.checkpoint import HuggingFaceStorageWriter
+
+    def full(*_: Any) -> Any:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    messages = {}
+    write = HuggingFaceStorageWriter.write_data
+    HuggingFaceStorageWriter.write_data = full if ranks.rank == 1 else write  # type: ignore[method-assign]
+    try:
+        save(2)
+    except CheckpointError as error:
+        messages["full"] = str(error)
+    HuggingFaceStorageWriter.write_data = write  # type: ignore[method-assign]
+    ranks.total(0.0)
+    messages["left"] = ", ".join(sorted(path.name for path in root.iterdir()))
+    save(3)
+    ranks.total(0.0)
+    if ranks.rank == 0:
+        (root / "step-00000003" / "model" / "shard-00002-model-00001-of-00001.safetensors").write_bytes(b"spoilt")
+    ranks.total(0.0)
+    try:
+        checkpoint.load(root / "step-00000003")
+    except CheckpointError as error:
+        messages["spoilt"] = str(error)
     return messages
 
 
@@ -262,7 +337,7 @@ def main(folder: Path, only: str = "") -> None:
             train(replace(tiny_run(), stop_at=3), folder / "run", quiet=True)
             return
         found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
-        found["refused"] = refused(ranks)
+        found["refused"], found["unsaved"] = refused(ranks), unsaved(ranks, folder)
         train(replace(tiny_run(), stop_at=6), folder / "run", resume=True, quiet=True)
         torch.save(found, folder / f"sharded-{ranks.rank}.pt")
 

@@ -104,12 +104,25 @@ def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) 
             assert text in messages[name]
 
 
+def test_a_checkpoint_in_parts_is_whole_or_not_there(found: list[dict[str, Any]]) -> None:
+    """Where one rank has no room, all are told, and nothing is left of it; a spoilt part is found."""
+    for rank in range(RANKS):
+        told = found[rank]["unsaved"]
+        assert "could not save the checkpoint of step 2" in told["full"]
+        assert "the disk is full; the earlier checkpoint" in told["full"]
+        assert told["left"] == "step-00000001"
+        assert "model/shard-00002-model-00001-of-00001.safetensors has 6 bytes" in told["spoilt"]
+        assert "the previous good one is" in told["spoilt"]
+
+
 def test_saved_on_four_resumed_on_two_and_on_one(found: list[dict[str, Any]], folder: Path, tmp_path: Path) -> None:
     """A run of nine steps: four ranks made three of them, two made three, and one process makes the rest."""
     assert [each.name for each in checkpoint.saved(folder / "run" / "checkpoints")] == [
         "step-00000003",
         "step-00000006",
     ]
+    parts = [len(list((each / "model").iterdir())) for each in checkpoint.saved(folder / "run" / "checkpoints")]
+    assert parts == [4, 2]
     alone = train(tiny_run(), tmp_path / "alone", quiet=True)
     summary = train(tiny_run(), folder / "run", resume=True, quiet=True)
     assert summary["val_tokens"] == alone["val_tokens"]

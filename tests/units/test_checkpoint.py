@@ -220,7 +220,7 @@ def test_damage_to_all_is_said(tmp_path):
         load(latest(tmp_path))
 
 
-@pytest.mark.parametrize("call", ["save_file", "_write_json"])
+@pytest.mark.parametrize("call", ["save_file", "write_json"])
 def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, call):
     save_some(tmp_path, 1)
 
@@ -268,7 +268,7 @@ if moment == "first file":
     whole = checkpoint.save_file
     checkpoint.save_file = lambda *a, **o: (whole(*a, **o), kill())
 elif moment == "manifest":
-    checkpoint._measure = kill
+    checkpoint.measure = kill
 elif moment == "rename":
     Path.rename = kill
 else:

@@ -6,6 +6,9 @@
                        manifest.json           size and CRC-32 of each file: written last
     root/best.json                             which of the folders is the best by validation
 
+Of a model that several ranks hold in parts, `model/` and `optimizer/` take the place of the two files, with one file a
+rank, which torch.distributed.checkpoint has written and reads (`checkpoint_parts`). Whoever reads sees no difference.
+
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so that a folder called `step-…`
 is complete: a process killed, or a disk that fills up, in the middle leaves the previous one as it was. Only after the
 rename are older ones removed. Dtypes are kept; so are memory layouts, because a matrix stored by columns multiplies
@@ -16,23 +19,22 @@ from __future__ import annotations
 
 import errno
 import json
-import os
 import shutil
-import zlib
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save_file
 from torch import Tensor
 
+from lowrank.infra.checkpoint_files import FORMAT, STATE, damage, manifest, measure, sync, write_json, write_manifest
 from lowrank.infra.nest import Nest, flatten, pack, unflatten, unpack
 
-FORMAT = 1
-_FILES = ("model.safetensors", "optimizer.safetensors", "state.json")
+Kind = Literal["model", "optimizer"]
 
 
 class CheckpointError(RuntimeError):
@@ -41,12 +43,57 @@ class CheckpointError(RuntimeError):
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What `load` returns: `tensors` by name, the `optimizer` nest and `meta` as they were given to `save`."""
+    """What `load` returns: `tensors` by name, the `optimizer` nest and `meta` as they were given to `save`, each read
+    when it is first asked for."""
 
-    step: int
-    tensors: dict[str, Tensor]
-    optimizer: Nest
-    meta: Nest
+    folder: Path
+    state: Mapping[str, Any]  # of state.json
+    device: torch.device | str = "cpu"
+
+    @property
+    def step(self) -> int:
+        return int(self.state["step"])
+
+    @cached_property
+    def tensors(self) -> dict[str, Tensor]:
+        return unpack(self._read("model"), self.notes("model"))
+
+    @cached_property
+    def optimizer(self) -> Nest:
+        return self._nest("optimizer")
+
+    @cached_property
+    def meta(self) -> Nest:
+        return self._nest("meta")
+
+    def names(self, kind: Kind) -> list[str]:
+        """The names of its tensors; nothing else is read."""
+        whole = self.folder / f"{kind}.safetensors"
+        files = [whole] if whole.is_file() else sorted((self.folder / kind).glob("*.safetensors"))
+        found: dict[str, None] = {}
+        for path in files:
+            with safe_open(path, framework="pt") as file:
+                found |= dict.fromkeys(file.keys())
+        return [*found, *self.notes(kind)["aliases"]]
+
+    def notes(self, kind: Kind) -> Mapping[str, Any]:
+        """What safetensors could not store of its tensors (`nest.pack`)."""
+        found: Mapping[str, Any] = self.state["model" if kind == "model" else "nest"]
+        return found
+
+    def _nest(self, name: Literal["optimizer", "meta"]) -> Nest:
+        leaves = unpack(self._read("optimizer", f"{name}."), self.notes("optimizer"))
+        return unflatten(self.state["tree"][name], leaves)
+
+    def _read(self, kind: Kind, prefix: str = "") -> dict[str, Tensor]:
+        """Those of its tensors whose names begin so."""
+        whole = self.folder / f"{kind}.safetensors"
+        if not whole.is_file():
+            from lowrank.infra.checkpoint_parts import read_whole  # for a checkpoint in parts alone
+
+            return read_whole(self.folder / kind, self.device, prefix)
+        with safe_open(whole, framework="pt", device=str(self.device)) as file:
+            return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
 def save(
@@ -75,23 +122,43 @@ def save(
         TypeError: a nest holds something that is neither data nor a tensor; the message gives its path.
         ValueError: `keep` below 1.
     """
-    if keep < 1:
-        raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept")
-    temporary = root / f".writing-{step:08d}"
+    _check_keep(keep)
     try:
-        root.mkdir(parents=True, exist_ok=True)
-        _remove_unfinished(root)
-        temporary.mkdir()
+        temporary = begin_(root, step)
         _write(temporary, step, tensors, optimizer, meta)
-        folder = _free_name(root, step)
-        finish_(temporary, folder)
-        if best:
-            _write_json(root / "best.json", {"folder": folder.name, "step": step})
+        return publish_(temporary, root, step, keep=keep, best=best)
     except (OSError, SafetensorError) as error:
-        shutil.rmtree(temporary, ignore_errors=True)
-        raise CheckpointError(_why_not_saved(root, step, error)) from error
+        raise not_saved(root, step, error) from error
+
+
+def writing(root: Path, step: int) -> Path:
+    """The folder in which a checkpoint is written."""
+    return root / f".writing-{step:08d}"
+
+
+def begin_(root: Path, step: int) -> Path:
+    """An empty folder for a checkpoint that is being written; what others have left unfinished is removed."""
+    root.mkdir(parents=True, exist_ok=True)
+    _remove_unfinished(root)
+    temporary = writing(root, step)
+    temporary.mkdir()
+    return temporary
+
+
+def publish_(temporary: Path, root: Path, step: int, *, keep: int, best: bool) -> Path:
+    """Give a complete checkpoint its name, and remove those that are not to be kept; returns its folder."""
+    folder = _free_name(root, step)
+    finish_(temporary, folder)
+    if best:
+        write_json(root / "best.json", {"folder": folder.name, "step": step})
     _prune(root, keep)
     return folder
+
+
+def not_saved(root: Path, step: int, error: Exception) -> CheckpointError:
+    """The error for a checkpoint that could not be written, of which nothing is left."""
+    shutil.rmtree(writing(root, step), ignore_errors=True)
+    return CheckpointError(_why_not_saved(root, step, error))
 
 
 def load(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
@@ -102,14 +169,9 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}{_remedy(folder)}")
-    damage = _damage(folder)
-    if damage:
-        raise CheckpointError(f"checkpoint {folder} is damaged: {damage}{_remedy(folder)}")
-    state = json.loads((folder / "state.json").read_text())
-    tensors = unpack(load_file(folder / "model.safetensors", device=str(device)), state["model"])
-    nest = unpack(load_file(folder / "optimizer.safetensors", device=str(device)), state["nest"])
-    whole = unflatten(state["tree"], nest)
-    return Checkpoint(step=state["step"], tensors=tensors, optimizer=whole["optimizer"], meta=whole["meta"])
+    if wrong := damage(folder):
+        raise CheckpointError(f"checkpoint {folder} is damaged: {wrong}{_remedy(folder)}")
+    return Checkpoint(folder=folder, state=json.loads((folder / STATE).read_text()), device=device)
 
 
 def saved(root: Path) -> list[Path]:
@@ -133,17 +195,17 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Folder of the newest checkpoint whose every byte is right, or None; and what is wrong with each newer one."""
     wrong: list[str] = []
     for folder in reversed(saved(root)):
-        damage = _damage(folder)
-        if not damage:
+        found = damage(folder)
+        if not found:
             return folder, wrong
-        wrong.append(f"checkpoint {folder} is damaged: {damage}")
+        wrong.append(f"checkpoint {folder} is damaged: {found}")
     return None, wrong
 
 
 def fingerprint(folder: Path) -> str:
     """Of a checkpoint's model, as its manifest says: the same for the same weights, without reading them."""
-    files = json.loads((folder / "manifest.json").read_text())["files"]
-    return f"{folder.name} {files['model.safetensors']}"
+    model = {name: size for name, size in manifest(folder).items() if name.startswith("model")}
+    return f"{folder.name} {model}"
 
 
 def best(root: Path) -> Path | None:
@@ -165,7 +227,7 @@ def discard_after(root: Path, step: int) -> None:
 def finish_(unfinished: Path, folder: Path) -> None:
     """Give a complete checkpoint its name: before, it is none; after, it is on the disk."""
     unfinished.rename(folder)
-    _sync(folder.parent)
+    sync(folder.parent)
 
 
 def step_of(folder: Path) -> int:
@@ -183,61 +245,17 @@ def _write(
     save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(nest, folder / "optimizer.safetensors", metadata={"format": "pt"})
     state = {"format": FORMAT, "step": step, "model": model_notes, "nest": nest_notes, "tree": tree}
-    _write_json(folder / "state.json", state)
-    for name in _FILES[:2]:
-        _sync(folder / name)
-    _write_json(folder / "manifest.json", {"files": {name: _measure(folder / name) for name in _FILES}})
-    _sync(folder)
-
-
-def _write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside, flush, rename."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
-        json.dump(content, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
-
-
-def _measure(path: Path) -> dict[str, int]:
-    """Size and CRC-32 of a file, read in pieces."""
-    checksum = 0
-    with path.open("rb") as file:
-        while piece := file.read(1 << 22):
-            checksum = zlib.crc32(piece, checksum)
-    return {"bytes": path.stat().st_size, "crc32": checksum}
-
-
-def _damage(folder: Path) -> str:
-    """What is wrong with a checkpoint's files, or "" if nothing is."""
-    try:
-        expected = json.loads((folder / "manifest.json").read_text())["files"]
-        for name in _FILES:
-            found, wanted = _measure(folder / name), expected[name]
-            if found["bytes"] != wanted["bytes"]:
-                return f"{name} has {found['bytes']:,} bytes where {wanted['bytes']:,} were written"
-            if found != wanted:
-                return f"the content of {name} has changed since it was written"
-    except FileNotFoundError as error:
-        return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError):
-        return "manifest.json cannot be read"
-    return ""
+    write_json(folder / STATE, state)
+    names = ("model.safetensors", "optimizer.safetensors", STATE)
+    for name in names:
+        sync(folder / name)
+    write_manifest(folder, {name: measure(folder / name) for name in names})
 
 
 def _remedy(folder: Path) -> str:
     """Names the newest good checkpoint beside `folder`, and how to go on from it."""
     folders = saved(folder.parent)
-    good = next((other for other in reversed(folders) if other != folder and not _damage(other)), None)
+    good = next((other for other in reversed(folders) if other != folder and not damage(other)), None)
     if good is None:
         return f"; there is no good one in {folder.parent}"
     if folders[-1] == folder:
@@ -252,6 +270,11 @@ def _why_not_saved(root: Path, step: int, error: Exception) -> str:
     remains = f"the earlier checkpoint {earlier[-1]} is untouched" if earlier else "no earlier one exists"
     remedy = "make room and resume" if full else "resume once that is mended"
     return f"could not save the checkpoint of step {step} in {root}: {cause}; {remains}; {remedy}"
+
+
+def _check_keep(keep: int) -> None:
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept")
 
 
 def _age(folder: Path) -> tuple[int, int]:

@@ -103,13 +103,15 @@ def pack(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, An
 
 
 def unpack(packed: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The tensors that `pack` took, names that shared one tensor sharing it again."""
+    """The tensors that `pack` took, or some of them; names that shared one tensor share it again."""
     tensors = dict(packed)
     for name, order in notes["orders"].items():
-        inverse = sorted(range(len(order)), key=order.__getitem__)
-        tensors[name] = tensors[name].permute(inverse)
+        if name in tensors:
+            inverse = sorted(range(len(order)), key=order.__getitem__)
+            tensors[name] = tensors[name].permute(inverse)
     for name, original in notes["aliases"].items():
-        tensors[name] = tensors[original]
+        if original in tensors:
+            tensors[name] = tensors[original]
     return tensors
 
 

@@ -66,6 +66,32 @@ class Part:
         return summed
 
 
+@dataclass(frozen=True)
+class Cut:
+    """A tensor of ``shape`` of which each rank holds a piece along ``dim``, cut as ``part`` is."""
+
+    part: Part
+    dim: int
+    shape: tuple[int, ...]
+
+    @property
+    def shape_here(self) -> tuple[int, ...]:
+        """The shape of this rank's piece."""
+        length = self.part.local_shape[self.part.dim]
+        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+
+    def spread(self, mine: Tensor) -> Tensor:
+        """The whole as torch sees it, a DTensor, of which ``mine`` is this rank's piece."""
+        from torch.distributed.tensor import DTensor, Shard
+
+        placed: Any = [Shard(self.dim)]
+        stride = torch.empty(self.shape, device="meta").stride()
+        whole: Tensor = DTensor.from_local(
+            mine, self.part.ranks.mesh, placed, run_check=False, shape=torch.Size(self.shape), stride=stride
+        )
+        return whole
+
+
 def largest_piece(size: int, ranks: int) -> int:
     """What all ranks but perhaps the last hold of ``size`` rows."""
     return -(-size // ranks)

@@ -69,6 +69,7 @@ class Ranks(Group):
         self.traffic, self.between = Traffic(), True
         self.numbers: Sequence[int] = range(self.count)  # of each member among all ranks
         self.process_group: Any = dist.group.WORLD
+        self._mesh: Any = None
         self._divided: dict[tuple[tuple[int, ...], ...], Ranks] = {}
         self._door = socket.create_server(("", 0), backlog=64)
         self._doors: list[tuple[str, int]] = []
@@ -76,6 +77,15 @@ class Ranks(Group):
 
     def __str__(self) -> str:
         return f"{self.count} ranks ({dist.get_backend()}, timeout {self.timeout:g} s), this is rank {self.rank}"
+
+    @property
+    def mesh(self) -> Any:
+        """torch's device mesh of one dimension with these ranks."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.process_group, self.device.type)
+        return self._mesh
 
     def close(self) -> None:
         self._divided.clear()
@@ -96,7 +106,7 @@ class Ranks(Group):
         found = self._divided[key] = copy.copy(self)  # which counts into the same traffic
         found.numbers = next(numbers for numbers in key if self.rank in numbers)
         found.rank, found.count = found.numbers.index(self.rank), len(found.numbers)
-        found.process_group, found.between = group, between
+        found.process_group, found.between, found._mesh = group, between, None
         found._doors = [self._doors[number] for number in found.numbers]
         return found
 

@@ -485,8 +485,26 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: names the first parameter whose rule, name, shape or dtype differs; nothing was changed.
         """
-        saved = self._saved_by_key(state_dict)
         pairs: list[tuple[Tensor, Tensor]] = []
+        for p, (key, state) in self.check_saved(state_dict).items():
+            pairs += matched(self.state[p], state, str(key))
+        for target, source in pairs:
+            target.copy_(source)
+        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
+            group.update({k: v for k, v in saved_group.items() if k not in ("params", "rule", "param_names")})
+        self._scale_age = state_dict.get("scale_age", 0)
+        self._expect.clear()
+        self.zero_grad()
+        self._stepped.clear()
+
+    def check_saved(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, tuple[str | int, State]]:
+        """(name or number, saved state) for each parameter; the states themselves are not looked at.
+
+        Raises:
+            ValueError: it is of other parameters, or of other rules.
+        """
+        saved = self._saved_by_key(state_dict)
+        found: dict[nn.Parameter, tuple[str | int, State]] = {}
         for p, (index, group) in self._place.items():
             key = self.name_of(p) if group.get("param_names") else index
             if key not in saved:
@@ -499,17 +517,10 @@ class Optimizer(torch.optim.Optimizer):
                     f"the saved state of {key!r} is of rule {saved_group['rule']}, the optimizer's is "
                     f"{group['rule']!r}; resume with the method that the run was started with"
                 )
-            pairs += matched(self.state[p], state, str(key))
+            found[p] = (key, state)
         if len(saved) != len(self._place):
             raise ValueError(f"the saved state has {len(saved)} parameters, the optimizer {len(self._place)}")
-        for target, source in pairs:
-            target.copy_(source)
-        for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
-            group.update({k: v for k, v in saved_group.items() if k not in ("params", "rule", "param_names")})
-        self._scale_age = state_dict.get("scale_age", 0)
-        self._expect.clear()
-        self.zero_grad()
-        self._stepped.clear()
+        return found
 
     def _saved_by_key(self, state_dict: dict[str, Any]) -> dict[str | int, tuple[State, dict[str, Any]]]:
         groups = state_dict["param_groups"]

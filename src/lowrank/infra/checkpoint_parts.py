@@ -1,0 +1,198 @@
+"""Checkpoints of a model that several ranks hold in parts, by torch.distributed.checkpoint: each rank writes its own
+parts, and reads what it needs of anybody's.
+
+    step-00000200/model/shard-00001-model-00001-of-00001.safetensors       the parts of the first rank
+                  model/shard-00002-…                                      … of the second
+                  optimizer/shard-…                                        and so for the optimizer's nest
+                  state.json  manifest.json                                as in `checkpoint`
+
+The files are torch's HuggingFaceStorageWriter's: safetensors whose headers say which part of which tensor they hold, so
+that any number of ranks, and `dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder / "model"))`, can read
+them. Tensors that all ranks hold alike are written once. Nobody needs memory for the whole model.
+
+The ranks must see one folder. torch's own messages on the way (which rank writes what) are small and not counted.
+"""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
+from lowrank.infra.checkpoint_files import FORMAT, STATE, measure, sync, write_json, write_manifest
+from lowrank.infra.nest import flatten, unpack
+from lowrank.infra.parts import Cut
+from lowrank.infra.ranks import Ranks
+
+T = TypeVar("T")
+KINDS: tuple[Kind, ...] = ("model", "optimizer")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_in_parts(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    ranks: Ranks,
+    writes: bool,
+    keep: int = 2,
+    best: bool = False,
+) -> None:
+    """Write one checkpoint together, as `checkpoint.save` does alone; all ``ranks`` must call it and see ``root``.
+
+    Args:
+        tensors, optimizer, meta: as for `checkpoint.save`, the same names on all ranks. A DTensor is what this rank has
+            a part of; a tensor on the device "meta" is one that another rank gives.
+        ranks: who hold the model together.
+        writes: on one of them, who also writes what is not in parts.
+
+    Raises:
+        CheckpointError: on every rank, if one of them could not write; the earlier checkpoints are untouched.
+    """
+    tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
+    model, aliases = _once(tensors)
+    notes: dict[str, Any] = {"orders": {}}
+    state = {"format": FORMAT, "step": step, "model": {**notes, "aliases": aliases}, "tree": tree}
+    state["nest"] = {**notes, "aliases": {}}
+
+    def alone(function: Callable[[], T]) -> T:
+        """Run what may fail on one rank, and fail on all if it does."""
+        found, error = None, None
+        try:
+            found = function()
+        except (OSError, SafetensorError) as failed:
+            error = failed
+        first = next((each for each in ranks.gather_objects(error) if each is not None), None)
+        if first is not None:
+            raise checkpoint.not_saved(root, step, first) from error
+        return found  # type: ignore[return-value]
+
+    temporary = checkpoint.writing(root, step)
+    alone(lambda: checkpoint.begin_(root, step) if writes else None)
+    for kind, own in zip(KINDS, (model, leaves), strict=True):
+        _write(temporary / kind, own, ranks, root, step)
+    own_files = sorted(path for kind in KINDS for path in (temporary / kind).glob(f"shard-{ranks.rank + 1:05d}-*"))
+    measured = alone(lambda: {str(path.relative_to(temporary)): measure(path) for path in own_files})
+    files = {name: size for theirs in ranks.gather_objects(measured) for name, size in theirs.items()}
+
+    def finish() -> None:
+        write_json(temporary / STATE, state)
+        for folder in (*(temporary / kind for kind in KINDS), temporary / STATE):
+            sync(folder)
+        write_manifest(temporary, {**files, STATE: measure(temporary / STATE)})
+        checkpoint.publish_(temporary, root, step, keep=keep, best=best)
+
+    alone(lambda: finish() if writes else None)
+
+
+def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(each tensor under its first name, the other names of it)."""
+    first: dict[int, str] = {}
+    aliases = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+    return {name: t for name, t in tensors.items() if name not in aliases}, aliases
+
+
+def _write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, root: Path, step: int) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    own = {name: t.detach() for name, t in tensors.items() if t.device.type != "meta"}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _together(
+        lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group),
+        ranks,
+        lambda error: checkpoint.not_saved(root, step, error),
+    )
+
+
+def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> None:
+    """Run a function of torch.distributed.checkpoint; its exception is no ``Exception``."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        ranks.say("a checkpoint", function, 0)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
+        first = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else None)
+        raise failed(first or RuntimeError(str(error))) from error
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_whole(folder: Path, device: torch.device | str = "cpu", prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a folder of parts whose names begin so, put together in this process alone."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = dcp.HuggingFaceStorageReader(str(folder))
+    found: dict[str, Any] = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
+        for name, stored in _stored(reader).items()
+        if name.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def read_parts(
+    saved: Checkpoint, kind: Kind, names: Sequence[str], cuts: Mapping[str, Cut], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, written in parts or not: of those in ``cuts`` this rank's pieces, others whole. All
+    ``ranks`` must call it with the same names.
+
+    Raises:
+        ValueError: a tensor that is to be cut has another shape in the checkpoint; the message names it.
+        CheckpointError: it cannot be read.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    inside = saved.folder / kind
+    reader = dcp.HuggingFaceStorageReader(str(inside if inside.is_dir() else saved.folder))
+    notes, stored = saved.notes(kind), _stored(reader)
+    spread: dict[str, Any] = {}
+    pieces: dict[str, Tensor] = {}
+    for name in names:
+        first = notes["aliases"].get(name, name)
+        size, dtype, cut = stored[first].size, stored[first].properties.dtype, cuts.get(name)
+        if cut is None or first in notes["orders"]:  # stored with its dimensions in another order
+            spread.setdefault(first, torch.empty(size, dtype=dtype))
+            continue
+        if tuple(size) != cut.shape:
+            raise ValueError(f"{name} is {tuple(size)} in the checkpoint, {cut.shape} in the model")
+        if first not in pieces:
+            pieces[first] = torch.empty(cut.shape_here, dtype=dtype, device=ranks.device)
+            spread[first] = cut.spread(pieces[first])
+    _together(
+        lambda: dcp.load(spread, storage_reader=reader, process_group=ranks.process_group),
+        ranks,
+        lambda error: CheckpointError(f"checkpoint {saved.folder} cannot be read: {error}"),
+    )
+    whole = unpack({name: t for name, t in spread.items() if name not in pieces}, notes)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        first = notes["aliases"].get(name, name)
+        cut = cuts.get(name)
+        if first in pieces:
+            found[name] = pieces[first]
+        else:
+            found[name] = whole[first] if cut is None else cut.part.cut(whole[first], cut.dim)
+    return found
+
+
+def _stored(reader: Any) -> dict[str, Any]:
+    """Sizes and dtypes of what a reader finds, by name."""
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    return stored
