@@ -358,7 +358,7 @@ class Binding:
 def _notes_on_ranks(method: Method, division: Division, rows: list[Row], adapters: dict[str, Adapter]) -> list[str]:
     """Notes for the reader of a plan: which ranks train what, and when they communicate."""
     if division.ranks is None:
-        return _notes_alone(method)
+        return _notes_alone(method, "process")
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
     notes, member, (_, count) = [str(division.ranks)], "rank", division.place
     if division.mates is not None and not division.in_step:
@@ -377,9 +377,9 @@ def _notes_on_ranks(method: Method, division: Division, rows: list[Row], adapter
             f"{size['own']:,} numbers are this {member}'s own heads, {every}; nothing of them travels in between"
             + (" but their gradients within the worker" if member == "worker" else "")
         )
-    if method.merge is not None and method.merge.exchange != "float32":
+    if method.merge is not None and method.merge.exchange != "float32" and not division.in_step:
         notes.append(f"merges and averages travel as {method.merge.exchange}, where that is fewer bytes")
-    if method.merge is not None and method.merge.weigh != "equal":
+    if method.merge is not None and method.merge.weigh != "equal" and not division.in_step:
         notes.append(f"in merges and averages {member}s weigh by {method.merge.weigh} since the last")
     if size["local"]:
         default = "the default here, " if method.rest == "auto" else ""
@@ -387,20 +387,22 @@ def _notes_on_ranks(method: Method, division: Division, rows: list[Row], adapter
             f"{size['local']:,} parameters train on each {member} by itself, averaged every {method.rest_interval} "
             f"steps ({default}rest='local')"
         )
+    if division.in_step:
+        notes += _notes_alone(method, "worker")
     if size["shared"]:
         notes.append(f"the gradients of {size['shared']:,} parameters are summed over the ranks every step")
     return notes
 
 
-def _notes_alone(method: Method) -> list[str]:
-    """Options that are for several ranks, and change nothing in one process."""
+def _notes_alone(method: Method, one: str) -> list[str]:
+    """Options that are for several workers, and change nothing in ``one`` process or worker."""
     notes, merge = [], method.merge
     if method.rest == "local" or method.rest_every is not None:
-        notes.append("in one process the rest is not averaged: rest='local' is 'train'")
+        notes.append(f"in one {one} the rest is not averaged: rest='local' is 'train'")
     if merge is not None and merge.exchange != "float32":
-        notes.append(f"in one process nothing travels: exchange={merge.exchange!r} rounds nothing")
+        notes.append(f"in one {one} nothing is exchanged: exchange={merge.exchange!r} rounds nothing")
     if merge is not None and merge.weigh != "equal":
-        notes.append(f"in one process all heads weigh the same: weigh={merge.weigh!r} is for several ranks")
+        notes.append(f"in one {one} all heads weigh the same: weigh={merge.weigh!r} is for several")
     return notes
 
 

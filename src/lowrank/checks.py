@@ -208,11 +208,13 @@ def _engine(run: Run) -> Iterator[str]:
         )
     if run.engine == "fsdp" and run.compile:
         yield "--compile with --engine fsdp has not been tried: leave one out"
-    if one and run.method.args.get("rest") == "local":
-        yield (
-            f"--method.rest local trains the rest on each worker by itself, and --engine {run.engine} keeps all ranks "
-            "in step: use --engine auto, several --workers, or --method.rest train"
-        )
+    apart = {"rest": ("local",), "exchange": ("bfloat16", "int8"), "weigh": ("tokens", "seconds", "steps")}
+    for name, values in apart.items():
+        if one and (value := run.method.args.get(name)) in values:
+            yield (
+                f"--method.{name} {value} is for workers that train apart, and --engine {run.engine} keeps all ranks "
+                "in step: use --engine auto or several --workers, or leave it out"
+            )
 
 
 def _number(value: Any) -> float | None:

@@ -231,16 +231,7 @@ def apply_(
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters")
     _refuse_wrapped(model)
-    division, merge = divide(ranks, workers), method.merge
-    if division.in_step and method.rest == "local":
-        raise ValueError("rest='local' trains the rest on each worker by itself, and there is one: leave it out")
-    apart = merge is not None and (merge.overlap or merge.weigh != "equal" or merge.exchange != "float32")
-    if division.in_step and apart:
-        raise ValueError(
-            "overlap=, weigh= and exchange= are for heads that are divided between workers; with one worker each rank "
-            "has all of them, and gradients are summed: leave these out, or take more workers (--engine auto, or "
-            "--workers)"
-        )
+    division = divide(ranks, workers)
     binding = Binding(model, method, seed, division)
     binding.check_rest()
     try:

@@ -21,6 +21,8 @@ from lowrank.infra.record import read_log
 # Settings that neither name a row nor are shared by its runs, or that only say what is written.
 _UNNAMED = ("recipe", "seed", "lr", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb")
 
+_SENT = {"sent/step": "bytes_sent_per_step", "to others": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
+
 
 @dataclass(frozen=True, kw_only=True)
 class Result:
@@ -102,13 +104,20 @@ def best_rates(every: Sequence[Row]) -> list[Row]:
 
 
 def cells(chosen: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
-    """Header and body of the table, as text. Other validation figures of the runs (accuracy, …) get columns too."""
+    """Header and body of the table, as text. Other validation figures of the runs (accuracy, …) get columns too, and of
+    several ranks the bytes that each sent in a step, those of it to other workers, and what DDP would have sent."""
     fixed = ("val_loss", "val_tokens", "val_published_convention", "val_images", "test_images", "test_loss")
     extra = sorted({name for row in chosen for each in row.results for name in each.summary if _is_metric(name)})
     extra = [name for name in extra if name not in fixed and any(row.values(name) for row in chosen)]
     units = [unit for unit in ("tokens", "images") if any(row.values(f"{unit}_per_second") for row in chosen)]
     rates = [f"{unit}/s" for unit in units]
-    header = ["method", "lr", "seeds", "val loss", *extra, "trained", "state", "s/step", *rates, "peak"]
+    sent = {
+        "sent/step": "bytes_sent_per_step",
+        "to others": "bytes_sent_between_per_step",
+        "DDP's": "ddp_bytes_per_step",
+    }
+    sent = {title: name for title, name in sent.items() if any(row.values(name) for row in chosen)}
+    header = ["method", "lr", "seeds", "val loss", *extra, "trained", "state", "s/step", *rates, "peak", *sent]
     body = [
         [
             row.label,
@@ -121,6 +130,7 @@ def cells(chosen: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
             _shown(row.mean("step_seconds"), "{:.3g}".format),
             *(_shown(row.mean(f"{unit}_per_second"), short_count) for unit in units),
             _shown(row.mean("peak_bytes"), short_bytes),
+            *(_shown(row.mean(name), short_bytes) for name in sent.values()),
         ]
         for row in chosen
     ]

@@ -92,7 +92,10 @@ class Team:
             alone = [f"one process: --engine {self.run.engine} has nothing to divide"] if asked else []
             return alone + (["in one process all data is its own: --own-data changes nothing"] * self.run.own_data)
         found = self.forecast(self.ranks)
-        told = f"a step sends {short_bytes(found.per_step)} on average; DDP would send {short_bytes(found.ddp)}"
+        told = f"a step sends {short_bytes(found.per_step)} on average"
+        if self.plan.division.is_mesh:
+            told += f", of it {short_bytes(found.between_workers)} to other workers"
+        told += f"; DDP would send {short_bytes(found.ddp)}"
         folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.parts for row in self.plan.rows)
         clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
@@ -218,9 +221,14 @@ class Team:
         if self.ranks is None:
             return {}
         sent = sum(record.get("bytes_sent", 0) for record in records)
+        between = sum(record.get("bytes_sent_between", 0) for record in records)
+        steps = max((record["step"] for record in records), default=1)
         return {
             "ranks": self.ranks.count,
+            "workers": self.plan.division.place[1],
             "bytes_sent": sent,
+            "bytes_sent_per_step": sent // steps,
+            **({"bytes_sent_between_per_step": between // steps} if self.plan.division.is_mesh else {}),
             "ddp_bytes_per_step": self.forecast(self.ranks).ddp,
             "ranks_left_out": len(self.plan.left_out),
         }

@@ -20,7 +20,7 @@ from typing import Any
 import torch
 
 from lowrank import boundary, cli
-from lowrank.infra import checkpoint
+from lowrank.infra import checkpoint, checkpoint_parts
 from lowrank.train import _Loop
 
 RANK, LIFE = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -67,6 +67,8 @@ def main() -> int:
         at(int(step), lambda *_: before(boundary, "merge_across_", die))
     elif kind == "save":
         at(int(step), lambda *_: before(checkpoint, "measure", die), rank=0)
+    elif kind == "part":
+        at(int(step), lambda *_: before(checkpoint_parts, "measure", die))
     elif kind == "damage":
         at(int(step), spoil)
     elif kind == "wait":

@@ -46,28 +46,57 @@ def test_killed_in_a_step_a_merge_and_a_save_it_goes_on_as_if_it_never_had_been(
     found: list[dict[str, Any]], folder: Path, tmp_path: Path
 ) -> None:
     """Rank 1 dies twice, then rank 0, which writes; log and last checkpoint are those of a run left alone."""
-    born, out = tmp_path / "born", tmp_path / "killed"
-    killed = {"LOWRANK_KILLED": "step@4,merge@5,save@7", "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60"}
-    words = ["--nproc-per-node=2", "--max-restarts=3", "-m", "tests.ranks.killed", *TOGETHER, "--out", str(out)]
-    environment = {**os.environ, **killed, "OMP_NUM_THREADS": "1"}
-    done = subprocess.run(
-        [*LAUNCHER, *words], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
-    assert sorted(line.split()[0] for line in born.read_text().splitlines()) == list("00112233")
-    errors = [line for line in done.stderr.splitlines() if line.startswith("lowrank: rank")]
+    out = tmp_path / "killed"
+    stderr = torchrun(2, TOGETHER, out, killed="step@4,merge@5,save@7")
+    errors = [line for line in stderr.splitlines() if line.startswith("lowrank: rank")]
     assert [line[: line.index(" was waiting")] for line in errors] == [
         "lowrank: rank 1 (127.0.0.1) is gone; rank 0",
         "lowrank: rank 1 (127.0.0.1) is gone; rank 0",
         "lowrank: rank 0 (127.0.0.1) is gone; rank 1",
     ]
-    steps = [line.rpartition("step-")[2] for line in done.stderr.splitlines() if line.startswith("going on from")]
-    assert steps == ["00000004", "00000004", "00000006"]
+    assert gone_on_from(stderr) == ["00000004", "00000004", "00000006"]
+    assert_same_course(out, folder / "run")
+
+
+@pytest.mark.slow
+def test_a_mesh_killed_in_a_step_and_in_a_save_goes_on_as_if_it_never_had_been(tmp_path: Path) -> None:
+    """Two workers of two ranks that hold their model in parts: rank 1 dies twice, the second time while it writes its
+    part of a checkpoint."""
+    words = [word for word in TOGETHER if not word.startswith("--batch-size")]
+    mesh = [*words, "--engine=fsdp", "--workers=2", "--method.heads=2", "--batch-size=8"]
+    stderr = torchrun(4, mesh, tmp_path / "killed", killed="step@4,part@7")
+    assert stderr.count("rank 1 (127.0.0.1) is gone; rank 0 was waiting for") == 2
+    assert gone_on_from(stderr) == ["00000004", "00000006"]
+    torchrun(4, mesh, tmp_path / "straight")
+    assert_same_course(tmp_path / "killed", tmp_path / "straight")
+
+
+def torchrun(ranks: int, words: list[str], out: Path, killed: str = "") -> str:
+    """Run the command under torchrun until it ends well, killed on the way as told; returns what it printed."""
+    born, lives = out.with_suffix(".born"), 1 + len(killed.split(",")) * bool(killed)
+    how = [f"--nproc-per-node={ranks}", "--max-restarts=3", "-m", "tests.ranks.killed", *words, "--out", str(out)]
+    settings = {"LOWRANK_KILLED": killed, "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
+    environment = {**os.environ, **settings}
+    done = subprocess.run(
+        [*LAUNCHER, *how], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    lived = sorted(line.split()[0] for line in born.read_text().splitlines())
+    assert lived == [str(life) for life in range(lives) for _ in range(ranks)]
+    return done.stderr
+
+
+def gone_on_from(stderr: str) -> list[str]:
+    return [line.rpartition("step-")[2] for line in stderr.splitlines() if line.startswith("going on from")]
+
+
+def assert_same_course(out: Path, straight: Path) -> None:
+    """Log and last checkpoint of two runs are bitwise the same, and nothing is left unfinished."""
     assert not list((out / "checkpoints").glob(".writing-*"))
-    logs = [read_log(at / "log.jsonl") for at in (out, folder / "run")]
+    logs = [read_log(at / "log.jsonl") for at in (out, straight)]
     one, other = ([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r] for log in logs)
     assert one == other
-    saved = [checkpoint.load(checkpoint.latest(at / "checkpoints")) for at in (out, folder / "run")]
+    saved = [checkpoint.load(checkpoint.latest(at / "checkpoints")) for at in (out, straight)]
     for mine, theirs in ((saved[0].tensors, saved[1].tensors), *((each.optimizer["state"] for each in saved),)):
         theirs = flat(theirs)
         assert all(tensor.equal(theirs[key]) for key, tensor in flat(mine).items())

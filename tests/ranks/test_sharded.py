@@ -14,6 +14,7 @@ import lowrank
 from lowrank.generate import generate
 from lowrank.infra import checkpoint
 from lowrank.infra.record import read_log
+from lowrank.infra.workers import nodes
 from lowrank.train import train
 
 RANKS = 2
@@ -139,9 +140,32 @@ def test_settings_that_contradict_the_engine_are_refused() -> None:
     from lowrank.checks import validate
     from lowrank.settings import override
 
-    with pytest.raises(ValueError, match=r"--engine fsdp keeps all ranks in step"):
-        validate(override(tiny_run(), {"method": "lte", "method.rest": "local", "method.merge_every": 3}))
+    lte = override(tiny_run(), {"method": "lte", "method.merge_every": 3, "batch-size": 16})
+    for apart in ({"rest": "local"}, {"exchange": "int8"}, {"weigh": "tokens"}):
+        alone = override(lte, {f"method.{name}": value for name, value in apart.items()})
+        with pytest.raises(ValueError, match=r"--engine fsdp keeps all ranks in step: .* several --workers"):
+            validate(alone)
+        validate(override(alone, {"workers": "nodes"}))
+    with pytest.raises(ValueError, match="--workers 2: with --engine auto every rank is a worker"):
+        validate(override(lte, {"engine": "auto", "workers": 2}))
+    with pytest.raises(ValueError, match="--workers 0 must be at least 1, or nodes"):
+        validate(override(lte, {"workers": 0}))
+    with pytest.raises(ValueError, match="expected a whole number or one of nodes or none"):
+        override(lte, {"workers": "hosts"})
     with pytest.raises(ValueError, match="--compile with --engine fsdp"):
         validate(override(tiny_run(), {"compile": True}))
-    with pytest.raises(ValueError, match="and there is one: leave it out"):
-        lowrank.apply_(stack(), lowrank.methods.full(rest="local"), workers=1)
+    plan = lowrank.apply_(stack(), lowrank.methods.full(rest="local"), workers=1)
+    assert "in one process the rest is not averaged: rest='local' is 'train'" in plan.notes
+
+
+def test_workers_are_the_nodes_that_torchrun_tells_of(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert nodes() == 1
+    monkeypatch.setenv("WORLD_SIZE", "6")
+    with pytest.raises(ValueError, match="torchrun has not said how many nodes there are"):
+        nodes()
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "3")
+    monkeypatch.setenv("GROUP_WORLD_SIZE", "2")
+    assert nodes() == 2
+    monkeypatch.setenv("LOCAL_WORLD_SIZE", "2")
+    with pytest.raises(ValueError, match="2 of 6 ranks are on this node, so the 2 nodes do not all have as many"):
+        nodes()

@@ -3,6 +3,7 @@
 import json
 import re
 import statistics
+from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
@@ -65,6 +66,16 @@ def test_a_single_seed_has_no_spread(runs):
     (row,) = rows(runs("full"))
     assert row.spread("val_loss") is None
     assert "±" not in cells([row])[1][0][3]
+
+
+def test_what_several_ranks_have_sent_stands_beside_what_ddp_would(runs):
+    alone, told = runs("full", "lora")
+    header, _ = cells(rows([alone, told]))
+    assert not {"sent/step", "to others", "DDP's"} & set(header)
+    told = replace(told, summary={**told.summary, "bytes_sent_per_step": 24_400_000, "ddp_bytes_per_step": 977_000_000})
+    header, body = cells(rows([alone, told]))
+    assert header[-2:] == ["sent/step", "DDP's"]
+    assert [line[-2:] for line in body] == [["–", "–"], ["24.4 MB", "977 MB"]]
 
 
 def test_figures_have_units(runs):
