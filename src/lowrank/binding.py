@@ -373,10 +373,10 @@ def _notes_on_ranks(method: Method, division: Division, rows: list[Row], adapter
         notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the {member}s{uneven}")
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"
-        notes.append(
-            f"{size['own']:,} numbers are this {member}'s own heads, {every}; nothing of them travels in between"
-            + (" but their gradients within the worker" if member == "worker" else "")
+        silent = (
+            "nothing of them travels in between" if member == "rank" else "in between only mates sum their gradients"
         )
+        notes.append(f"{size['own']:,} numbers are this {member}'s own heads, {every}; {silent}")
     if method.merge is not None and method.merge.exchange != "float32" and not division.in_step:
         notes.append(f"merges and averages travel as {method.merge.exchange}, where that is fewer bytes")
     if method.merge is not None and method.merge.weigh != "equal" and not division.in_step:

@@ -111,12 +111,7 @@ def cells(chosen: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     extra = [name for name in extra if name not in fixed and any(row.values(name) for row in chosen)]
     units = [unit for unit in ("tokens", "images") if any(row.values(f"{unit}_per_second") for row in chosen)]
     rates = [f"{unit}/s" for unit in units]
-    sent = {
-        "sent/step": "bytes_sent_per_step",
-        "to others": "bytes_sent_between_per_step",
-        "DDP's": "ddp_bytes_per_step",
-    }
-    sent = {title: name for title, name in sent.items() if any(row.values(name) for row in chosen)}
+    sent = {title: name for title, name in _SENT.items() if any(row.values(name) for row in chosen)}
     header = ["method", "lr", "seeds", "val loss", *extra, "trained", "state", "s/step", *rates, "peak", *sent]
     body = [
         [
