@@ -31,6 +31,7 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import save
+from lowrank.infra.group import Traffic
 from lowrank.infra.ranks import Ranks, joined
 from lowrank.links import Link, measured, outlook, rank_of
 from lowrank.recipes.gpt import gpt_mini
@@ -65,39 +66,47 @@ def main() -> None:
     if "LOWRANK_LINK" not in os.environ:
         command = ["unshare", "-Urn", sys.executable, "-m", "benchmarks.link"]
         raise SystemExit(subprocess.run(command, env={**os.environ, "LOWRANK_LINK": "1"}, check=False).returncode)
-    with tempfile.TemporaryDirectory() as folder:
-        found = _on_a_link(Path(folder) / "found.json")
+    found = on_a_link("from benchmarks.link import rank; rank()")
     print(json.dumps(found, indent=2))
     print("written to", save("link", found).name)
 
 
-def _on_a_link(result: Path) -> dict[str, Any]:
-    """What rank 0 has found, each rank in a namespace of its own."""
+def on_a_link(code: str, ranks_each: int = 1) -> dict[str, Any]:
+    """What rank 0 has found, running ``code`` as every rank does: two nodes, namespaces of their own with a core each,
+    of so many ranks. Rank 0 writes it, as JSON, to the file LOWRANK_LINK."""
+    with tempfile.TemporaryDirectory() as folder:
+        return _on_a_link(code, ranks_each, Path(folder) / "found.json")
+
+
+def _on_a_link(code: str, ranks_each: int, result: Path) -> dict[str, Any]:
     holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
     try:
         time.sleep(0.5)  # until it has left our namespace
         there = ["nsenter", "-t", str(holder.pid), "-n"]
         _call("ip link add lowrank0 type veth peer name lowrank1")
         _call(f"ip link set lowrank1 netns {holder.pid}")
-        for rank, where in enumerate(([], there)):
+        nodes: list[list[str]] = [[], there]
+        for node, where in enumerate(nodes):
             _call("ip link set lo up", where)
-            _call(f"ip addr add {ADDRESSES[rank]}/24 dev lowrank{rank}", where)
-            _call(f"ip link set lowrank{rank} up", where)
-            _call(f"tc qdisc add dev lowrank{rank} root tbf rate {SPEED} burst 16kb latency 100ms", where)
-        group = {"WORLD_SIZE": str(RANKS), "MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+            _call(f"ip addr add {ADDRESSES[node]}/24 dev lowrank{node}", where)
+            _call(f"ip link set lowrank{node} up", where)
+            _call(f"tc qdisc add dev lowrank{node} root tbf rate {SPEED} burst 16kb latency 100ms", where)
+        group = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
+        group |= {"WORLD_SIZE": str(2 * ranks_each), "LOCAL_WORLD_SIZE": str(ranks_each), "GROUP_WORLD_SIZE": "2"}
         started = [
             subprocess.Popen(
-                [*where, "taskset", "-c", str(rank), sys.executable, "-c", "from benchmarks.link import rank; rank()"],
+                [*where, "taskset", "-c", str(node), sys.executable, "-c", code],
                 env={
                     **os.environ,
                     **group,
-                    "RANK": str(rank),
-                    "LOCAL_RANK": str(rank),
-                    "GLOO_SOCKET_IFNAME": f"lowrank{rank}",
+                    "RANK": str(node * ranks_each + local),
+                    "LOCAL_RANK": str(local),
+                    "GLOO_SOCKET_IFNAME": f"lowrank{node}",
                     "LOWRANK_LINK": str(result),
                 },
             )
-            for rank, where in enumerate(([], there))
+            for node, where in enumerate(nodes)
+            for local in range(ranks_each)
         ]
         codes = [process.wait() for process in started]
         if any(codes):
@@ -139,7 +148,7 @@ def _model(settings: dict[str, object], ranks: Ranks, link: Link) -> dict[str, A
     }
     for name, options in METHODS.items():
         run = resolve(override(gpt_mini(), {**common, **options}))
-        found[name] = _with_prediction(_ours(run, ranks), run, ranks, link)
+        found[name] = _with_prediction(ours(run, ranks), run, ranks, link)
     for each in ("ddp", *METHODS):
         seconds = found[each]["step_seconds"]
         found[each]["tokens_per_second"] = tokens / seconds
@@ -183,26 +192,26 @@ def _ddp(run: Run, ranks: Ranks) -> dict[str, float]:
     return {"step_seconds": _mean_seconds(one, before=2, steps=DDP_STEPS, ranks=ranks)}
 
 
-def _ours(run: Run, ranks: Ranks) -> dict[str, float]:
+def ours(run: Run, ranks: Ranks, *, before: int = BEFORE, steps: int = PERIOD) -> dict[str, float]:
     """The steps of ``lowrank train``, its log and its evaluations left out."""
     session = open_session(run, ranks=ranks)
     loop = _Loop(session, Path("nowhere"), quiet=True)
     session.model.train()
-    sent = 0
+    told = Traffic()
 
     def one() -> None:
-        nonlocal sent
         record = loop._one_step()
         loop.step += 1
         loop.team.after_step(record, False, loop.step)
-        if loop.step == BEFORE:
-            sent = ranks.traffic.sent
+        if loop.step == before:
+            vars(told).update(vars(ranks.traffic))
 
     try:
-        seconds = _mean_seconds(one, before=BEFORE, steps=PERIOD, ranks=ranks)
+        seconds = _mean_seconds(one, before=before, steps=steps, ranks=ranks)
     finally:
         loop.batches.close()
-    return {"step_seconds": seconds, "bytes_a_step": (ranks.traffic.sent - sent) / PERIOD}
+    sent, between = ranks.traffic.sent - told.sent, ranks.traffic.between - told.between
+    return {"step_seconds": seconds, "bytes_a_step": sent / steps, "bytes_between_a_step": between / steps}
 
 
 def _mean_seconds(step: Callable[[], None], *, before: int, steps: int, ranks: Ranks) -> float:
