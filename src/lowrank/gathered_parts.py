@@ -26,6 +26,7 @@ from lowrank.infra.parts import Cut, Part, local, part_of, reshard_
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
 from lowrank.optim.sharded import Cuts, cuts_of, own_state, whole_state
+from lowrank.optim.state import find_saved
 from lowrank.plan import Plan
 
 # What a rank gets of what is to be saved: all of it; its parts; nothing, but it helps those who do; or nothing.
@@ -102,7 +103,7 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
     assert plan.mates is not None
     tree = saved.state["tree"]["optimizer"]
     paths = unflatten(tree, _Itself())
-    opt.check_saved(paths)
+    find_saved(paths, opt.param_groups)
     places = {
         name: index
         for group in paths["param_groups"]

@@ -43,10 +43,11 @@ from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
 from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import round_into_
-from lowrank.optim.refresh import Refresh, together
-from lowrank.optim.rules import Rule, State, step_, wide
+from lowrank.optim.gradients import agree_bases_, clipped, dense, sum_gradients_
+from lowrank.optim.rules import Rule, step_
+from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_part
-from lowrank.optim.state import check_forgets, copied, forget_smallest_, leaves, matched
+from lowrank.optim.state import check_forgets, copied, find_saved, forget_smallest_, leaves, matched
 
 NARROW = (torch.bfloat16, torch.float16)
 _HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: it is stepped by one per-layer optimizer, the last made
@@ -110,14 +111,11 @@ class Optimizer(torch.optim.Optimizer):
             raise ValueError("scaler= is for per_layer=True; otherwise call scaler.step(optimizer) as usual")
         self.per_layer, self.accumulate, self.clip_per_layer = per_layer, accumulate, clip_per_layer
         self.schedule, self.boundary, self.seed = schedule, boundary, seed
-        self._scaler = scaler if scaler is not None and scaler.is_enabled() else None
-        self._scale_age = 0
+        self._scaler = LayerScaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._expect = dict(expect or {})
         self._micro: dict[nn.Parameter, int] = {}
         self._folded: dict[nn.Parameter, Tensor] = {}
-        self._overflowed: list[Tensor] = []
         self._stepped: set[nn.Parameter] = set()
-        self._inverse_scale: Tensor | None = None
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._mates = mates
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
@@ -205,7 +203,7 @@ class Optimizer(torch.optim.Optimizer):
             self._finish_backward()
         else:
             self.synchronise_()
-            self._agree_bases_([p for group in self.param_groups for p in group["params"]])
+            agree_bases_(self._place, self._rules, self.state, self._agreed)
             for group in self.param_groups:
                 self._step_group(group)
         for group in self.param_groups:
@@ -226,37 +224,7 @@ class Optimizer(torch.optim.Optimizer):
         if self.per_layer or self._synchronised:
             return
         self._synchronised = True
-        for ranks in dict.fromkeys(self._summed.values()):
-            self._sum_over(ranks, [p for p, over in self._summed.items() if over is ranks], whole=whole)
-
-    def _sum_over(self, ranks: Ranks, params: list[nn.Parameter], *, whole: bool) -> None:
-        sent: list[Tensor] = []
-        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            g = _dense(p.grad)
-            if not whole and self._folds(p):
-                self._folded[p], p.grad = self._fold(p, g), None
-            sent.append(self._folded.get(p, g))
-        ranks.sum_([present, *sent])
-        for p, holders in zip(params, present.tolist(), strict=True):
-            if not holders:
-                p.grad = None
-                self._folded.pop(p, None)
-
-    def _agree_bases_(self, params: Iterable[nn.Parameter]) -> None:
-        """Refresh the bases that heads share and that are due; with the heads of other workers, where each has its
-        own."""
-        due: dict[Group | None, list[Refresh]] = {}
-        for p in params:
-            agreement, others = getattr(self._place[p][1]["rule"], "agreement", None), self._agreed.get(p)
-            if agreement is None or (others is None and p.grad is None):
-                continue
-            g = torch.zeros_like(p) if p.grad is None else _dense(p.grad)
-            if (refresh := agreement(g, self.state[p])) is not None:
-                due.setdefault(others, []).append(refresh)
-        for others, refreshes in due.items():
-            together(refreshes, (lambda told: None) if others is None else others.sum_)
+        sum_gradients_(self._summed, (lambda p, g: None) if whole else self._fold, self._folded)
 
     def span(self, p: nn.Parameter) -> Subspace | None:
         """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
@@ -269,14 +237,11 @@ class Optimizer(torch.optim.Optimizer):
         """Whether some gradients are held only as R = QᵀG, so that their norm is unknown."""
         return bool(self._folded)
 
-    def _folds(self, p: nn.Parameter) -> bool:
-        """Whether the coming step needs the gradient of ``p`` only in its smaller form."""
-        rule = self._rules[p]
-        return self.clip_per_layer is None and hasattr(rule, "folds") and rule.folds(self.state[p])
-
-    def _fold(self, p: nn.Parameter, g: Tensor) -> Tensor:
+    def _fold(self, p: nn.Parameter, g: Tensor) -> Tensor | None:
+        """The gradient in the smaller form that is all that the coming step needs; None where it needs the whole."""
         rule: Any = self._rules[p]
-        return rule.fold(g, self.state[p])
+        folds = self.clip_per_layer is None and hasattr(rule, "folds") and rule.folds(self.state[p])
+        return rule.fold(g, self.state[p]) if folds else None
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """What this rank holds of every gradient that there is, to be changed in place."""
@@ -293,17 +258,17 @@ class Optimizer(torch.optim.Optimizer):
         at_once = apply_ is not None and self.clip_per_layer is None
         plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is group["rule"]]
         if plain:
-            grads, states = [_dense(p.grad) for p in plain], [self.state[p] for p in plain]
+            grads, states = [dense(p.grad) for p in plain], [self.state[p] for p in plain]
             apply_([local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
         done = set(map(id, plain))
         for p in ready:
             if id(p) not in done:
-                self._step_one(p, group, _dense(p.grad))
+                self._step_one(p, group, dense(p.grad))
 
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
         """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
         if self.clip_per_layer is not None:
-            g = _clip(g, self.clip_per_layer, self._parts[p])
+            g = clipped(g, self.clip_per_layer, self._parts[p])
         group_lr, decay = self._lr(group), group["decay"]
         self._write(
             p,
@@ -351,8 +316,7 @@ class Optimizer(torch.optim.Optimizer):
                 f"every {self.accumulate} backward passes, or make the optimizer with the accumulate= of your loop"
             )
         count = self._micro[p] = self._micro.get(p, 0) + 1
-        if self.accumulate > 1 and self._folds(p):
-            small = self._fold(p, _dense(p.grad))
+        if self.accumulate > 1 and (small := self._fold(p, dense(p.grad))) is not None:
             self._folded[p] = self._folded[p].add_(small) if p in self._folded else small
             p.grad = None
         if count == self.accumulate:
@@ -364,20 +328,22 @@ class Optimizer(torch.optim.Optimizer):
         del self._micro[p]
         self._stepped.add(p)
         folded = p in self._folded
-        g = self._unscaled(self._folded.pop(p) if folded else _dense(p.grad))
+        g: Tensor | None = self._folded.pop(p) if folded else dense(p.grad)
         p.grad = None
+        if self._scaler is not None and g is not None:
+            g = self._scaler.unscaled(g)
         if g is None:
             return
         if p in self._summed:
-            if not folded and self._folds(p):
-                g, folded = self._fold(p, g), True
+            if not folded and (small := self._fold(p, g)) is not None:
+                g, folded = small, True
             self._summed[p].sum_([g])
         if folded:
             self._step_folded(p, group, g)
         else:
             if self._parts[p] is None:  # of a sharded parameter no basis is shared by heads
                 p.grad = g
-                self._agree_bases_([p])
+                agree_bases_([p], self._rules, self.state, self._agreed)
                 p.grad = None
             self._step_one(p, group, g)
 
@@ -385,16 +351,6 @@ class Optimizer(torch.optim.Optimizer):
         rule: Any = self._rules[p]
         lr, decay = self._lr(group), group["decay"]
         self._write(p, lambda target: rule.apply_folded_(target, r, self.state[p], lr=lr, decay=decay))
-
-    def _unscaled(self, g: Tensor) -> Tensor | None:
-        """The gradient divided by the scaler's scale; None where it overflowed and this layer must skip the step."""
-        if self._scaler is None:
-            return g
-        if self._inverse_scale is None:
-            self._inverse_scale = torch.full((), 1.0 / self._scaler.get_scale())  # on the CPU it multiplies anywhere
-        finite = g.isfinite().all()
-        self._overflowed.append(~finite)
-        return g.to(wide(g.dtype)).mul_(self._inverse_scale) if finite else None
 
     def _finish_backward(self) -> None:
         if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them
@@ -409,20 +365,8 @@ class Optimizer(torch.optim.Optimizer):
         if not self._stepped:
             warnings.warn("step() was called without a backward pass: nothing was updated", stacklevel=3)
         self._stepped.clear()
-        if self._scaler is not None and self._overflowed:
-            self._update_scale(any(bool(overflowed) for overflowed in self._overflowed))
-        self._overflowed, self._inverse_scale = [], None
-
-    def _update_scale(self, overflowed: bool) -> None:
-        """GradScaler's own growth and backoff, through its public interface: the gradients it would read are freed."""
-        assert self._scaler is not None
-        scale = self._scaler.get_scale()
-        self._scale_age = 0 if overflowed else self._scale_age + 1
-        if overflowed:
-            self._scaler.update(scale * self._scaler.get_backoff_factor())
-        elif self._scale_age >= self._scaler.get_growth_interval():
-            self._scaler.update(scale * self._scaler.get_growth_factor())
-            self._scale_age = 0
+        if self._scaler is not None:
+            self._scaler.finish()
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the kept micro-batches of an unfinished step."""
@@ -475,7 +419,7 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             plain = {k: v for k, v in group.items() if k not in ("params", "rule")}
             groups.append({**plain, "rule": repr(group["rule"]), "params": [number[p] for p in group["params"]]})
-        extra = {"scale_age": self._scale_age} if self._scaler is not None else {}
+        extra = {"scale_age": self._scaler.age} if self._scaler is not None else {}
         return {"state": {number[p]: copied(self.state[p]) for p in self._place}, "param_groups": groups, **extra}
 
     @torch.no_grad()
@@ -486,71 +430,14 @@ class Optimizer(torch.optim.Optimizer):
             ValueError: names the first parameter whose rule, name, shape or dtype differs; nothing was changed.
         """
         pairs: list[tuple[Tensor, Tensor]] = []
-        for p, (key, state) in self.check_saved(state_dict).items():
+        for p, (key, state) in find_saved(state_dict, self.param_groups).items():
             pairs += matched(self.state[p], state, str(key))
         for target, source in pairs:
             target.copy_(source)
         for group, saved_group in zip(self.param_groups, state_dict["param_groups"], strict=True):
             group.update({k: v for k, v in saved_group.items() if k not in ("params", "rule", "param_names")})
-        self._scale_age = state_dict.get("scale_age", 0)
+        if self._scaler is not None:
+            self._scaler.age = state_dict.get("scale_age", 0)
         self._expect.clear()
         self.zero_grad()
         self._stepped.clear()
-
-    def check_saved(self, state_dict: dict[str, Any]) -> dict[nn.Parameter, tuple[str | int, State]]:
-        """(name or number, saved state) for each parameter; the states themselves are not looked at.
-
-        Raises:
-            ValueError: it is of other parameters, or of other rules.
-        """
-        saved = self._saved_by_key(state_dict)
-        found: dict[nn.Parameter, tuple[str | int, State]] = {}
-        for p, (index, group) in self._place.items():
-            key = self.name_of(p) if group.get("param_names") else index
-            if key not in saved:
-                raise ValueError(
-                    f"the saved optimizer state has no parameter {key!r}: it is of another model or method"
-                )
-            state, saved_group = saved[key]
-            if saved_group["rule"] != repr(group["rule"]):
-                raise ValueError(
-                    f"the saved state of {key!r} is of rule {saved_group['rule']}, the optimizer's is "
-                    f"{group['rule']!r}; resume with the method that the run was started with"
-                )
-            found[p] = (key, state)
-        if len(saved) != len(self._place):
-            raise ValueError(f"the saved state has {len(saved)} parameters, the optimizer {len(self._place)}")
-        return found
-
-    def _saved_by_key(self, state_dict: dict[str, Any]) -> dict[str | int, tuple[State, dict[str, Any]]]:
-        groups = state_dict["param_groups"]
-        if len(groups) != len(self.param_groups):
-            raise ValueError(
-                f"the saved state has {len(groups)} parameter groups, the optimizer {len(self.param_groups)}"
-            )
-        named = all(group.get("param_names") for group in [*groups, *self.param_groups])
-        saved: dict[str | int, tuple[State, dict[str, Any]]] = {}
-        for group in groups:
-            keys = group["param_names"] if named else group["params"]
-            for key, index in zip(keys, group["params"], strict=True):
-                saved[key] = (state_dict["state"].get(index, {}), group)
-        return saved
-
-
-# --- small helpers ---------------------------------------------------------------------------------------------------
-
-
-def _dense(g: Tensor | None) -> Tensor:
-    """The gradient, or the part of it here."""
-    assert g is not None
-    if g.is_sparse:
-        raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
-    return local(g)
-
-
-def _clip(g: Tensor, limit: float, part: Part | None) -> Tensor:
-    g = g.to(wide(g.dtype))
-    norm = torch.linalg.vector_norm(g)
-    if part is not None:
-        norm = part.total(norm.square()).sqrt()
-    return g * (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -1,11 +1,13 @@
-"""Operations on any rule's state, a nested dict of tensors: walk, copy and compare it, zero a part of it."""
+"""Operations on any rule's state, a nested dict of tensors: walk, copy and compare it, zero a part of it, find it in
+what was saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from lowrank.optim.rules import Rule, State
 
@@ -68,3 +70,46 @@ def matched(ours: State, saved: State, label: str) -> list[tuple[Tensor, Tensor]
                 f"expected {tensor.dtype} {tuple(tensor.shape)}"
             )
     return [(tensor, theirs[key]) for key, tensor in mine.items()]
+
+
+def find_saved(
+    saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]
+) -> dict[nn.Parameter, tuple[str | int, State]]:
+    """(name or number, saved state) for each parameter of an optimizer's ``groups``, by what ``state_dict()`` gave: by
+    name where both have names, else by position. The states themselves are not looked at.
+
+    Raises:
+        ValueError: it is of other parameters, or of other rules; the first is named.
+    """
+    by_key = _by_key(saved, groups)
+    found: dict[nn.Parameter, tuple[str | int, State]] = {}
+    for group in groups:
+        for i, p in enumerate(group["params"]):
+            key = group["param_names"][i] if group.get("param_names") else len(found)
+            if key not in by_key:
+                raise ValueError(
+                    f"the saved optimizer state has no parameter {key!r}: it is of another model or method"
+                )
+            state, rule = by_key[key]
+            if rule != repr(group["rule"]):
+                raise ValueError(
+                    f"the saved state of {key!r} is of rule {rule}, the optimizer's is {group['rule']!r}; resume with "
+                    "the method that the run was started with"
+                )
+            found[p] = (key, state)
+    if len(by_key) != len(found):
+        raise ValueError(f"the saved state has {len(by_key)} parameters, the optimizer {len(found)}")
+    return found
+
+
+def _by_key(saved: Mapping[str, Any], groups: Sequence[Mapping[str, Any]]) -> dict[str | int, tuple[State, str]]:
+    """(state, rule as text) of everything saved."""
+    theirs = saved["param_groups"]
+    if len(theirs) != len(groups):
+        raise ValueError(f"the saved state has {len(theirs)} parameter groups, the optimizer {len(groups)}")
+    named = all(group.get("param_names") for group in [*theirs, *groups])
+    return {
+        key: (saved["state"].get(index, {}), group["rule"])
+        for group in theirs
+        for key, index in zip(group["param_names"] if named else group["params"], group["params"], strict=True)
+    }

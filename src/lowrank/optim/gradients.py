@@ -1,0 +1,85 @@
+"""What becomes of gradients before a rule sees them: summed over ranks, clipped, read as what is here of a sharded one.
+
+A rule that ``folds`` needs R = QᵀG alone for its coming step; R then takes the gradient's place, between micro-batches
+and on the way to other ranks.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.infra.group import Group
+from lowrank.infra.parts import Part, local
+from lowrank.infra.ranks import Ranks
+from lowrank.optim.refresh import Refresh, together
+from lowrank.optim.rules import Rule, wide
+
+Fold = Callable[[nn.Parameter, Tensor], Tensor | None]
+
+
+def dense(g: Tensor | None) -> Tensor:
+    """The gradient, or the part of it here.
+
+    Raises:
+        RuntimeError: it is sparse.
+    """
+    assert g is not None
+    if g.is_sparse:
+        raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
+    return local(g)
+
+
+def clipped(g: Tensor, limit: float, part: Part | None) -> Tensor:
+    """The gradient, float32 or wider, scaled so that its norm is at most ``limit``; of a ``part`` the whole's norm."""
+    g = g.to(wide(g.dtype))
+    norm = torch.linalg.vector_norm(g)
+    if part is not None:
+        norm = part.total(norm.square()).sqrt()
+    return g * (limit / (norm + 1e-6)).clamp(max=1.0)
+
+
+def sum_gradients_(summed: Mapping[nn.Parameter, Ranks], fold: Fold, folded: dict[nn.Parameter, Tensor]) -> None:
+    """Sum each gradient over the ranks that ``summed`` gives for its parameter; all of them must call it.
+
+    A gradient that ``fold`` makes small is summed so: it goes from ``grad`` to ``folded``. A parameter without a
+    gradient on some ranks counts as zero there, and without one on all stays without.
+    """
+    for ranks in dict.fromkeys(summed.values()):
+        params = [p for p, over in summed.items() if over is ranks]
+        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+        sent: list[Tensor] = []
+        for p in params:
+            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+            g = dense(p.grad)
+            if (small := fold(p, g)) is not None:
+                folded[p], p.grad = small, None
+            sent.append(g if small is None else small)
+        ranks.sum_([present, *sent])
+        for p, holders in zip(params, present.tolist(), strict=True):
+            if not holders:
+                p.grad = None
+                folded.pop(p, None)
+
+
+def agree_bases_(
+    params: Iterable[nn.Parameter],
+    rules: Mapping[nn.Parameter, Rule],
+    states: Mapping[Any, Any],
+    agreed: Mapping[nn.Parameter, Group],
+) -> None:
+    """Refresh the bases that heads share and that are due; with those whom ``agreed`` names, where others have heads of
+    the same parameter."""
+    due: dict[Group | None, list[Refresh]] = {}
+    for p in params:
+        agreement, others = getattr(rules[p], "agreement", None), agreed.get(p)
+        if agreement is None or (others is None and p.grad is None):
+            continue
+        g = torch.zeros_like(p) if p.grad is None else dense(p.grad)
+        if (refresh := agreement(g, states[p])) is not None:
+            due.setdefault(others, []).append(refresh)
+    for others, refreshes in due.items():
+        together(refreshes, (lambda told: None) if others is None else others.sum_)
