@@ -37,7 +37,8 @@ MAY_USE = {
     "methods": BASE | {"adapters", "optim", "linalg", "targets"},
     "memory": BASE | {"optim", "plan"},
     "boundary": BASE | {"adapters", "optim", "linalg"},
-    "binding": BASE | {"adapters", "optim", "targets", "methods"},
+    "notes": BASE | {"adapters", "methods"},
+    "binding": BASE | {"adapters", "optim", "targets", "methods", "notes"},
     "plan": BASE | {"adapters", "optim", "targets", "methods", "memory", "boundary", "binding"},
 }
 NEVER = [

@@ -32,29 +32,23 @@ from torch import Tensor
 from lowrank import __version__
 from lowrank.boundary import whole
 from lowrank.data.images import ImageData
-from lowrank.elastic import keeping, keeps, newest
+from lowrank.elastic import keeps, newest
 from lowrank.evaluate import evaluate
-from lowrank.gathered import load_model_, own_optimizer_state, whole_optimizer_state
-from lowrank.gathered_parts import Keeping, whole_model_state
 from lowrank.infra import checkpoint
-from lowrank.infra.checkpoint_parts import save_in_parts
 from lowrank.infra.environment import environment
 from lowrank.infra.meter import StepClock, peak_bytes, reset_peak
-from lowrank.infra.nest import random_state, set_random_state_
-from lowrank.infra.parts import local
 from lowrank.infra.prefetch import Prefetch
 from lowrank.infra.progress import Progress, short_bytes
 from lowrank.infra.ranks import Ranks, joined
 from lowrank.infra.record import Writer, open_writers, read_log
 from lowrank.infra.schedule import Envelope
 from lowrank.run import Run
+from lowrank.saving import NotFinite, Saver, not_finite
 from lowrank.session import FACTS, Session, open_session, pick_device
 from lowrank.tasks import Batch, to_device
 from lowrank.team import Team
 
-
-class NotFinite(FloatingPointError):
-    """The loss became NaN or infinite; the message names the last good checkpoint."""
+__all__ = ["NotFinite", "train"]
 
 
 def train(
@@ -105,11 +99,11 @@ def _train(
         loop.restore(saved, ended=elastic)
     loop.team.agree(__version__, loop.step, session.data)
     if saved is not None:
-        loop.restore_random(saved)
+        loop.saver.restore_random(saved)
         del saved  # which holds all that was read
     if keeper:
         _describe(session, out)
-    loop.keeping = keeping(out, session.plan, keeper=keeper)
+    loop.saver.prepare()
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
         loop.judge()
@@ -136,7 +130,6 @@ class _Loop:
     def __init__(self, session: Session, out: Path, *, quiet: bool, keeper: bool = True):
         run = session.run
         self.keeper = keeper  # of the run's folder
-        self.keeping: Keeping = "whole" if keeper else "help"  # of each checkpoint
         self.session, self.out, self.team = session, out, Team(session.plan, run)
         self.quiet = quiet or not self.team.first
         self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
@@ -165,7 +158,8 @@ class _Loop:
         self.test_metrics: dict[str, float] = {}
         self.writers: list[Writer] = []
         self.progress = Progress(self.end, quiet=True)
-        self.saved_at = -1
+        root = out / "checkpoints"
+        self.saver = Saver(run, session.plan, self.optimizer, self.scaler, self.team, root, keeper=keeper)
         self.clock = StepClock()
 
     def _check_merge(self) -> None:
@@ -202,7 +196,7 @@ class _Loop:
                     improved = evaluating and self._evaluate()
                     if improved or saving:
                         self._save(best=improved)
-        if self.saved_at != self.step and self.step:
+        if self.saver.last != self.step and self.step:
             with whole(self.session.plan, self.optimizer):
                 self._save(best=False)
         if stop:
@@ -317,24 +311,7 @@ class _Loop:
 
     def _stop_not_finite(self, loss: float) -> None:
         self._write({"step": self.step, "loss": loss})
-        raise NotFinite(self._advice(f"the loss became {loss}"))
-
-    def _check_weights(self) -> None:
-        """Nothing that is not finite is saved: the checkpoints of before are what one can go back to."""
-        named = self.session.model.named_parameters()
-        bad = next((name for name, p in named if not bool(local(p).isfinite().all())), None)
-        if self.session.plan.parts:  # what is not finite may be in another rank's part
-            bad = next((name for name in self.team.everyones(bad) if name is not None), None)
-        if bad is not None:
-            raise NotFinite(self._advice(f"{bad} became NaN or infinite"))
-
-    def _advice(self, what: str) -> str:
-        kept = checkpoint.saved(self.out / "checkpoints")
-        where = f"the last good checkpoint is {kept[-1]}" if kept else "no checkpoint had been saved yet"
-        return (
-            f"{what} at step {self.step}; {where}. Lower --lr, lengthen --warmup or clip (--max-grad-norm 1.0), then "
-            "start again or resume"
-        )
+        raise not_finite(f"the loss became {loss}", self.step, self.saver.root)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; whether it is the best so far."""
@@ -376,68 +353,22 @@ class _Loop:
             self.progress.note(f"best checkpoint  {shown}  (report in {self.out / 'clinic'})")
 
     def _save(self, *, best: bool) -> None:
-        """Save what one process would have saved; the model is whole."""
-        if self.saved_at == self.step:
-            return
-        self._check_weights()
-        self.saved_at = self.step
-        model = whole_model_state(self.session.plan, self.keeping)
-        optimizer = whole_optimizer_state(self.session.plan, self.optimizer, self.keeping)
-        random = self.team.everyones(random_state())
-        work = self.team.everyones(dict(self.session.plan.work.since)) if self.team.weighs else []
-        if self.keeping in ("help", "nothing"):
-            return
-        meta = {
-            "random": random[0],
-            "random_of_ranks": random[1:],
-            "work_of_ranks": work,
-            "scaler": self.scaler.state_dict(),
-            "best": self.best,
-            "metrics": self.latest_metrics,
-            "method": self.session.run.method.to_json(),
-        }
-        what = (self.out / "checkpoints", self.step, model, optimizer, meta)
-        options: dict[str, Any] = {"keep": self.session.run.keep, "best": best}
-        mates = self.session.plan.mates
-        if self.keeping == "parts" and mates is not None:
-            save_in_parts(*what, ranks=mates, writes=self.keeper, **options)
-        else:
-            checkpoint.save(*what, **options)
+        self.saver.save(self.step, self.latest_metrics, self.best, is_best=best)
 
     def restore(self, saved: checkpoint.Checkpoint, *, ended: bool = False) -> None:
-        """Go back to a checkpoint: weights, optimizer, random generators, step; also to a run's end where ``ended``.
+        """Go back to a checkpoint: weights, optimizer, step; also to a run's end where ``ended``.
 
         Raises:
             ValueError: it is of another method or step count, or its state does not fit.
         """
-        method = self.session.run.method.to_json()
-        if saved.meta["method"] != method:
-            raise ValueError(
-                f"the run was trained with {saved.meta['method']}, not with {method}; resume it with its own method, "
-                "or start a new run from its weights with --init-from"
-            )
         if saved.step > self.end or (saved.step == self.end and not ended):
             raise ValueError(
                 f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
                 "go on"
             )
-        plan = self.session.plan
-        load_model_(plan, saved)
-        plan.anchor_rest_()
-        self.optimizer.load_state_dict(own_optimizer_state(plan, self.optimizer, saved))
-        self.scaler.load_state_dict(saved.meta["scaler"])
+        self.saver.restore(saved)
         self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
-        self.step = self.saved_at = saved.step
-
-    def restore_random(self, saved: checkpoint.Checkpoint) -> None:
-        """Put the random generators back, where the run was saved by as many ranks; drop later checkpoints."""
-        states = [saved.meta["random"], *saved.meta.get("random_of_ranks", [])]
-        rank, ranks = self.team.place or (0, 1)
-        if len(states) == ranks:
-            set_random_state_(states[rank])
-            self.session.plan.work.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
-        if self.keeper:
-            checkpoint.discard_after(self.out / "checkpoints", saved.step)
+        self.step = saved.step
 
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""
