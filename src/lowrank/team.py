@@ -121,6 +121,14 @@ class Team:
         return self.plan.work.kind != "equal"
 
     @property
+    def sharing(self) -> Ranks | None:
+        """The ranks that read the same data as this one, itself included: all, or under ``--own-data`` those of its
+        worker, where there are several workers of several ranks; None where it reads alone."""
+        if not self.run.own_data:
+            return self.ranks
+        return self.plan.mates if self.plan.division.is_mesh else None
+
+    @property
     def together(self) -> bool:
         """Whether every step is one step of all ranks."""
         return self.ranks is not None and self.stepping is self.ranks
@@ -138,8 +146,8 @@ class Team:
         if self.run.own_data:
             source = facts.pop("--data.source", None)
             facts["tokenizer"] = tokenizer_digest(data.tokenizer)
-            if self.plan.mates is not None:  # who compute every batch together
-                self.plan.mates.agree({"--data.source": source})
+            if (sharing := self.sharing) is not None:
+                sharing.agree({"--data.source": source})
         self.ranks.agree(facts)
         torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
         self._told = Traffic(**vars(self.ranks.traffic))

@@ -318,7 +318,7 @@ class _Loop:
         session = self.session
         batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
         where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
-        where["sharing"] = session.plan.mates if session.run.own_data else self.team.ranks
+        where["sharing"] = self.team.sharing
         metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})

@@ -377,6 +377,7 @@ def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path)
     assert summary["val_tokens"] == sum(tally.tokens for tally in tallies)  # type: ignore[attr-defined]
     together = sum(tally.total for tally in tallies) / summary["val_tokens"]  # type: ignore[attr-defined]
     assert summary["val_loss"] == pytest.approx(together, rel=1e-5)
+    assert found[0]["runs"]["own-ddp"]["val_tokens"] == summary["val_tokens"]  # in step, on data of their own
     one, other = (checkpoint.load(checkpoint.latest(folder / n / "checkpoints")) for n in ("own", "own-stopped"))
     assert one.step == other.step == 9
     assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())

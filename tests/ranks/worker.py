@@ -289,6 +289,8 @@ def runs(folder: Path) -> dict[str, Result]:
     found["own"] = train(weighed, folder / "own", quiet=True)
     train(override(weighed, {"stop-at": 5}), folder / "own-stopped", quiet=True)
     found["own-resumed"] = train(weighed, folder / "own-stopped", resume=True, quiet=True)
+    together = {"method.weigh": "equal", "engine": "ddp", "method.rest": "train", "method.heads": 1}
+    found["own-ddp"] = train(resolve(override(weighed, together)), folder / "own-ddp", quiet=True)
     return found
 
 

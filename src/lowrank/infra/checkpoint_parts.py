@@ -135,7 +135,7 @@ def read_whole(folder: Path, device: torch.device | str = "cpu", prefix: str = "
     """The tensors of a folder of parts whose names begin so, put together in this process alone."""
     import torch.distributed.checkpoint as dcp
 
-    reader = dcp.HuggingFaceStorageReader(str(folder))
+    reader = _reader(folder)
     found: dict[str, Any] = {
         name: torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
         for name, stored in _stored(reader).items()
@@ -160,7 +160,7 @@ def read_parts(
     import torch.distributed.checkpoint as dcp
 
     inside = saved.folder / kind
-    reader = dcp.HuggingFaceStorageReader(str(inside if inside.is_dir() else saved.folder))
+    reader = _reader(inside if inside.is_dir() else saved.folder)
     notes, stored = saved.notes(kind), _stored(reader)
     spread: dict[str, Any] = {}
     pieces: dict[str, Tensor] = {}
@@ -190,6 +190,16 @@ def read_parts(
         else:
             found[name] = whole[first] if cut is None else cut.part.cut(whole[first], cut.dim)
     return found
+
+
+def _reader(folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    if not hasattr(dcp, "HuggingFaceStorageReader"):
+        raise CheckpointError(
+            f"{folder} is written in parts, which torch {torch.__version__} cannot read: use 2.9 or newer"
+        )
+    return dcp.HuggingFaceStorageReader(str(folder))
 
 
 def _stored(reader: Any) -> dict[str, Any]:
