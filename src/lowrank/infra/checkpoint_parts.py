@@ -63,38 +63,44 @@ def save_in_parts(
     """
     tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
     model, aliases = _once(tensors)
-    notes: dict[str, Any] = {"orders": {}}
-    state = {"format": FORMAT, "step": step, "model": {**notes, "aliases": aliases}, "tree": tree}
-    state["nest"] = {**notes, "aliases": {}}
-
-    def alone(function: Callable[[], T]) -> T:
-        """Run what may fail on one rank, and fail on all if it does."""
-        found, error = None, None
-        try:
-            found = function()
-        except (OSError, SafetensorError) as failed:
-            error = failed
-        first = next((each for each in ranks.gather_objects(error) if each is not None), None)
-        if first is not None:
-            raise checkpoint.not_saved(root, step, first) from error
-        return found  # type: ignore[return-value]
-
+    notes = {"model": {"aliases": aliases, "orders": {}}, "nest": {"aliases": {}, "orders": {}}}
     temporary = checkpoint.writing(root, step)
-    alone(lambda: checkpoint.begin_(root, step) if writes else None)
-    for kind, own in zip(KINDS, (model, leaves), strict=True):
-        _write(temporary / kind, own, ranks, root, step)
-    own_files = sorted(path for kind in KINDS for path in (temporary / kind).glob(f"shard-{ranks.rank + 1:05d}-*"))
-    measured = alone(lambda: {str(path.relative_to(temporary)): measure(path) for path in own_files})
-    files = {name: size for theirs in ranks.gather_objects(measured) for name, size in theirs.items()}
 
-    def finish() -> None:
-        write_json(temporary / STATE, state)
-        for folder in (*(temporary / kind for kind in KINDS), temporary / STATE):
-            sync(folder)
+    def failed(error: Exception) -> CheckpointError:
+        return checkpoint.not_saved(root, step, error)
+
+    def finish(files: Mapping[str, Mapping[str, int]]) -> None:
+        write_json(temporary / STATE, {"format": FORMAT, "step": step, **notes, "tree": tree})
+        for path in (*(temporary / kind for kind in KINDS), temporary / STATE):
+            sync(path)
         write_manifest(temporary, {**files, STATE: measure(temporary / STATE)})
         checkpoint.publish_(temporary, root, step, keep=keep, best=best)
 
-    alone(lambda: finish() if writes else None)
+    _all_or_none(lambda: checkpoint.begin_(root, step) if writes else None, ranks, failed)
+    for kind, own in zip(KINDS, (model, leaves), strict=True):
+        _write(temporary / kind, own, ranks, failed)
+    measured = _all_or_none(lambda: _measured(temporary, ranks.rank), ranks, failed)
+    files = {name: size for theirs in measured for name, size in theirs.items()}
+    _all_or_none(lambda: finish(files) if writes else None, ranks, failed)
+
+
+def _all_or_none(function: Callable[[], T], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> list[T]:
+    """What each rank has found; what fails on one fails on all."""
+    found, error = None, None
+    try:
+        found = function()
+    except (OSError, SafetensorError) as raised:
+        error = raised
+    everyone = ranks.gather_objects((found, error))
+    if errors := [each for _, each in everyone if each is not None]:
+        raise failed(errors[0]) from error
+    return [theirs for theirs, _ in everyone]  # type: ignore[misc]
+
+
+def _measured(folder: Path, rank: int) -> dict[str, dict[str, int]]:
+    """Size and checksum of the files that a rank has written, by their names in the folder."""
+    files = [path for kind in KINDS for path in (folder / kind).glob(f"shard-{rank + 1:05d}-*")]
+    return {str(path.relative_to(folder)): measure(path) for path in files}
 
 
 def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
@@ -104,16 +110,14 @@ def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return {name: t for name, t in tensors.items() if name not in aliases}, aliases
 
 
-def _write(folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, root: Path, step: int) -> None:
+def _write(
+    folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, failed: Callable[[Exception], CheckpointError]
+) -> None:
     import torch.distributed.checkpoint as dcp
 
     own = {name: t.detach() for name, t in tensors.items() if t.device.type != "meta"}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
-    _together(
-        lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group),
-        ranks,
-        lambda error: checkpoint.not_saved(root, step, error),
-    )
+    _together(lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group), ranks, failed)
 
 
 def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> None:
