@@ -214,9 +214,8 @@ class Binding:
         keep = merge is not None and merge.keep
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
-            place, count = self.division.place
-            W = matrix[layer.rows(part)]
-            site = Site(layer.label(part), W, self.seed, keep, place, count)
+            W, count = matrix[layer.rows(part)], self.division.workers_count
+            site = Site(layer.label(part), W, self.seed, keep, self.division.worker, count)
             made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)

@@ -195,8 +195,8 @@ def _packages(run: Run) -> Iterator[str]:
 def _engine(run: Run) -> Iterator[str]:
     if run.workers is not None and run.engine == "auto":
         yield (
-            f"--workers {run.workers}: with --engine auto every rank is a worker; use --engine ddp or fsdp, or leave "
-            "it out"
+            f"--workers {run.workers}: with --engine auto every rank is a worker; use --engine ddp or fsdp, or "
+            "--workers none"
         )
     if isinstance(run.workers, int) and run.workers < 1:
         yield f"--workers {run.workers} must be at least 1, or nodes"

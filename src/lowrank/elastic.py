@@ -54,22 +54,24 @@ def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
     """What this rank gets of what is to be saved; ``keeper``: whether it writes. Every rank must call it.
 
     The ranks that hold a model in parts write them side by side where one of them is a keeper and all see its folder.
+    All checkpoints of a step are written alike, so that ranks can tell that they are the same.
     """
-    if not plan.parts or plan.mates is None:
+    if not plan.parts or plan.mates is None or plan.ranks is None:
         return "whole" if keeper else "help"
-    everyone = plan.mates.gather_objects((keeper, uuid.uuid4().hex))
-    keepers = [name for writes, name in everyone if writes]
-    if not keepers:
-        return "nothing"
-    sign = out / f".parts-{keepers[0]}"
+    everyone = plan.ranks.gather_objects((keeper, uuid.uuid4().hex))
+    keepers = [everyone[rank][1] for rank in plan.mates.numbers if everyone[rank][0]]
+    signs = [out / f".parts-{name}" for name in keepers]
     if keeper:
         out.mkdir(parents=True, exist_ok=True)
-        sign.touch()
-    plan.mates.total(0.0)
-    seen = all(plan.mates.gather_objects(sign.exists()))
-    plan.mates.total(0.0)
-    sign.unlink(missing_ok=True)
-    if len(keepers) == 1 and seen:
+        (out / f".parts-{everyone[plan.ranks.rank][1]}").touch()
+    plan.ranks.total(0.0)
+    in_parts = not signs or (len(signs) == 1 and signs[0].exists())
+    in_parts = all(plan.ranks.gather_objects(in_parts))
+    if keeper:
+        (out / f".parts-{everyone[plan.ranks.rank][1]}").unlink()
+    if not keepers:
+        return "nothing"
+    if in_parts:
         return "parts"
     return "whole" if keeper else "help"
 
@@ -115,7 +117,8 @@ def _copy(folder: Path, source: int, ranks: Ranks, *, writes: bool) -> None:
     mine = _files(folder) if ranks.rank == source else {}
     files = ranks.gather_objects(mine)[source]
     beside = folder.with_name(f".writing-{folder.name}")
-    shutil.rmtree(beside, ignore_errors=True)
+    if writes:
+        shutil.rmtree(beside, ignore_errors=True)
     for name, size in files.items():
         if writes:
             (beside / name).parent.mkdir(parents=True, exist_ok=True)

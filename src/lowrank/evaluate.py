@@ -4,7 +4,8 @@ In evaluation mode an adapter computes with ``merged(W)``, the mean of its heads
 that ``merge_and_unload`` would give, whatever has happened since the last merge. Sums are taken over predictions and
 not over batches, so the result does not depend on the batch size, nor on how many ranks share the batches: rank r of R
 scores the batches r, r + R, …, and what all have counted is put together. All run equally many batches, as a sharded
-model needs: who has none left runs one whose result nobody counts. Data of their own ranks score by themselves.
+model needs: who has none left runs one whose result nobody counts. Where ranks, or workers, have data of their own,
+each scores all of it.
 """
 
 from __future__ import annotations

@@ -16,7 +16,7 @@ from typing import Any
 from torch import Tensor, nn
 
 from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, own_part
-from lowrank.gathered_parts import Keeping, load_model_parts_, own_optimizer_parts, put_together_
+from lowrank.gathered_parts import Keeping, load_model_parts_, own_optimizer_parts, whole_parts
 from lowrank.infra import checkpoint
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
@@ -50,19 +50,27 @@ def check_state(plan: Plan, opt: Optimizer) -> None:
 def whole_optimizer_state(plan: Plan, opt: Optimizer, keeping: Keeping = "whole") -> dict[str, Any]:
     """``opt.state_dict()`` of one process with all heads. Every rank must call it; of the state of sharded parameters
     each gets what ``keeping`` says."""
+    parts = whole_parts(plan, opt, keeping) if plan.parts else {}
+    heads = _all_heads(plan, opt)
+    if keeping in ("help", "nothing"):
+        return {}
     state = opt.state_dict()
-    if plan.parts:
-        put_together_(plan, opt, state, keeping)
-    if plan.workers is None or not plan.own:
-        return state
+    state["state"] |= parts
     by_name = _by_name(state)
-    own = [(adapter, by_name[opt.name_of(p)]) for p, adapter in zip(plan.own, plan.own_adapters, strict=True)]
-    flat = [{str(i): t for i, t in enumerate(_leaves(nest)) if t.dim()} for _, nest in own]
-    gathered = gather_heads(flat, [adapter for adapter, _ in own], plan.workers)
-    for (_, nest), mine, everyone in zip(own, flat, gathered, strict=True):
-        whole = {id(mine[key]): everyone[key] for key in mine}
-        _replace_(nest, lambda t, whole=whole: whole.get(id(t), t))  # type: ignore[misc]
+    for name, tensors in heads.items():
+        everyone = iter(tensors)
+        _replace_(by_name[name], lambda t, everyone=everyone: next(everyone) if t.dim() else t)  # type: ignore[misc]
     return state
+
+
+def _all_heads(plan: Plan, opt: Optimizer) -> dict[str, list[Tensor]]:
+    """Of each parameter of this worker's own heads, by name, the tensors of its state for the heads of all workers."""
+    if plan.workers is None or not plan.own:
+        return {}
+    mine = [{str(i): t for i, t in enumerate(_leaves(opt.state[p])) if t.dim()} for p in plan.own]
+    gathered = gather_heads(mine, plan.own_adapters, plan.workers)
+    named = zip(plan.own, mine, gathered, strict=True)
+    return {opt.name_of(p): [everyone[key] for key in own] for p, own, everyone in named}
 
 
 def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:

@@ -55,22 +55,22 @@ def whole_model_state(plan: Plan, keeping: Keeping = "whole") -> dict[str, Tenso
 
 
 @torch.no_grad()
-def put_together_(plan: Plan, opt: Optimizer, state: dict[str, Any], keeping: Keeping) -> None:
-    """``opt.state_dict()`` with the state of every sharded parameter as ``keeping`` says."""
-    for index, p, rule, part in _sharded(plan, opt):
-        mine = state["state"][index]
+def whole_parts(plan: Plan, opt: Optimizer, keeping: Keeping) -> dict[int, State]:
+    """By its number in the optimizer the state of every sharded parameter, as ``keeping`` says; every rank of a worker
+    must call it."""
+    found: dict[int, State] = {}
+    for index, p, rule, part in _sharded(plan, opt) if keeping != "nothing" else ():
+        mine = opt.state[p]
         cuts = cuts_of(rule, part, mine, local(p)) if keeping == "parts" else None
-        if keeping == "nothing":
-            state["state"][index] = {}
-        elif cuts is not None:
-            state["state"][index] = _spread(mine, cuts)
-        else:
-            whole = whole_state(rule, part, mine, local(p))
-            turn = part.ranks.rank == index % part.ranks.count
-            if keeping == "parts" and not turn:
-                state["state"][index] = _each(whole, lambda t: t.to("meta"))
-            else:
-                state["state"][index] = {} if keeping == "help" else _each(whole, Tensor.cpu)
+        if cuts is not None:
+            found[index] = _spread(mine, cuts)
+            continue
+        whole = whole_state(rule, part, mine, local(p))
+        if keeping == "parts" and part.ranks.rank != index % part.ranks.count:
+            found[index] = _each(whole, lambda t: t.to("meta"))  # another rank writes it
+        elif keeping != "help":
+            found[index] = _each(whole, Tensor.cpu)
+    return found
 
 
 @torch.no_grad()

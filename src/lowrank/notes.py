@@ -21,7 +21,7 @@ def notes_on_ranks(
     if division.ranks is None:
         return _notes_alone(method, "process")
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
-    notes, member, (_, count) = [str(division.ranks)], "rank", division.place
+    notes, member, count = [str(division.ranks)], "rank", division.workers_count
     if division.mates is not None and not division.in_step:
         member = "worker"
         notes.append(f"{count} workers train apart, each of {division.mates_count} ranks that train in step")

@@ -219,8 +219,8 @@ def apply_(
             global batch.
         workers: how many of them train apart, each with its share of the heads that split the batch; the ranks of one
             worker train in step (``infra.workers``). None: every rank is a worker. 1: all ranks train in step, as DDP
-            and FSDP do, and each has all heads. But where every rank is a worker, ``lowrank.sharding.shard_(plan)``
-            may follow, by which the ranks of a worker hold its model in parts.
+            and FSDP do, and each has all heads. Unless every rank is a worker, ``lowrank.sharding.shard_(plan)`` may
+            follow, by which the ranks of a worker hold its model in parts.
 
     Raises:
         ValueError: targets that match no linear layer, a rank above a matrix, nothing left to train, a parameter

@@ -51,8 +51,9 @@ def shard_(plan: Plan) -> None:
         RanksDisagree: the ranks hold different weights.
     """
     everyone, ranks = _check(plan)
-    plain = {name: p for name, p in plan.model.named_parameters() if ".adapters." not in name}
-    everyone.agree({"weights": digest({**plain, **dict(plan.model.named_buffers())})})
+    every = [*plan.model.named_parameters(), *plan.model.named_buffers()]
+    plain = {name: tensor for name, tensor in every if ".adapters." not in name}  # workers may have different heads
+    everyone.agree({"weights": digest(plain)})
     parameters = dict(plan.model.named_parameters())
     parts = {row.name: part for row in plan.rows if (part := _cut(row, ranks)) is not None}
     shared = across_blocks(plan.model)

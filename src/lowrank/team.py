@@ -25,10 +25,10 @@ from lowrank.boundary import talks
 from lowrank.data.tokenizers import Tokenizer
 from lowrank.gathered import check_state
 from lowrank.infra.fingerprints import code_version, digest
-from lowrank.infra.group import Traffic
+from lowrank.infra.group import Traffic, largest_share
 from lowrank.infra.parts import is_sharded
 from lowrank.infra.progress import short_bytes
-from lowrank.infra.ranks import Ranks
+from lowrank.infra.ranks import Ranks, RanksDisagree
 from lowrank.infra.seeds import stable_seed
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan import Plan
@@ -49,6 +49,7 @@ class Team:
         self.first = self.ranks is None or self.ranks.rank == 0
         self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
         self._told = Traffic()
+        self._times = 1.0  # the batch of this step has so many times the rows of this worker
 
     def check(self, optimizer: Optimizer, *, needs_scaler: bool) -> None:
         """Refuse, before any work, what several ranks cannot do.
@@ -64,12 +65,13 @@ class Team:
         if self.run.own_data:
             _check_own_data(self.run)
         check_state(self.plan, optimizer)
-        heads = max((a.heads for a in self.plan.adapters.values() if a.split), default=1)
+        workers = self.plan.division.workers_count
+        heads = max((largest_share(a.all_heads, workers) for a in self.plan.adapters.values() if a.split), default=1)
         rows = self.run.batch_size // self.ranks.count
         if heads > rows and self.plan.mates is not None:
             raise ValueError(
-                f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between {heads} heads, "
-                f"and some would never see anything: use --batch-size {heads * self.ranks.count} or more, fewer heads, "
+                f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between {heads} heads, and "
+                f"some would never see anything: use --batch-size {heads * self.ranks.count} or more, fewer heads, "
                 "or more --workers, which divide the heads (with --engine auto every rank is one)"
             )
         merge = self.plan.method.merge
@@ -92,6 +94,8 @@ class Team:
             alone = [f"one process: --engine {self.run.engine} has nothing to divide"] if asked else []
             return alone + (["in one process all data is its own: --own-data changes nothing"] * self.run.own_data)
         found = self.forecast(self.ranks)
+        whole = self.run.engine == "fsdp" and self.plan.mates is None
+        why_not = ["every rank is a worker: --engine fsdp has nothing to shard, and each holds the whole model"] * whole
         told = f"a step sends {short_bytes(found.per_step)} on average"
         if self.plan.division.is_mesh:
             told += f", of it {short_bytes(found.between_workers)} to other workers"
@@ -99,7 +103,7 @@ class Team:
         folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.parts for row in self.plan.rows)
         clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
-        return [*self.plan.notes, told, *([why] if clipped else [])]
+        return [*self.plan.notes, *why_not, told, *([why] if clipped else [])]
 
     def forecast(self, ranks: Ranks) -> Forecast:
         """What a rank of this run will send."""
@@ -146,12 +150,25 @@ class Team:
         if self.run.own_data:
             source = facts.pop("--data.source", None)
             facts["tokenizer"] = tokenizer_digest(data.tokenizer)
-            if (sharing := self.sharing) is not None:
-                sharing.agree({"--data.source": source})
+            if self.sharing is not None:
+                self._agree_within_workers(self.ranks, source)
         self.ranks.agree(facts)
         torch.manual_seed(stable_seed(self.run.seed, "rank", self.ranks.rank, step))
-        self._told = Traffic(**vars(self.ranks.traffic))
-        self.plan.work.met()  # what has been prepared and waited for until now is no work
+
+    def begin(self) -> None:
+        """From here on bytes and work are counted: what has been prepared, and waited for, until now is neither."""
+        if self.ranks is not None:
+            self._told = Traffic(**vars(self.ranks.traffic))
+            self.plan.work.met()
+
+    def _agree_within_workers(self, ranks: Ranks, source: object) -> None:
+        first: dict[int, object] = {}
+        for rank, (worker, theirs) in enumerate(ranks.gather_objects((self.plan.division.worker, source))):
+            if first.setdefault(worker, theirs) != theirs:
+                raise RanksDisagree(
+                    f"rank {rank} has --data {theirs}, its worker's first rank {first[worker]}: under --own-data the "
+                    "ranks of one worker, which compute every batch together, read the same"
+                )
 
     def whole_rows(self, batches: Sequence[Batch]) -> float:
         """How many times the rows of this rank the whole batch has."""
@@ -160,14 +177,13 @@ class Team:
 
     def divisor(self, batches: Sequence[Batch], task: Task) -> float:
         """What this rank divides the sum of its losses by."""
-        own = sum(task.count(batch) for batch in batches)
+        own, rows = sum(task.count(batch) for batch in batches), sum(len(batch["labels"]) for batch in batches)
         self.plan.work.saw(own)
         if self.ranks is None:
             return max(1, own)
-        count = own if self.stepping is None else round(self.stepping.total(own)[0])
-        if not (self.together or self.plan.local):
-            return max(1.0, count * self.whole_rows(batches) / self.plan.division.mates_count)
-        return max(1, count)
+        count, rows = (own, rows) if self.stepping is None else map(round, self.stepping.total(own, rows))
+        self._times = 1.0 if self.together or self.plan.local else self.run.batch_size * len(batches) / rows
+        return max(1, count * self._times)
 
     def norm(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
         """The norm of all gradients, of all ranks that step together; None where only projections are known.
@@ -211,8 +227,7 @@ class Team:
             return torch.tensor(total), wishes > 0
         if self.stepping is not None:
             loss = torch.tensor(self.stepping.total(float(loss))[0])
-        own = loss if self.plan.local else loss * (record["rows"] / self.plan.division.mates_count)
-        return own, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
+        return loss * self._times, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
 
     def traffic(self) -> dict[str, int]:
         """Bytes sent and received since the last call, and of those sent what went to other workers, where workers have
@@ -230,10 +245,11 @@ class Team:
             return {}
         sent = sum(record.get("bytes_sent", 0) for record in records)
         between = sum(record.get("bytes_sent_between", 0) for record in records)
-        steps = max((record["step"] for record in records), default=1)
+        numbers = [record["step"] for record in records]  # another node's log may hold the ones before
+        steps = numbers[-1] - numbers[0] + min(self.run.log_every, numbers[0]) if numbers else 1
         return {
             "ranks": self.ranks.count,
-            "workers": self.plan.division.place[1],
+            "workers": self.plan.division.workers_count,
             "bytes_sent": sent,
             "bytes_sent_per_step": sent // steps,
             **({"bytes_sent_between_per_step": between // steps} if self.plan.division.is_mesh else {}),

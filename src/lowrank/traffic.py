@@ -177,9 +177,9 @@ def _mesh(plan: Plan, ranks: int) -> _Mesh:
 
 def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *, whole: bool) -> Forecast:
     """The forecast with what is said of sharded parameters."""
-    inside, ranks = names_in_blocks(plan.model), mesh.mates
+    inside, mates = names_in_blocks(plan.model), mesh.mates
     rows = [(row, plan.parts[row.name]) for row in plan.rows if row.name in plan.parts]
-    pieces = {row.name: _piece(row, part, ranks) for row, part in rows}
+    pieces = {row.name: _piece(row, part, mates) for row, part in rows}
     gathered = sum(pieces[row.name] * row.dtype.itemsize * (1 + (row.name in inside)) for row, _ in rows)
     summed = sum(pieces[row.name] * _width(row.dtype) for row, _ in rows if row.rule is not None)
     projected = [(row, row.rule, part) for row, part in rows if isinstance(row.rule, Projected)]
@@ -195,15 +195,15 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     to_peers = ring_sum_bytes(sum(pieces[row.name] * _width(row.dtype) for row in shared), mesh.workers)
     as_parts = sum(_part_between(row, plan.parts[row.name], pieces[row.name]) for row in shared)
     small = to_peers if whole else ring_sum_bytes(as_parts, mesh.workers)
-    across = ring_sum_bytes(crossing, ranks)
+    across = ring_sum_bytes(crossing, mates)
     return replace(
         found,
-        merge=0 if merge is None else found.merge + ring_gather_bytes(merged, ranks),
+        merge=0 if merge is None else found.merge + ring_gather_bytes(merged, mates),
         merge_every=None if merge is None else merge.merge_every,
-        gradients=found.gradients + to_peers + across + ring_gather_bytes(refreshed, ranks),
+        gradients=found.gradients + to_peers + across + ring_gather_bytes(refreshed, mates),
         gradients_between=found.gradients_between + small + across,
         refresh_every=min((rule.refresh_every for _, rule, _ in projected), default=found.refresh_every),
-        sharded=ring_gather_bytes(gathered + summed, ranks) * micro_batches,
+        sharded=ring_gather_bytes(gathered + summed, mates) * micro_batches,
         between_workers=found.between_workers + small,
     )
 

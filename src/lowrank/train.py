@@ -104,6 +104,7 @@ def _train(
     if keeper:
         _describe(session, out)
     loop.saver.prepare()
+    loop.team.begin()
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
         loop.judge()

@@ -31,7 +31,9 @@ NAMES = [  # of those with one head a worker: with more, each rank's rows are sp
 EXTRA = {"explorers-svd-two": partial(worker.trained, method=worker.explorers(basis="svd"))}
 
 
-TOGETHER = {"method.rest": "train", "method.rest_every": None}  # what resumes bitwise, and what one process does too
+# What resumes bitwise, and what one process does too; GPT-2 keeps its weights transposed, and so the outer momentum.
+TOGETHER = {"method.rest": "train", "method.rest_every": None, "method.outer_momentum": 0.5}
+FROZEN = {"method.rest": "freeze", "method.rest_every": None, "batch-size": 6}  # six rows: one and two a rank
 
 
 def scenario(name: str) -> Any:
@@ -103,6 +105,16 @@ def runs(ranks: Ranks, folder: Path) -> Result:
     ranks.total(0.0)
     own = {"own-data": True, "data": str(text), "method.weigh": "tokens", "eval-batches": None, "batch-size": 9}
     found["own"] = train(mesh_run(**own), folder / "own", quiet=True)
+    found["frozen"] = train(mesh_run(**FROZEN), folder / "frozen", quiet=True)
+    messages = {
+        "own-refused": {**own, "data": str(folder / f"text-{ranks.rank % 2}.txt")},
+        "heads": {"method.heads": 5},
+    }
+    for name, options in messages.items():
+        try:
+            train(mesh_run(**options), folder / "refused", quiet=True)
+        except ValueError as error:
+            found[name] = {"message": str(error)}
     return found
 
 

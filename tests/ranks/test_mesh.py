@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 from tests.ranks.launch import launch
-from tests.ranks.mesh import EXTRA, NAMES, TOGETHER, mesh_run
+from tests.ranks.mesh import EXTRA, FROZEN, NAMES, TOGETHER, mesh_run
 from tests.ranks.test_ranks import flat
 
 from lowrank.infra import checkpoint
@@ -105,7 +105,7 @@ def test_what_cannot_be_is_refused_with_the_remedy(mesh: list[dict[str, Any]]) -
         messages = mesh[rank]["refused"]
         assert "4 ranks cannot be divided into 3 workers of equal size: use one of 1, 2, 4" in messages["three"]
         assert "workers=0 must be at least 1" in messages["none"]
-        assert "heads=2 on 4 ranks" in messages["heads"]
+        assert "heads=2 for 4 workers" in messages["heads"]
 
 
 def test_a_worker_whose_numbers_are_not_finite_is_left_out(mesh: list[dict[str, Any]]) -> None:
@@ -125,6 +125,18 @@ def test_a_run_on_the_mesh(mesh: list[dict[str, Any]], place: Path) -> None:
     own = [each["runs"]["own"] for each in mesh]
     assert [run["steps"] for run in own] == [9] * RANKS
     assert len({run["val_loss"] for run in own}) == 1
+
+
+def test_mates_with_unequal_rows_divide_alike(mesh: list[dict[str, Any]], tmp_path: Path) -> None:
+    """The rest frozen, so that nobody asks the other workers what they have; one process does the same."""
+    alone = train(mesh_run(**FROZEN), tmp_path / "alone", quiet=True)
+    assert mesh[0]["runs"]["frozen"]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-6)
+
+
+def test_what_a_worker_cannot_do_all_ranks_are_told(mesh: list[dict[str, Any]]) -> None:
+    for rank in range(RANKS):
+        assert "between 3 heads, and some would never see anything" in mesh[rank]["runs"]["heads"]["message"]
+        assert "under --own-data the ranks of one worker" in mesh[rank]["runs"]["own-refused"]["message"]
 
 
 def test_a_run_on_the_mesh_goes_on(mesh: list[dict[str, Any]], place: Path, tmp_path: Path) -> None:

@@ -303,7 +303,7 @@ def test_ranks_share_a_batch_of_images() -> None:
 def test_fewer_heads_than_ranks_are_refused() -> None:
     from lowrank.adapters import LoRA, Site
 
-    with pytest.raises(ValueError, match="heads=1 on 2 ranks"):
+    with pytest.raises(ValueError, match="heads=1 for 2 workers"):
         LoRA(rank=1, heads=1, split=True)(Site("fc1", torch.zeros(4, 4), rank=0, ranks=2))
 
 

@@ -1,19 +1,20 @@
 """Merges over several workers, and merges that are under way while training goes on.
 
-Here a rank is a worker: one process, or several in step that speak as one (``infra.workers``); if they hold the weights
-in parts, one adapted matrix at a time is whole on each while it is merged.
+A worker is one process, or several in step that speak as one (``infra.workers``); if these hold the weights in parts,
+one adapted matrix at a time is whole on each while it is merged.
 
-Between merges, nothing travels. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all ranks, where a matrix travels
-as whatever is fewer bytes:
+Between merges, nothing travels. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all workers, where a matrix
+travels as whatever is fewer bytes:
 
-    factors   everyone's (A, B) to everyone, N·rank·(in + out) numbers; every rank then computes the very product that
-              one process with N heads computes. Kept factors do not travel: each rank keeps those of all heads.
+    factors   everyone's (A, B) to everyone, N·rank·(in + out) numbers; every worker then computes the very product
+              that
+              one process with N heads computes. Kept factors do not travel: each worker keeps those of all heads.
     dense     the sum of the changes, out·in numbers, where N·rank is large
-    inside    of ``Dense`` heads whose changes lie in a subspace Q that all ranks know: the sum of QᵀD, rank·long
+    inside    of ``Dense`` heads whose changes lie in a subspace Q that all workers know: the sum of QᵀD, rank·long
 
-Numbers travel as ``Merge.exchange`` says (``wire``). Every way all ranks hold the same bits afterwards. Heads of ranks
-that are left out (not finite, restarted) do not count: the mean is over the others. Ranks may weigh differently:
-w_h = c_r / (H_r Σ c) for each of the H_r heads of rank r, where c is what each rank has done.
+Numbers travel as ``Merge.exchange`` says (``wire``). Every way all workers hold the same bits afterwards. Heads of
+workers that are left out (not finite, restarted) do not count: the mean is over the others. Workers may weigh
+differently: w_h = c_r / (H_r Σ c) for each of the H_r heads of worker r, where c is what each has done.
 
 Overlapped (``Merge.overlap``) what is sent at one merge arrives at the next. With U_h(k) = s·B A of head h at merge k,
 
@@ -22,9 +23,9 @@ Overlapped (``Merge.overlap``) what is sent at one merge arrives at the next. Wi
 so that head h goes on with the common W and what it has added since merge k − 1; the mean model is the same before and
 after, as always. (Streaming DiLoCo, arXiv 2501.18512, overlaps its outer steps in this way.) One process does the same
 with nobody to talk to. The factors sent are kept in the adapter, so that a checkpoint has them; a run that resumes
-sends them again, and a rank left out of that merge then counts as one that has added nothing.
+sends them again, and a worker left out of that merge then counts as one that has added nothing.
 
-Shapes: R ranks, N heads in all, H here; A (H, rank, in), B (H, out, rank), D (H, out, in).
+Shapes: R workers, N heads in all, H here; A (H, rank, in), B (H, out, rank), D (H, out, in).
 """
 
 from __future__ import annotations
@@ -55,9 +56,9 @@ class Terms:
     """Who counts at a merge, and for how much.
 
     Args:
-        left_out: ranks whose heads do not count.
-        weights: what each rank weighs, shared evenly by its heads; None: every head weighs the same.
-        spans: of dense heads the subspace, the same on all ranks, that their changes lie in.
+        left_out: workers whose heads do not count.
+        weights: what each worker weighs, shared evenly by its heads; None: every head weighs the same.
+        spans: of dense heads the subspace, the same on all workers, that their changes lie in.
         mates: the processes of this worker that may hold the weights in parts.
     """
 
@@ -67,13 +68,13 @@ class Terms:
     mates: Ranks | None = None
 
 
-def merge_across_(model: nn.Module, ranks: Group, merge: Merge, terms: Terms | None = None) -> None:
-    """Fold every adapter into the weights, as ``merge_adapters_`` does, over the heads of all ranks.
+def merge_across_(model: nn.Module, workers: Group, merge: Merge, terms: Terms | None = None) -> None:
+    """Fold every adapter into the weights, as ``merge_adapters_`` does, over the heads of all workers.
 
     Raises:
-        FloatingPointError: no rank is left to take part.
+        FloatingPointError: no worker is left to take part.
     """
-    send(model, ranks, merge, terms)()
+    send(model, workers, merge, terms)()
 
 
 def remember_(model: nn.Module) -> None:
@@ -89,27 +90,27 @@ def under_way(model: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def send(model: nn.Module, ranks: Group | None, merge: Merge, terms: Terms | None = None) -> Callable[[], None]:
-    """Start a merge over the heads of all ranks and go on; the function returned waits for what the others have sent
+def send(model: nn.Module, workers: Group | None, merge: Merge, terms: Terms | None = None) -> Callable[[], None]:
+    """Start a merge over the heads of all workers and go on; the function returned waits for what the others have sent
     and folds it in. What is sent are the heads as they are now, overlapped as they were remembered.
 
     Raises:
-        FloatingPointError: no rank is left to take part.
+        FloatingPointError: no worker is left to take part.
     """
     terms = terms or Terms()
-    if ranks is not None and len(terms.left_out) == ranks.count:
+    if workers is not None and len(terms.left_out) == workers.count:
         raise FloatingPointError(
-            "the heads of all ranks are not finite: resume from the last checkpoint, with a lower --lr"
+            "the heads of all workers are not finite: resume from the last checkpoint, with a lower --lr"
         )
     adapters = split_adapters(model)
-    thin = [a for a in adapters if isinstance(a, LoRAAdapter) and (ranks is None or a.sends_factors)]
+    thin = [a for a in adapters if isinstance(a, LoRAAdapter) and (workers is None or a.sends_factors)]
     thick = [a for a in adapters if a not in thin]
-    factors = _send_factors(thin, ranks, merge, terms)
-    changes = _send_changes(thick, ranks, merge, terms) if ranks is not None else dict
+    factors = _send_factors(thin, workers, merge, terms)
+    changes = _send_changes(thick, workers, merge, terms) if workers is not None else dict
 
     @torch.no_grad()
     def arrive() -> None:
-        _fold_(model, dict(zip(thin, factors(), strict=True)), changes(), ranks, merge, terms)
+        _fold_(model, dict(zip(thin, factors(), strict=True)), changes(), workers, merge, terms)
 
     return arrive
 
@@ -118,7 +119,7 @@ def _fold_(
     model: nn.Module,
     factors: Mapping[SplitAdapter, Factors],
     changes: Mapping[SplitAdapter, Tensor],
-    ranks: Group | None,
+    workers: Group | None,
     merge: Merge,
     terms: Terms,
 ) -> None:
@@ -134,7 +135,7 @@ def _fold_(
                 done.add(id(adapter))
                 before = W.to(wide(W.dtype))
                 if adapter in factors:
-                    counting = _counting(adapter.all_heads, ranks, terms)
+                    counting = _counting(adapter.all_heads, workers, terms)
                     merged = _merged_from(adapter, factors[adapter], counting, before)
                 else:
                     merged = before + changes[adapter]
@@ -153,24 +154,24 @@ def _to_send(adapter: LoRAAdapter, merge: Merge) -> dict[str, Tensor]:
 
 
 def _send_factors(
-    adapters: Sequence[LoRAAdapter], ranks: Group | None, merge: Merge, terms: Terms
+    adapters: Sequence[LoRAAdapter], workers: Group | None, merge: Merge, terms: Terms
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """A and B of all heads, (N, ...), as everyone knows them. What is rounded is what they have changed by since the
     last merge, where factors are kept: so rounding is as fine as the change, and what it leaves out stays in the
     head (which subtracts only what was merged) and travels with the next."""
     exchange, mine = merge.exchange, [_to_send(a, merge) for a in adapters]
-    if ranks is None:
+    if workers is None:
         return lambda: mine
     if exchange == "float32":
-        return gather_heads_later(mine, adapters, ranks)
-    known = [_known_factors(a, ranks, terms.left_out) for a in adapters]
+        return gather_heads_later(mine, adapters, workers)
+    known = [_known_factors(a, workers, terms.left_out) for a in adapters]
     coded: list[dict[str, Tensor]] = []
     for adapter, factors, bases in zip(adapters, mine, known, strict=True):
         own, tick = slice(adapter.first_head, adapter.first_head + adapter.heads), int(adapter.merges)
         changed = {name: t - bases[name][own] for name, t in factors.items()}
-        sent = {name: encode(x, exchange, tick * ranks.count + ranks.rank) for name, x in changed.items()}
+        sent = {name: encode(x, exchange, tick * workers.count + workers.rank) for name, x in changed.items()}
         coded.append({f"{name} {i}": t for name, parts in sent.items() for i, t in enumerate(parts)})
-    arrive = gather_heads_later(coded, adapters, ranks)
+    arrive = gather_heads_later(coded, adapters, workers)
     return lambda: [_decoded(bases, parts, exchange) for bases, parts in zip(known, arrive(), strict=True)]
 
 
@@ -179,13 +180,13 @@ def _decoded(bases: Factors, parts: Factors, exchange: Exchange) -> dict[str, Te
     return {n: b + decode(by_name[n], exchange, tuple(b.shape), b.dtype) for n, b in bases.items()}
 
 
-def _known_factors(adapter: LoRAAdapter, ranks: Group, left_out: Collection[int]) -> dict[str, Tensor]:
-    """What every rank knows already of the factors of all heads: those kept, of heads that have not begun anew."""
+def _known_factors(adapter: LoRAAdapter, workers: Group, left_out: Collection[int]) -> dict[str, Tensor]:
+    """What every worker knows already of the factors of all heads: those kept, of heads that have not begun anew."""
     if not adapter.keep:
         shapes = {name: (adapter.all_heads, *p.shape[1:]) for name, p in adapter.named_parameters()}
         return {name: adapter.A.new_zeros(shape) for name, shape in shapes.items()}
     same = torch.zeros(adapter.all_heads, 1, 1, dtype=adapter.A.dtype, device=adapter.A.device)
-    same[_taking_part(adapter.all_heads, ranks, left_out)] = 1
+    same[_taking_part(adapter.all_heads, workers, left_out)] = 1
     return {"A": adapter.kept_A * same, "B": adapter.kept_B * same}
 
 
@@ -207,22 +208,22 @@ def _merged_from(adapter: SplitAdapter, factors: Factors, counting: Mapping[int,
 
 
 def _send_changes(
-    adapters: Sequence[SplitAdapter], ranks: Group, merge: Merge, terms: Terms
+    adapters: Sequence[SplitAdapter], workers: Group, merge: Merge, terms: Terms
 ) -> Callable[[], dict[SplitAdapter, Tensor]]:
-    """The mean change (out, in) over the heads of all ranks: dense sums, or inside a subspace that all ranks know."""
+    """The mean change (out, in) over the heads of all workers: dense sums, or inside a subspace that all know."""
     weights, spans = terms.weights, terms.spans
     inside: list[Tensor] = []
     for adapter in adapters:
-        mine = adapter.heads if weights is None else weights[ranks.rank]
-        change = _change(adapter, merge) * (0 if ranks.rank in terms.left_out else mine)
+        mine = adapter.heads if weights is None else weights[workers.rank]
+        change = _change(adapter, merge) * (0 if workers.rank in terms.left_out else mine)
         inside.append(spans[adapter].project(change) if adapter in spans else change)
-    arrive = add_up_later(inside, ranks, merge.exchange, int(adapters[0].merges) if adapters else 0)
+    arrive = add_up_later(inside, workers, merge.exchange, int(adapters[0].merges) if adapters else 0)
 
     def finish() -> dict[SplitAdapter, Tensor]:
         arrive()
         found: dict[SplitAdapter, Tensor] = {}
         for adapter, change in zip(adapters, inside, strict=True):
-            parted = len(_taking_part(adapter.all_heads, ranks, terms.left_out))
+            parted = len(_taking_part(adapter.all_heads, workers, terms.left_out))
             change.div_(parted if weights is None else sum(weights))
             found[adapter] = spans[adapter].lift(change) if adapter in spans else change
         return found
@@ -253,17 +254,17 @@ def _settle_(adapter: SplitAdapter, factors: Factors | None, merge: Merge, span:
         adapter.settle_()
 
 
-def _taking_part(heads: int, ranks: Group | None, left_out: Collection[int]) -> list[int]:
-    if ranks is None:
+def _taking_part(heads: int, workers: Group | None, left_out: Collection[int]) -> list[int]:
+    if workers is None:
         return list(range(heads))
-    return [h for r in range(ranks.count) if r not in left_out for h in share(heads, r, ranks.count)]
+    return [h for r in range(workers.count) if r not in left_out for h in share(heads, r, workers.count)]
 
 
-def _counting(heads: int, ranks: Group | None, terms: Terms) -> dict[int, float]:
+def _counting(heads: int, workers: Group | None, terms: Terms) -> dict[int, float]:
     """The heads taking part: by number, how many times the mean of them each weighs."""
-    part, weights = _taking_part(heads, ranks, terms.left_out), terms.weights
-    if weights is None or ranks is None:
+    part, weights = _taking_part(heads, workers, terms.left_out), terms.weights
+    if weights is None or workers is None:
         return dict.fromkeys(part, 1.0)
-    shares = [share(heads, r, ranks.count) for r in range(ranks.count)]
+    shares = [share(heads, r, workers.count) for r in range(workers.count)]
     by_head = {h: weights[r] / len(own) for r, own in enumerate(shares) for h in own}
     return {h: by_head[h] * len(part) / sum(weights) for h in part}

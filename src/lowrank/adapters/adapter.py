@@ -58,8 +58,8 @@ class Site:
         """
         if heads < self.ranks:
             raise ValueError(
-                f"heads={heads} on {self.ranks} ranks: a rank without a head would train nothing here; give at least "
-                f"{self.ranks} heads, or start at most {heads} ranks"
+                f"heads={heads} for {self.ranks} workers (ranks, or groups of them, that train apart): one without a "
+                f"head would train nothing here; give at least {self.ranks} heads, or have at most {heads} workers"
             )
         return share(heads, self.rank, self.ranks)
 

@@ -1,11 +1,11 @@
-"""Heads on several ranks: who holds which, and all of them in one place.
+"""Heads on several workers: who holds which, and all of them in one place.
 
-Adapters whose heads split the batch are divided between ranks (LTE, arXiv 2402.16828): each holds a consecutive share
-of the N heads. ``gather_heads`` puts tensors of all heads together; ``whole_heads`` shows every rank all heads for a
+Adapters whose heads split the batch are divided between workers (LTE, arXiv 2402.16828): each holds a consecutive share
+of the N heads. ``gather_heads`` puts tensors of all heads together; ``whole_heads`` shows every worker all heads for a
 while, for evaluation and checkpoints: adapters then are as in one process, and so is ``state_dict()``. Merges are in
 ``across``.
 
-Shapes: N heads in all, H of them on this rank; A (H, rank, in), B (H, out, rank), D (H, out, in).
+Shapes: N heads in all, H of them on this worker; A (H, rank, in), B (H, out, rank), D (H, out, in).
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ SENT = ("sent_A", "sent_B")
 
 
 def split_adapters(model: nn.Module) -> list[SplitAdapter]:
-    """The adapters whose heads split the batch, and so are divided between ranks; shared ones are listed once."""
+    """The adapters whose heads split the batch, and so are divided between workers; shared ones are listed once."""
     found = {id(a): a for _, layer in adapted_layers(model) for _, a, _ in layer.pieces() if a.split}
     return [adapter for adapter in found.values() if isinstance(adapter, SplitAdapter)]
 
@@ -40,11 +40,11 @@ def sends_factors(adapter: Adapter) -> bool:
 
 
 @contextmanager
-def whole_heads(model: nn.Module, ranks: Group) -> Iterator[None]:
-    """A context in which every split adapter holds the heads of all ranks; all of them are sent, dense ones whole."""
+def whole_heads(model: nn.Module, workers: Group) -> Iterator[None]:
+    """A context in which every split adapter holds the heads of all workers; all of them are sent, dense ones whole."""
     adapters = split_adapters(model)
     own = [_tensors_by_head(adapter) for adapter in adapters]
-    gathered = gather_heads(own, adapters, ranks)
+    gathered = gather_heads(own, adapters, workers)
     with ExitStack() as stack:
         for adapter, tensors in zip(adapters, gathered, strict=True):
             stack.enter_context(holding(adapter, tensors, adapter.all_heads))
@@ -52,29 +52,29 @@ def whole_heads(model: nn.Module, ranks: Group) -> Iterator[None]:
 
 
 def gather_heads(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Group
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], workers: Group
 ) -> list[dict[str, Tensor]]:
-    """The tensors of all heads, (N, ...) in the heads' order, from each rank's own, (H, ...).
+    """The tensors of all heads, (N, ...) in the heads' order, from each worker's own, (H, ...).
 
     ``tensors`` has one mapping, by name, for each of ``adapters``. Shares may differ by one head: what is sent is
     padded to the largest.
     """
-    return gather_heads_later(tensors, adapters, ranks)()
+    return gather_heads_later(tensors, adapters, workers)()
 
 
 def gather_heads_later(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], ranks: Group
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], workers: Group
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """Start ``gather_heads`` and go on; the function returned waits for it."""
     flat = [(entry, name, t) for entry, named in enumerate(tensors) for name, t in named.items()]
     flat.sort(key=lambda item: str(item[2].dtype))  # neighbours of one dtype travel together
-    padded = [_padded(t, largest_share(adapters[entry].all_heads, ranks.count)) for entry, _, t in flat]
-    arrive = ranks.gather_later(padded)
+    padded = [_padded(t, largest_share(adapters[entry].all_heads, workers.count)) for entry, _, t in flat]
+    arrive = workers.gather_later(padded)
 
     def finish() -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = [{} for _ in tensors]
         for (entry, name, _), everyone in zip(flat, arrive(), strict=True):
-            shares = [len(share(adapters[entry].all_heads, r, ranks.count)) for r in range(ranks.count)]
+            shares = [len(share(adapters[entry].all_heads, r, workers.count)) for r in range(workers.count)]
             found[entry][name] = torch.cat([rows[:n] for rows, n in zip(everyone, shares, strict=True)])
         return found
 
@@ -82,14 +82,14 @@ def gather_heads_later(
 
 
 def own_part(adapter: Adapter, name: str, whole: Tensor) -> Tensor:
-    """What this rank's adapter holds under ``name`` of the tensor of all heads, ``whole`` (N, ...)."""
+    """What this worker's adapter holds under ``name`` of the tensor of all heads, ``whole`` (N, ...)."""
     if name in KEPT and sends_factors(adapter):
         return whole
     return whole[adapter.first_head : adapter.first_head + adapter.heads]
 
 
 def _tensors_by_head(adapter: SplitAdapter) -> dict[str, Tensor]:
-    """Of the adapter's tensors those that another rank has not got."""
+    """Of the adapter's tensors those that another worker has not got."""
     held = SENT if sends_factors(adapter) else (*KEPT, *SENT)
     kept = {n: b for n, b in adapter.named_buffers() if n in held}
     return {**dict(adapter.named_parameters()), **kept}

@@ -68,33 +68,33 @@ def decode(sent: Sequence[Tensor], exchange: Exchange, shape: tuple[int, ...], d
     return sent[0].to(dtype)
 
 
-def add_up_later(tensors: Sequence[Tensor], ranks: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
-    """Start to replace each tensor by its sum over the ranks, rounded as ``exchange`` says where that is fewer bytes;
+def add_up_later(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
+    """Start to replace each tensor by its sum over the group, rounded as ``exchange`` says where that is fewer bytes;
     the function returned waits and writes the sums.
 
-    All ranks give the same shapes and dtypes, in the same order, and hold the same bits afterwards.
+    All members give the same shapes and dtypes, in the same order, and hold the same bits afterwards.
     """
     rounds = [
-        sum_bytes(exchange, tuple(t.shape), t.element_size(), ranks.count)
-        < ring_sum_bytes(t.numel() * t.element_size(), ranks.count)
+        sum_bytes(exchange, tuple(t.shape), t.element_size(), group.count)
+        < ring_sum_bytes(t.numel() * t.element_size(), group.count)
         for t in tensors
     ]
-    whole = ranks.sum_later([t for t, small in zip(tensors, rounds, strict=True) if not small])
+    whole = group.sum_later([t for t, small in zip(tensors, rounds, strict=True) if not small])
     small = [t for t, is_small in zip(tensors, rounds, strict=True) if is_small]
-    coded = [encode(t, exchange, tick * ranks.count + ranks.rank) for t in small]
-    arriving = [ranks.gather_later(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
+    coded = [encode(t, exchange, tick * group.count + group.rank) for t in small]
+    arriving = [group.gather_later(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
 
     def finish() -> None:
         whole()
         parts = [arrive() for arrive in arriving]
         for i, target in enumerate(small):
             target.zero_()
-            for r in range(ranks.count):
+            for r in range(group.count):
                 target += decode([part[i][r] for part in parts], exchange, tuple(target.shape), target.dtype)
 
     return finish
 
 
-def add_up_(tensors: Sequence[Tensor], ranks: Group, exchange: Exchange, tick: int) -> None:
+def add_up_(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> None:
     """``add_up_later``, waited for."""
-    add_up_later(tensors, ranks, exchange, tick)()
+    add_up_later(tensors, group, exchange, tick)()

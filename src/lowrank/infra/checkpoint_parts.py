@@ -8,7 +8,8 @@ parts, and reads what it needs of anybody's.
 
 The files are torch's HuggingFaceStorageWriter's: safetensors whose headers say which part of which tensor they hold, so
 that any number of ranks, and `dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder / "model"))`, can read
-them. Tensors that all ranks hold alike are written once. Nobody needs memory for the whole model.
+them. Tensors that all ranks hold alike are written once, tied ones under the first of their names. Nobody needs memory
+for the whole model.
 
 The ranks must see one folder. torch's own messages on the way (which rank writes what) are small and not counted.
 """
@@ -115,7 +116,7 @@ def _write(
 ) -> None:
     import torch.distributed.checkpoint as dcp
 
-    own = {name: t.detach() for name, t in tensors.items() if t.device.type != "meta"}
+    own = {name: t.detach().contiguous() for name, t in tensors.items() if t.device.type != "meta"}
     writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
     _together(lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group), ranks, failed)
 

@@ -81,9 +81,14 @@ class Division:
     in_step: bool = False
 
     @property
-    def place(self) -> tuple[int, int]:
-        """(which worker this is, of how many)."""
-        return (0, 1) if self.workers is None else (self.workers.rank, self.workers.count)
+    def worker(self) -> int:
+        """Which worker this is."""
+        return 0 if self.workers is None else self.workers.rank
+
+    @property
+    def workers_count(self) -> int:
+        """How many workers there are."""
+        return 1 if self.workers is None else self.workers.count
 
     @property
     def is_mesh(self) -> bool:
