@@ -4,6 +4,8 @@
 from __future__ import annotations
 
 import errno
+import os
+import shutil
 import sys
 import tempfile
 import warnings
@@ -325,6 +327,22 @@ def tiny_run() -> Any:
     return resolve(override(llama_mini(), {**run, **size, **often}))
 
 
+def disks(ranks: Ranks, folder: Path) -> Result:
+    """As if each rank were a node with a disk of its own: each keeps the whole, and a lost one gets it back."""
+    from lowrank.train import train
+
+    local_rank, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
+    own = folder / f"disk-{ranks.rank}"
+    train(replace(tiny_run(), stop_at=3), own, elastic=True, quiet=True)
+    names = sorted(path.name for path in checkpoint.latest(own / "checkpoints").iterdir())
+    if ranks.rank == 1:
+        shutil.rmtree(own)
+    ranks.total(0.0)
+    summary = train(tiny_run(), own, elastic=True, quiet=True)
+    os.environ["LOCAL_RANK"] = local_rank
+    return {"names": names, "summary": summary}
+
+
 def main(folder: Path, only: str = "") -> None:
     """Four ranks start a run (``start``) and stop after three steps; two go on with it to the sixth, after the rest."""
     torch.set_num_threads(1)
@@ -339,6 +357,7 @@ def main(folder: Path, only: str = "") -> None:
         found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
         found["refused"], found["unsaved"] = refused(ranks), unsaved(ranks, folder)
         train(replace(tiny_run(), stop_at=6), folder / "run", resume=True, quiet=True)
+        found["disks"] = disks(ranks, folder)
         torch.save(found, folder / f"sharded-{ranks.rank}.pt")
 
 

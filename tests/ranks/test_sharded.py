@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import warnings
 from pathlib import Path
 from typing import Any
 
@@ -134,6 +135,28 @@ def test_saved_on_four_resumed_on_two_and_on_one(found: list[dict[str, Any]], fo
         for name in {"loss", "val_loss", "grad_norm"} & mine.keys():
             assert theirs[name] == pytest.approx(mine[name], rel=1e-3)
     assert len(generate(str(folder / "run"), "The", tokens=3, device="cpu")) > 3
+
+
+def test_torch_itself_reads_what_is_saved_in_parts(found: list[dict[str, Any]], folder: Path) -> None:
+    """As docs/distributed.md shows it, into the state of a model that knows nothing of this library."""
+    from torch.distributed import checkpoint as dcp
+
+    saved = checkpoint.saved(folder / "run" / "checkpoints")[0]
+    wanted = checkpoint.load(saved).tensors
+    state = {name: torch.full_like(tensor, torch.nan) for name, tensor in wanted.items()}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "model")), no_dist=True)
+    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+
+
+def test_ranks_with_disks_of_their_own_each_keep_the_whole(found: list[dict[str, Any]], tmp_path: Path) -> None:
+    alone = train(tiny_run(), tmp_path / "alone", quiet=True)
+    for rank in range(RANKS):
+        there = found[rank]["disks"]
+        assert there["names"] == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+        assert there["summary"]["steps"] == 9
+        assert there["summary"]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
 
 
 def test_settings_that_contradict_the_engine_are_refused() -> None:
