@@ -21,7 +21,7 @@ from lowrank.infra.record import read_log
 # Settings that neither name a row nor are shared by its runs, or that only say what is written.
 _UNNAMED = ("recipe", "seed", "lr", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb")
 
-_SENT = {"sent/step": "bytes_sent_per_step", "to others": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
+_SENT = {"sent/step": "bytes_sent_per_step", "between": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
 
 
 @dataclass(frozen=True, kw_only=True)

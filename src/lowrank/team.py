@@ -229,6 +229,15 @@ class Team:
             loss = torch.tensor(self.stepping.total(float(loss))[0])
         return loss * self._times, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
 
+    @property
+    def sent(self) -> str:
+        """What this rank has sent, for people; empty in one process."""
+        if self.ranks is None:
+            return ""
+        traffic = self.ranks.traffic
+        between = f", {short_bytes(traffic.between)} of it between workers" if self.plan.division.is_mesh else ""
+        return f"{short_bytes(traffic.sent)}{between}"
+
     def traffic(self) -> dict[str, int]:
         """Bytes sent and received since the last call, and of those sent what went to other workers, where workers have
         several ranks; empty in one process."""

@@ -38,7 +38,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.meter import StepClock, peak_bytes, reset_peak
 from lowrank.infra.prefetch import Prefetch
-from lowrank.infra.progress import Progress, short_bytes
+from lowrank.infra.progress import Progress
 from lowrank.infra.ranks import Ranks, joined
 from lowrank.infra.record import Writer, open_writers, read_log
 from lowrank.infra.schedule import Envelope
@@ -303,7 +303,7 @@ class _Loop:
         shown = self.latest_metrics.get(f"val_{metric}")
         extra = "" if shown is None else f"val {metric} {shown:.4g}"
         if self.team.ranks is not None:
-            extra = f"sent {short_bytes(self.team.ranks.traffic.sent)}  {extra}".rstrip()
+            extra = f"sent {self.team.sent}  {extra}".rstrip()
         self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
 
     def _write(self, record: dict[str, Any]) -> None:
