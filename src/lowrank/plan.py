@@ -184,12 +184,13 @@ class Plan:
         )
         return optimizer
 
-    def _summed(self) -> dict[nn.Parameter, Ranks]:
+    def _summed(self) -> dict[nn.Parameter, Group]:
         """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts over the mates."""
         division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.parts}
-        over = [(p, division.peers if id(p) in parts else division.ranks) for p in self.shared]
+        over: list[tuple[nn.Parameter, Group | None]]
+        over = [(p, division.peers if id(p) in parts else division.everyone) for p in self.shared]
         over += [(p, None if id(p) in parts else division.mates) for p in (*self.own, *self.local)]
-        return {p: ranks for p, ranks in over if ranks is not None}
+        return {p: group for p, group in over if group is not None}
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
         parameters = dict(self.model.named_parameters())

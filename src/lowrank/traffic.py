@@ -85,6 +85,12 @@ class _Mesh:
         carried = -(-size // self.mates)
         return _Sent(ring_sum_bytes(carried, self.workers), ring_gather_bytes(carried, self.mates))
 
+    def everyone(self, size: int) -> _Sent:
+        """A sum over all ranks."""
+        if self.workers == 1:
+            return _Sent(0, ring_sum_bytes(size, self.mates))
+        return _Sent(0, ring_sum_bytes(size, self.mates)) + self.sums(size)
+
     def gatherings(self, size: int) -> _Sent:
         """Of ``size`` bytes that mates have alike, those of all workers."""
         carried = -(-size // self.mates)
@@ -139,8 +145,8 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         exchange,
     )
     in_worker = ring_sum_bytes(sum(_bytes(row) for row in (*own, *rest) if row.name not in pieces), mesh.mates)
-    gradients = ring_sum_bytes(sum(map(_bytes, shared)), ranks)
-    between = ring_sum_bytes(sum(map(_bytes if whole else _bytes_between, shared)), ranks)
+    gradients = mesh.everyone(sum(map(_bytes, shared)))
+    between = mesh.everyone(sum(map(_bytes if whole else _bytes_between, shared)))
     found = Forecast(
         ranks=ranks,
         merge=merging.total,
@@ -149,8 +155,8 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         basis_every=min((r.rule.refresh_every for r in own if isinstance(r.rule, Projected)), default=1),
         average=average.total,
         rest_every=plan.method.rest_interval,
-        gradients=gradients + in_worker,
-        gradients_between=between + in_worker,
+        gradients=gradients.total + in_worker,
+        gradients_between=between.total + in_worker,
         refresh_every=min(rules, default=1),
         ddp=ring_sum_bytes(sum(map(_bytes, plain)), ranks),
         ddp_adapted=ring_sum_bytes(under, ranks),
@@ -160,8 +166,8 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         merge=merging.between,
         basis=basis.between,
         average=average.between,
-        gradients=gradients,
-        gradients_between=between,
+        gradients=gradients.between,
+        gradients_between=between.between,
     )
     found = replace(found, between_workers=far.per_step)
     return _with_shards(found, plan, mesh, micro_batches, whole=whole) if plan.parts else found

@@ -62,6 +62,23 @@ class Workers(Group):
         return padded[self.mates.rank * size :][:size].clone()
 
 
+class Everyone(Group):
+    """All ranks, who add up by two levels: first mates, then workers as one each. So a sum crosses the slow links once,
+    in shares, where a ring of all ranks would carry all of it over each. Final."""
+
+    def __init__(self, ranks: Ranks, mates: Ranks, workers: Workers):
+        self.mates, self.workers = mates, workers
+        self.rank, self.count, self.device, self.traffic = ranks.rank, ranks.count, ranks.device, ranks.traffic
+
+    def _add_up(self, flat: Tensor) -> Callable[[], None]:
+        self.mates._add_up(flat)()
+        return self.workers._add_up(flat)
+
+    def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
+        arrive = self.workers._collect(self.mates._collect(flat)().flatten())
+        return lambda: arrive().reshape(self.count, flat.numel())
+
+
 @dataclass(frozen=True)
 class Division:
     """How the ranks of a run are divided (module docstring); everything is None in one process.
@@ -71,6 +88,7 @@ class Division:
         workers: those who train apart, of which each speaks as one; None where all ranks are one worker.
         mates: the ranks of this worker; None where it is the only one.
         peers: the ranks at the same place in all workers; None where there is one worker.
+        everyone: all ranks as a group that adds up by the shortest way.
         in_step: all ranks are one worker, as was asked for, whether or not there are several.
     """
 
@@ -78,6 +96,7 @@ class Division:
     workers: Group | None = None
     mates: Ranks | None = None
     peers: Ranks | None = None
+    everyone: Group | None = None
     in_step: bool = False
 
     @property
@@ -112,9 +131,9 @@ def divide(ranks: Ranks | None, workers: int | None) -> Division:
     if ranks is None:
         return Division(in_step=workers == 1)
     if workers == 1:
-        return Division(ranks, mates=ranks, in_step=True)
+        return Division(ranks, mates=ranks, everyone=ranks, in_step=True)
     if workers is None or workers == ranks.count:
-        return Division(ranks, workers=ranks, peers=ranks)
+        return Division(ranks, workers=ranks, peers=ranks, everyone=ranks)
     if ranks.count % workers:
         fitting = [n for n in range(1, ranks.count + 1) if ranks.count % n == 0]
         raise ValueError(
@@ -124,7 +143,8 @@ def divide(ranks: Ranks | None, workers: int | None) -> Division:
     size = ranks.count // workers
     mates = ranks.divided([range(first, first + size) for first in range(0, ranks.count, size)], between=False)
     peers = ranks.divided([range(place, ranks.count, size) for place in range(size)], between=True)
-    return Division(ranks, Workers(mates, peers), mates, peers)
+    together = Workers(mates, peers)
+    return Division(ranks, together, mates, peers, Everyone(ranks, mates, together))
 
 
 def nodes() -> int:

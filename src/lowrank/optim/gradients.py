@@ -14,7 +14,6 @@ from torch import Tensor, nn
 
 from lowrank.infra.group import Group
 from lowrank.infra.parts import Part, local
-from lowrank.infra.ranks import Ranks
 from lowrank.optim.refresh import Refresh, together
 from lowrank.optim.rules import Rule, wide
 
@@ -42,14 +41,14 @@ def clipped(g: Tensor, limit: float, part: Part | None) -> Tensor:
     return g * (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
-def sum_gradients_(summed: Mapping[nn.Parameter, Ranks], fold: Fold, folded: dict[nn.Parameter, Tensor]) -> None:
+def sum_gradients_(summed: Mapping[nn.Parameter, Group], fold: Fold, folded: dict[nn.Parameter, Tensor]) -> None:
     """Sum each gradient over the ranks that ``summed`` gives for its parameter; all of them must call it.
 
     A gradient that ``fold`` makes small is summed so: it goes from ``grad`` to ``folded``. A parameter without a
     gradient on some ranks counts as zero there, and without one on all stays without.
     """
-    for ranks in dict.fromkeys(summed.values()):
-        params = [p for p, over in summed.items() if over is ranks]
+    for group in dict.fromkeys(summed.values()):
+        params = [p for p, over in summed.items() if over is group]
         present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
         sent: list[Tensor] = []
         for p in params:
@@ -58,7 +57,7 @@ def sum_gradients_(summed: Mapping[nn.Parameter, Ranks], fold: Fold, folded: dic
             if (small := fold(p, g)) is not None:
                 folded[p], p.grad = small, None
             sent.append(g if small is None else small)
-        ranks.sum_([present, *sent])
+        group.sum_([present, *sent])
         for p, holders in zip(params, present.tolist(), strict=True):
             if not holders:
                 p.grad = None

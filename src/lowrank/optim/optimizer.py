@@ -98,7 +98,7 @@ class Optimizer(torch.optim.Optimizer):
         expect: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
         mates: Ranks | None = None,
-        summed: Mapping[nn.Parameter, Ranks] | None = None,
+        summed: Mapping[nn.Parameter, Group] | None = None,
         agreed: Mapping[nn.Parameter, Group] | None = None,
     ):
         if (mates is not None or summed or agreed) and scaler is not None and scaler.is_enabled():
