@@ -11,9 +11,11 @@ import os
 import shutil
 import sys
 import tempfile
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import IO
 
 try:
     import fcntl
@@ -41,14 +43,26 @@ def locked(final: Path) -> Iterator[bool]:
         return
     with open(final.parent / f".{final.name}.lock", "w") as file:
         try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            print(f"waiting for another process that prepares {final}", file=sys.stderr, flush=True)
-            fcntl.flock(file, fcntl.LOCK_EX)
+            if not _taken_soon(file):
+                print(f"waiting for another process that prepares {final}", file=sys.stderr, flush=True)
+                fcntl.flock(file, fcntl.LOCK_EX)
         except OSError:
             yield False
             return
         yield True
+
+
+def _taken_soon(file: IO[str], seconds: float = 1.0) -> bool:
+    """Whether the lock could be had at once, or from somebody who only looked in."""
+    end = time.monotonic() + seconds
+    while True:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            if time.monotonic() > end:
+                return False
+            time.sleep(0.02)
 
 
 def remove_leftovers(final: Path) -> None:
