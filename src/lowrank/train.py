@@ -152,6 +152,8 @@ class _Loop:
             scaler=self.scaler if run.per_layer else None,
         )
         self.team.check(self.optimizer, needs_scaler=session.needs_scaler)
+        if self.team.ranks is not None and not run.per_layer and not session.plan.parts:
+            self.optimizer.sum_during_backward(run.grad_accum, whole=run.max_grad_norm is not None)
         self.forward: Any = torch.compile(session.model) if run.compile else session.model
         self.step = 0
         self.best: float | None = None

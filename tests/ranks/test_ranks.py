@@ -144,6 +144,17 @@ def test_projected_gradients_travel_small_between_refreshes(found: list[dict[str
     assert found[0]["apollo"]["own"]["said"][1][1] > 0.9 * whole  # its lift needs G
 
 
+def test_sums_under_way_during_backward_are_those_after_it(found: list[dict[str, Any]]) -> None:
+    """Bitwise, with parameters that some ranks do not use; the bytes are the same; a backward pass too many is told."""
+    for rank in range(RANKS):
+        late, early = found[rank]["unused"]["weights"]
+        assert all(torch.equal(tensor, early[key]) for key, tensor in late.items())
+        assert "call step() after 2 backward passes" in found[rank]["unused"]["messages"][0]
+    for name in ("full", "galore", "apollo", "lte-train"):
+        told, early_told = (found[0][each]["own"]["said"] for each in (name, f"{name}-early"))
+        assert [sent for _, sent in told] == [sent for _, sent in early_told]
+
+
 def test_sums_and_gatherings(found: list[dict[str, Any]]) -> None:
     for rank in range(RANKS):
         talk = found[rank]["talking"]

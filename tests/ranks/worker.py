@@ -49,6 +49,7 @@ def trained(
     poison: int | None = None,
     workers: int | None = None,
     sharded: bool = False,
+    early: bool = False,
 ) -> Result:
     """A few steps on this rank's rows of each batch; the whole model after them, and what was said at each step."""
     model = mlp(torch.float64)
@@ -56,6 +57,8 @@ def trained(
     if sharded:
         shard_(plan)
     opt = plan.optimizer(lr=1e-2, weight_decay=0.1, per_layer=per_layer)
+    if early:
+        opt.sum_during_backward()
     said, between, local = [], [], []
     for step in range(steps):
         before = Traffic(**vars(ranks.traffic)) if ranks else Traffic()
@@ -122,6 +125,37 @@ def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:
         output = plan.model.eval()(batch(99)[0])
     plan.model.train()
     return output
+
+
+def unused(ranks: Ranks | None) -> Result:
+    """Each rank leaves another head unused, in one of two micro-batches or in both; sums early and late."""
+    assert ranks is not None
+    weights, messages = [], []
+    for early in (False, True):
+        torch.manual_seed(0)
+        model = torch.nn.ModuleDict({name: torch.nn.Linear(WIDTH, 2).double() for name in ("a", "b", "c")})
+        plan = lowrank.apply_(model, lowrank.methods.full(), ranks=ranks)
+        opt = plan.optimizer(lr=1e-2)
+        if early:
+            opt.sum_during_backward(2)
+        for step in range(4):
+            for micro in range(2):
+                x = batch(2 * step + micro)[0]
+                used = ("a" if ranks.rank else "b") if micro else "a"
+                model[used](x).square().mean().backward()
+            opt.step()
+            opt.zero_grad()
+        weights.append(weights_of(model))
+        model["a"](x).sum().backward()
+        opt.zero_grad()
+        if early:
+            try:
+                for _ in range(3):
+                    model["a"](x).sum().backward()
+            except RuntimeError as error:
+                messages.append(str(error))
+            opt.zero_grad()
+    return {"weights": weights, "messages": messages}
 
 
 def disagreeing(ranks: Ranks | None) -> Result:
@@ -238,10 +272,18 @@ SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
             "apollo": {"target_modules": "all-linear"},
         }.items()
     },
+    "full-early": (partial(trained, method=lowrank.methods.full(), early=True), True),
+    "lte-train-early": (partial(trained, method=lte(rest="train"), early=True), True),
+    "apollo-early": (partial(trained, method=small_method("apollo", target_modules="all-linear"), early=True), True),
+    "galore-early": (
+        partial(trained, method=small_method("galore", target_modules="all-linear", refresh_every=3), early=True),
+        True,
+    ),
     "galore-per-layer": (
         partial(trained, method=small_method("galore", target_modules="all-linear", refresh_every=3), per_layer=True),
         True,
     ),
+    "unused": (unused, False),
     "disagreeing": (disagreeing, False),
     "talking": (talking, False),
     "talking later": (talking_later, False),

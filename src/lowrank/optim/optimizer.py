@@ -17,8 +17,8 @@ Over several ranks gradients are summed before the step (each rank divides its l
 is the mean's gradient), each over the ranks that ``summed`` gives for its parameter: plain sums of our own gradients
 after the backward pass, in buckets, and not DDP, whose reducer knows only the parameters that it was wrapped round,
 sums within the backward pass whatever the rule, and has no place where R could stand for G. A rule that ``folds``
-sends R = QᵀG, rank-sized, and the basis is refreshed from the one summed G. Per layer the sum is in the hook. Nothing
-overlaps with the backward pass.
+sends R = QᵀG, rank-sized, and the basis is refreshed from the one summed G. Per layer the sum is in the hook;
+otherwise, on request, it is under way while the backward pass goes on (``early``).
 
 Of a parameter that is sharded (FSDP2) all that is seen here is this rank's part: of the parameter, the gradient that
 FSDP has summed, and the state (``optim.sharded`` says what each rule makes of that).
@@ -43,6 +43,7 @@ from lowrank.infra.ranks import Ranks
 from lowrank.infra.seeds import generator
 from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import round_into_
+from lowrank.optim.early import EarlySums
 from lowrank.optim.gradients import agree_bases_, clipped, dense, sum_gradients_
 from lowrank.optim.rules import Rule, step_
 from lowrank.optim.scaler import LayerScaler
@@ -50,7 +51,11 @@ from lowrank.optim.sharded import on_part
 from lowrank.optim.state import check_forgets, copied, find_saved, forget_smallest_, leaves, matched
 
 NARROW = (torch.bfloat16, torch.float16)
-_HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: it is stepped by one per-layer optimizer, the last made
+_HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: that of the last optimizer that was made with one
+
+
+def _whole(p: nn.Parameter, g: Tensor) -> None:
+    """The fold of a gradient that is to stay whole: none."""
 
 
 def constant(step: int) -> float:
@@ -122,6 +127,7 @@ class Optimizer(torch.optim.Optimizer):
         self._parts: dict[nn.Parameter, Part | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
         self._synchronised = False
+        self._early: EarlySums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -224,7 +230,27 @@ class Optimizer(torch.optim.Optimizer):
         if self.per_layer or self._synchronised:
             return
         self._synchronised = True
-        sum_gradients_(self._summed, (lambda p, g: None) if whole else self._fold, self._folded)
+        if self._early is not None:
+            self._early.finish(self._folded)
+        else:
+            sum_gradients_(self._summed, _whole if whole else self._fold, self._folded)
+
+    def sum_during_backward(self, micro_batches: int = 1, *, whole: bool = False) -> None:
+        """From now on sums over the ranks are under way while the backward pass goes on (``early``).
+
+        Args:
+            micro_batches: backward passes in each step.
+            whole: sum whole gradients, as ``synchronise_(whole=True)`` would.
+
+        Raises:
+            ValueError: with ``per_layer``, whose sums are in the backward pass anyway.
+        """
+        if self.per_layer:
+            raise ValueError("per_layer=True sums each gradient where it steps, inside the backward pass")
+        if self._summed and self._early is None:
+            self._early = EarlySums(self._summed, _whole if whole else self._fold, micro_batches)
+            for p in self._early.params:
+                _HOOKS[p] = p.register_post_accumulate_grad_hook(self._early.arrived)
 
     def span(self, p: nn.Parameter) -> Subspace | None:
         """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
@@ -370,6 +396,8 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the kept micro-batches of an unfinished step."""
+        if self._early is not None:
+            self._early.drop()
         super().zero_grad(set_to_none)
         self._micro.clear()
         self._folded.clear()
