@@ -3,16 +3,19 @@
     python -m benchmarks.link
 
 Two processes of this machine, a core each, in two network namespaces, joined by a virtual cable that ``tc`` throttles
-in either direction (token bucket, 16 kB of burst). The namespaces belong to the processes and go with them; no right
-beyond ``unshare`` is needed. In one run, on the same rows of the same batches (4 × 128 bytes of text a rank and step):
+in either direction (token bucket, a sixth of a kB of burst for each Mbit/s). The namespaces belong to the processes and
+go with them; no right beyond ``unshare`` is needed. In one run, on the same rows of the same batches (4 × 128 bytes of
+text a rank and step):
 
     ddp          full training with torch's DistributedDataParallel, which sends while it computes backwards
+    full         the same by ``lowrank train``, which does so too, and with its sums after the backward pass
     attention    LTE on the attention layers, the rest averaged every 40 steps (the defaults)
     all-linear   LTE on every linear layer
 
 for gpt-mini (0.8 M parameters) and the shape of babygpt (6 layers 384 wide, 10.7 M). What is predicted comes from the
 bytes, from 100 Mbit/s, from the measured time of a message, and from each method's own step on this machine with
-nothing to send, measured by both at once. Goal: 5 times DDP's tokens per second or more.
+nothing to send, measured by both at once. Goal: 5 times DDP's tokens per second or more. The larger model's full
+training is measured at 1 Gbit/s too, where sending and computing take about as long.
 """
 
 from __future__ import annotations
@@ -26,6 +29,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest import mock
 
 import torch
 from torch.nn.parallel import DistributedDataParallel
@@ -34,6 +38,7 @@ from benchmarks.common import save
 from lowrank.infra.group import Traffic
 from lowrank.infra.ranks import Ranks, joined
 from lowrank.links import Link, measured, outlook, rank_of
+from lowrank.optim.optimizer import Optimizer
 from lowrank.recipes.gpt import gpt_mini
 from lowrank.run import Run
 from lowrank.session import open_session
@@ -41,8 +46,7 @@ from lowrank.settings import override, resolve
 from lowrank.tasks import TextTask
 from lowrank.train import _Loop
 
-SPEED, RANKS = "100mbit", 2
-LINK = Link(bandwidth=100e6 / 8)
+SLOW, FAST, RANKS = 100, 1000, 2  # Mbit/s
 ADDRESSES = ("10.77.0.1", "10.77.0.2")
 BEFORE, PERIOD = 10, 40  # steps not timed, and timed: four merges and one average of the rest
 DDP_STEPS = 10
@@ -67,18 +71,19 @@ def main() -> None:
         command = ["unshare", "-Urn", sys.executable, "-m", "benchmarks.link"]
         raise SystemExit(subprocess.run(command, env={**os.environ, "LOWRANK_LINK": "1"}, check=False).returncode)
     found = on_a_link("from benchmarks.link import rank; rank()")
+    found["at 1 Gbit/s"] = on_a_link("from benchmarks.link import rank; rank(faster=True)", speed=FAST)["models"]
     print(json.dumps(found, indent=2))
     print("written to", save("link", found).name)
 
 
-def on_a_link(code: str, ranks_each: int = 1) -> dict[str, Any]:
+def on_a_link(code: str, ranks_each: int = 1, speed: int = SLOW) -> dict[str, Any]:
     """What rank 0 has found, running ``code`` as every rank does: two nodes, namespaces of their own with a core each,
-    of so many ranks. Rank 0 writes it, as JSON, to the file LOWRANK_LINK."""
+    of so many ranks, on a link of ``speed`` Mbit/s. Rank 0 writes it, as JSON, to the file LOWRANK_LINK."""
     with tempfile.TemporaryDirectory() as folder:
-        return _on_a_link(code, ranks_each, Path(folder) / "found.json")
+        return _on_a_link(code, ranks_each, speed, Path(folder) / "found.json")
 
 
-def _on_a_link(code: str, ranks_each: int, result: Path) -> dict[str, Any]:
+def _on_a_link(code: str, ranks_each: int, speed: int, result: Path) -> dict[str, Any]:
     holder = subprocess.Popen(["unshare", "-n", "sleep", "infinity"])
     try:
         time.sleep(0.5)  # until it has left our namespace
@@ -90,7 +95,7 @@ def _on_a_link(code: str, ranks_each: int, result: Path) -> dict[str, Any]:
             _call("ip link set lo up", where)
             _call(f"ip addr add {ADDRESSES[node]}/24 dev lowrank{node}", where)
             _call(f"ip link set lowrank{node} up", where)
-            _call(f"tc qdisc add dev lowrank{node} root tbf rate {SPEED} burst 16kb latency 100ms", where)
+            _call(f"tc qdisc add dev lowrank{node} root tbf rate {speed}mbit burst {speed // 6}kb latency 100ms", where)
         group = {"MASTER_ADDR": ADDRESSES[0], "MASTER_PORT": "29500", "OMP_NUM_THREADS": "1"}
         group |= {"WORLD_SIZE": str(2 * ranks_each), "LOCAL_WORLD_SIZE": str(ranks_each), "GROUP_WORLD_SIZE": "2"}
         started = [
@@ -124,20 +129,23 @@ def _call(words: str, where: list[str] | None = None) -> None:
 # --- one rank --------------------------------------------------------------------------------------------------------
 
 
-def rank() -> None:
+def rank(*, faster: bool = False) -> None:
     torch.set_num_threads(1)
     with joined(torch.device("cpu")) as ranks:
         assert ranks is not None
-        link = Link(bandwidth=LINK.bandwidth, latency=_latency(ranks))
+        link = Link(bandwidth=(FAST if faster else SLOW) * 1e6 / 8, latency=_latency(ranks))
+        models, methods = (dict(list(MODELS.items())[-1:]), {}) if faster else (MODELS, METHODS)
         found = {
-            "link": {"nominal_bytes_per_second": LINK.bandwidth, **_speed(ranks), "message_seconds": link.latency},
-            "models": {name: _model(settings, ranks, link) for name, settings in MODELS.items()},
+            "link": {"nominal_bytes_per_second": link.bandwidth, **_speed(ranks), "message_seconds": link.latency},
+            "models": {name: _model(settings, methods, ranks, link) for name, settings in models.items()},
         }
         if ranks.rank == 0:
             Path(os.environ["LOWRANK_LINK"]).write_text(json.dumps(found))
 
 
-def _model(settings: dict[str, object], ranks: Ranks, link: Link) -> dict[str, Any]:
+def _model(
+    settings: dict[str, object], methods: dict[str, dict[str, object]], ranks: Ranks, link: Link
+) -> dict[str, Any]:
     """Step times and tokens per second of DDP and of each method, with what was predicted."""
     common = {"steps": 1000, "batch-size": 8, **settings}
     full = resolve(override(gpt_mini(), common))
@@ -146,10 +154,14 @@ def _model(settings: dict[str, object], ranks: Ranks, link: Link) -> dict[str, A
         "tokens_a_step": tokens,
         "ddp": _with_prediction(_ddp(full, ranks), full, ranks, link, ddp=True),
     }
-    for name, options in METHODS.items():
+    few = {"before": 2, "steps": DDP_STEPS}
+    found["full"] = _with_prediction(ours(full, ranks, **few), full, ranks, link, ddp=True)
+    with mock.patch.object(Optimizer, "sum_during_backward"):
+        found["full, sums after"] = _with_prediction(ours(full, ranks, **few), full, ranks, link, ddp=True)
+    for name, options in methods.items():
         run = resolve(override(gpt_mini(), {**common, **options}))
         found[name] = _with_prediction(ours(run, ranks), run, ranks, link)
-    for each in ("ddp", *METHODS):
+    for each in [name for name in found if name != "tokens_a_step"]:
         seconds = found[each]["step_seconds"]
         found[each]["tokens_per_second"] = tokens / seconds
         found[each]["times_ddp"] = found["ddp"]["step_seconds"] / seconds

@@ -1,7 +1,7 @@
 """What a link between the ranks makes of a run: seconds and bytes a step, and from which interval on it hardly matters.
 
 A step takes what a rank computes and then what it sends; merges with ``overlap``, which travel while training goes on,
-are counted as if it waited for them:
+are counted as if it waited for them, and so are sums of gradients, which travel during the backward pass:
 
     communication    bytes / bandwidth + messages · latency, in seconds
     bytes            those of ``lowrank.traffic``: what a ring sends per rank, in full duplex

@@ -24,6 +24,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
+T_ = TypeVar("T_", bound=Tensor)
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -148,12 +149,12 @@ class Group(ABC):
         return values.tolist()
 
 
-def buckets(tensors: Sequence[Tensor]) -> Iterator[list[Tensor]]:
-    """Neighbours of one dtype together, up to ``BUCKET_BYTES`` (or one larger tensor)."""
-    bucket: list[Tensor] = []
+def buckets(tensors: Sequence[T_], limit: int = BUCKET_BYTES) -> Iterator[list[T_]]:
+    """Neighbours of one dtype together, up to ``limit`` bytes (or one larger tensor)."""
+    bucket: list[T_] = []
     for tensor in tensors:
         size = sum(t.nbytes for t in bucket)
-        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > BUCKET_BYTES):
+        if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > limit):
             yield bucket
             bucket = []
         bucket.append(tensor)

@@ -18,6 +18,8 @@ from torch import Tensor, nn
 from lowrank.infra.group import Group, buckets
 from lowrank.optim.gradients import Fold, dense
 
+SMALL = 4 * 2**20  # bytes of a bucket: the smaller, the sooner the first is sent
+
 
 @dataclass(frozen=True)
 class _UnderWay:
@@ -42,7 +44,7 @@ class EarlySums:
         self._buckets: list[tuple[Group, list[nn.Parameter]]] = []
         for group in dict.fromkeys(summed.values()):
             params = [p for p, over in reversed(summed.items()) if over is group]  # type: ignore[call-overload]
-            self._buckets += [(group, bucket) for bucket in buckets(params)]  # type: ignore[misc]
+            self._buckets += [(group, bucket) for bucket in buckets(params, SMALL)]
         self._bucket_of = {p: i for i, (_, bucket) in enumerate(self._buckets) for p in bucket}
         self._reset()
 
