@@ -214,12 +214,12 @@ class Binding:
         keep = merge is not None and merge.keep
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
-            W, count = matrix[layer.rows(part)], self.division.workers_count
-            site = Site(layer.label(part), W, self.seed, keep, self.division.worker, count)
+            W = matrix[layer.rows(part)]
+            site = Site(layer.label(part), W, self.seed, keep, self.division.worker, self.division.workers_count)
             made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)
-            if made[part].split and count > 1 and not isinstance(made[part], SplitAdapter):
+            if made[part].split and self.division.workers_count > 1 and not isinstance(made[part], SplitAdapter):
                 raise ValueError(
                     f"heads of {type(made[part]).__name__} on {layer.label(part)} split the batch, and cannot be "
                     "divided between ranks as those of LoRA and Dense can: use split=False, or one process"

@@ -35,19 +35,11 @@ def keeps(out: Path, ranks: Ranks | None) -> bool:
     """
     if ranks is None:
         return True
-    everyone = ranks.gather_objects((first_on_node(), uuid.uuid4().hex))
-    before = [r for r, (first, _) in enumerate(everyone) if first and r < ranks.rank]
-    if sum(first for first, _ in everyone) < 2:
+    first = ranks.gather_objects(first_on_node())
+    if sum(first) < 2:
         return ranks.rank == 0
-    signs = [out / f".here-{everyone[0][1]}-{rank}" for rank in range(ranks.count)]
-    if first_on_node():
-        out.mkdir(parents=True, exist_ok=True)
-        signs[ranks.rank].touch()
-    ranks.total(0.0)
-    shared = any(signs[rank].exists() for rank in before)
-    ranks.total(0.0)
-    signs[ranks.rank].unlink(missing_ok=True)
-    return first_on_node() and not shared
+    seen = _in_our_folder(out, ranks, sign=first_on_node())
+    return first_on_node() and min(seen) == ranks.rank
 
 
 def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
@@ -58,22 +50,29 @@ def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
     """
     if not plan.parts or plan.mates is None or plan.ranks is None:
         return "whole" if keeper else "help"
-    everyone = plan.ranks.gather_objects((keeper, uuid.uuid4().hex))
-    keepers = [everyone[rank][1] for rank in plan.mates.numbers if everyone[rank][0]]
-    signs = [out / f".parts-{name}" for name in keepers]
-    if keeper:
-        out.mkdir(parents=True, exist_ok=True)
-        (out / f".parts-{everyone[plan.ranks.rank][1]}").touch()
-    plan.ranks.total(0.0)
-    in_parts = not signs or (len(signs) == 1 and signs[0].exists())
-    in_parts = all(plan.ranks.gather_objects(in_parts))
-    if keeper:
-        (out / f".parts-{everyone[plan.ranks.rank][1]}").unlink()
+    everyone = plan.ranks.gather_objects(keeper)
+    keepers = [rank for rank in plan.mates.numbers if everyone[rank]]
+    seen = _in_our_folder(out, plan.ranks, sign=keeper)
+    in_parts = all(plan.ranks.gather_objects(not keepers or (len(keepers) == 1 and keepers[0] in seen)))
     if not keepers:
         return "nothing"
     if in_parts:
         return "parts"
     return "whole" if keeper else "help"
+
+
+def _in_our_folder(out: Path, ranks: Ranks, *, sign: bool) -> set[int]:
+    """Which of the ranks that leave a sign in ``out`` for a moment have the folder that this rank has by that name."""
+    run = ranks.gather_objects(uuid.uuid4().hex)[0]
+    signs = [out / f".here-{run}-{rank}" for rank in range(ranks.count)]
+    if sign:
+        out.mkdir(parents=True, exist_ok=True)
+        signs[ranks.rank].touch()
+    ranks.total(0.0)
+    seen = {rank for rank, path in enumerate(signs) if path.exists()}
+    ranks.total(0.0)
+    signs[ranks.rank].unlink(missing_ok=True)
+    return seen
 
 
 def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None, list[str]]:

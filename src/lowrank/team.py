@@ -196,17 +196,19 @@ class Team:
         apart = {*self.plan.own, *self.plan.local} if self.together else set()
         if not (apart or self.plan.parts):
             return torch.nn.utils.get_total_norm(list(gradients.values()))
-        squares: dict[tuple[bool, bool], list[Tensor]] = {}
-        for p, g in gradients.items():
-            squares.setdefault((is_sharded(p), p in apart), []).append(g)
-        total = {kind: float(torch.nn.utils.get_total_norm(grads)) ** 2 for kind, grads in squares.items()}
+
+        def square(*, sharded: bool, own: bool) -> float:
+            some = [g for p, g in gradients.items() if is_sharded(p) == sharded and (p in apart) == own]
+            return float(torch.nn.utils.get_total_norm(some)) ** 2
+
+        parts, own_parts = square(sharded=True, own=False), square(sharded=True, own=True)
         if self.plan.mates is not None:
-            parts = [total.get((True, flag), 0.0) for flag in (False, True)]
-            total[True, False], total[True, True] = self.plan.mates.total(*parts)
+            parts, own_parts = self.plan.mates.total(parts, own_parts)
+        own = square(sharded=False, own=True) + own_parts
         if apart and self.plan.workers is not None:
-            mine = total.pop((False, True), 0.0) + total.pop((True, True), 0.0)
-            total[False, True] = self.plan.workers.total(mine)[0]
-        return torch.tensor(sum(total.values()) ** 0.5, device=next(iter(gradients.values())).device)
+            own = self.plan.workers.total(own)[0]
+        norm = (square(sharded=False, own=False) + parts + own) ** 0.5
+        return torch.tensor(norm, device=None if self.ranks is None else self.ranks.device)
 
     def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
         """Scale the gradients so that their ``norm`` is at most ``limit``."""

@@ -224,13 +224,11 @@ class _Loop:
             self.scaler.update()
         optimizer.zero_grad(set_to_none=True)
         self.clock.tick(waited)
-        rows = self.team.whole_rows(batches)
         return {
             "loss": loss,
             "lr": lr * factor,
             "grad_norm": grad_norm,
-            "size": sum(self.session.task.size(batch) for batch in batches) * rows,
-            "rows": rows,
+            "size": sum(self.session.task.size(batch) for batch in batches) * self.team.whole_rows(batches),
         }
 
     def _backward(self, batches: list[Batch]) -> Tensor:

@@ -255,6 +255,7 @@ def unsaved(ranks: Ranks, folder: Path) -> Result:
     HuggingFaceStorageWriter.write_data = write  # type: ignore[method-assign]
     ranks.total(0.0)
     messages["left"] = ", ".join(sorted(path.name for path in root.iterdir()))
+    ranks.total(0.0)  # so that nobody sees the next one being written
     save(3)
     ranks.total(0.0)
     if ranks.rank == 0:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor
 
 T = TypeVar("T")
-T_ = TypeVar("T_", bound=Tensor)
+AnyTensor = TypeVar("AnyTensor", bound=Tensor)
 BUCKET_BYTES = 25 * 2**20
 
 
@@ -149,9 +149,9 @@ class Group(ABC):
         return values.tolist()
 
 
-def buckets(tensors: Sequence[T_], limit: int = BUCKET_BYTES) -> Iterator[list[T_]]:
+def buckets(tensors: Sequence[AnyTensor], limit: int = BUCKET_BYTES) -> Iterator[list[AnyTensor]]:
     """Neighbours of one dtype together, up to ``limit`` bytes (or one larger tensor)."""
-    bucket: list[T_] = []
+    bucket: list[AnyTensor] = []
     for tensor in tensors:
         size = sum(t.nbytes for t in bucket)
         if bucket and (tensor.dtype != bucket[0].dtype or size + tensor.nbytes > limit):

@@ -9,25 +9,15 @@ Beside DDP's: a gradient of which the coming step needs R = QᵀG alone travels 
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Mapping
 
 import torch
 from torch import Tensor, nn
 
 from lowrank.infra.group import Group, buckets
-from lowrank.optim.gradients import Fold, dense
+from lowrank.optim.gradients import Finish, Fold, start_sum
 
 SMALL = 4 * 2**20  # bytes of a bucket: the smaller, the sooner the first is sent
-
-
-@dataclass(frozen=True)
-class _UnderWay:
-    params: list[nn.Parameter]
-    present: Tensor  # by parameter, on how many ranks it has a gradient
-    sent: list[Tensor]
-    folded: list[bool]
-    finish: Callable[[], None]
 
 
 class EarlySums:
@@ -43,7 +33,7 @@ class EarlySums:
         self.fold, self.micro_batches = fold, micro_batches
         self._buckets: list[tuple[Group, list[nn.Parameter]]] = []
         for group in dict.fromkeys(summed.values()):
-            params = [p for p, over in reversed(summed.items()) if over is group]  # type: ignore[call-overload]
+            params = [p for p, over in reversed(list(summed.items())) if over is group]
             self._buckets += [(group, bucket) for bucket in buckets(params, SMALL)]
         self._bucket_of = {p: i for i, (_, bucket) in enumerate(self._buckets) for p in bucket}
         self._reset()
@@ -56,7 +46,7 @@ class EarlySums:
     def _reset(self) -> None:
         self._seen = dict.fromkeys(self._bucket_of, 0)
         self._missing = [len(bucket) for _, bucket in self._buckets]
-        self._started: list[_UnderWay] = []
+        self._started: list[Finish] = []
 
     @torch.no_grad()
     def arrived(self, p: nn.Parameter) -> None:
@@ -75,35 +65,19 @@ class EarlySums:
 
     def _start(self) -> None:
         group, params = self._buckets[len(self._started)]
-        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        sent, folded = [], []
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            g = dense(p.grad)
-            small = self.fold(p, g)
-            if small is not None:
-                p.grad = None
-            sent.append(g if small is None else small)
-            folded.append(small is not None)
-        self._started.append(_UnderWay(params, present, sent, folded, group.sum_later([present, *sent])))
+        self._started.append(start_sum(group, params, self.fold))
 
     def finish(self, held: dict[nn.Parameter, Tensor]) -> None:
         """Start what has not been, and wait for all: gradients are then the sums, and those that travelled folded are
-        in ``held``. A parameter without a gradient on any rank has none. Every rank must call it."""
+        in ``held``. Every rank must call it."""
         while len(self._started) < len(self._buckets):
             self._start()
-        for under_way in self._started:
-            under_way.finish()
-            each = zip(under_way.params, under_way.present.tolist(), under_way.sent, under_way.folded, strict=True)
-            for p, holders, sent, folded in each:
-                if not holders:
-                    p.grad = None
-                elif folded:
-                    held[p] = sent
+        for wait in self._started:
+            wait(held)
         self._reset()
 
     def drop(self) -> None:
         """Wait for what is under way, and forget it."""
-        for under_way in self._started:
-            under_way.finish()
+        for wait in self._started:
+            wait({})
         self._reset()

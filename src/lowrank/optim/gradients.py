@@ -6,7 +6,7 @@ and on the way to other ranks.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -18,6 +18,7 @@ from lowrank.optim.refresh import Refresh, together
 from lowrank.optim.rules import Rule, wide
 
 Fold = Callable[[nn.Parameter, Tensor], Tensor | None]
+Finish = Callable[[dict[nn.Parameter, Tensor]], None]
 
 
 def dense(g: Tensor | None) -> Tensor:
@@ -41,27 +42,39 @@ def clipped(g: Tensor, limit: float, part: Part | None) -> Tensor:
     return g * (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
-def sum_gradients_(summed: Mapping[nn.Parameter, Group], fold: Fold, folded: dict[nn.Parameter, Tensor]) -> None:
-    """Sum each gradient over the ranks that ``summed`` gives for its parameter; all of them must call it.
+def start_sum(group: Group, params: Sequence[nn.Parameter], fold: Fold) -> Finish:
+    """Start to sum the gradients of parameters over a group, whose members all must call it, and go on; the function
+    returned waits, and takes the dict for what was folded.
 
-    A gradient that ``fold`` makes small is summed so: it goes from ``grad`` to ``folded``. A parameter without a
-    gradient on some ranks counts as zero there, and without one on all stays without.
+    A gradient that ``fold`` makes small is summed so: ``grad`` is then None, and the sum goes into the dict. A
+    parameter without a gradient on some ranks counts as zero there, and without one on all stays without.
     """
-    for group in dict.fromkeys(summed.values()):
-        params = [p for p, over in summed.items() if over is group]
-        present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
-        sent: list[Tensor] = []
-        for p in params:
-            p.grad = torch.zeros_like(p) if p.grad is None else p.grad
-            g = dense(p.grad)
-            if (small := fold(p, g)) is not None:
-                folded[p], p.grad = small, None
-            sent.append(g if small is None else small)
-        group.sum_([present, *sent])
+    present = torch.tensor([float(p.grad is not None) for p in params], device=params[0].device)
+    sent: list[Tensor] = []
+    small: dict[nn.Parameter, Tensor] = {}
+    for p in params:
+        p.grad = torch.zeros_like(p) if p.grad is None else p.grad
+        g = dense(p.grad)
+        if (folded := fold(p, g)) is not None:
+            small[p], p.grad = folded, None
+        sent.append(small.get(p, g))
+    arrive = group.sum_later([present, *sent])
+
+    def finish(held: dict[nn.Parameter, Tensor]) -> None:
+        arrive()
         for p, holders in zip(params, present.tolist(), strict=True):
             if not holders:
                 p.grad = None
-                folded.pop(p, None)
+            elif p in small:
+                held[p] = small[p]
+
+    return finish
+
+
+def sum_gradients_(summed: Mapping[nn.Parameter, Group], fold: Fold, held: dict[nn.Parameter, Tensor]) -> None:
+    """``start_sum``, waited for, of each parameter over the group that ``summed`` gives for it."""
+    for group in dict.fromkeys(summed.values()):
+        start_sum(group, [p for p, over in summed.items() if over is group], fold)(held)
 
 
 def agree_bases_(
