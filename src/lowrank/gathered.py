@@ -10,7 +10,6 @@ many ranks as saved it. For sharded models see ``gathered_parts``.
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
 from typing import Any
 
 from torch import Tensor, nn
@@ -19,6 +18,7 @@ from lowrank.adapters.exchange import KEPT, SENT, SplitAdapter, gather_heads, ow
 from lowrank.gathered_parts import Keeping, load_model_parts_, own_optimizer_parts, whole_parts
 from lowrank.infra import checkpoint
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.state import find_saved, leaves, mapped
 from lowrank.plan import Plan
 
 
@@ -39,7 +39,7 @@ def check_state(plan: Plan, opt: Optimizer) -> None:
         ValueError: naming the parameter.
     """
     for p in plan.own:
-        for tensor in _leaves(opt.state[p]):
+        for _, tensor in leaves(opt.state[p]):
             if tensor.dim() and len(tensor) != len(p):
                 raise ValueError(
                     f"the optimizer state of {opt.name_of(p)} is not kept head by head and cannot be put together from "
@@ -56,21 +56,19 @@ def whole_optimizer_state(plan: Plan, opt: Optimizer, keeping: Keeping = "whole"
         return {}
     state = opt.state_dict()
     state["state"] |= parts
-    by_name = _by_name(state)
-    for name, tensors in heads.items():
-        everyone = iter(tensors)
-        _replace_(by_name[name], lambda t, everyone=everyone: next(everyone) if t.dim() else t)  # type: ignore[misc]
+    saved = find_saved(state, opt.param_groups)
+    for p, everyone in heads.items():
+        nest = saved[p][1]
+        nest.update(mapped(nest, lambda path, t, everyone=everyone: everyone.get(path, t)))  # type: ignore[misc]
     return state
 
 
-def _all_heads(plan: Plan, opt: Optimizer) -> dict[str, list[Tensor]]:
-    """Of each parameter of this worker's own heads, by name, the tensors of its state for the heads of all workers."""
+def _all_heads(plan: Plan, opt: Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Of each parameter of this worker's own heads the tensors of its state, by path, for the heads of all workers."""
     if plan.workers is None or not plan.own:
         return {}
-    mine = [{str(i): t for i, t in enumerate(_leaves(opt.state[p])) if t.dim()} for p in plan.own]
-    gathered = gather_heads(mine, plan.own_adapters, plan.workers)
-    named = zip(plan.own, mine, gathered, strict=True)
-    return {opt.name_of(p): [everyone[key] for key in own] for p, own, everyone in named}
+    mine = [{path: t for path, t in leaves(opt.state[p]) if t.dim()} for p in plan.own]
+    return dict(zip(plan.own, gather_heads(mine, plan.own_adapters, plan.workers), strict=True))
 
 
 def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:
@@ -94,27 +92,9 @@ def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:
 def own_optimizer_state(plan: Plan, opt: Optimizer, saved: checkpoint.Checkpoint) -> dict[str, Any]:
     """What this rank's optimizer holds of a checkpoint's optimizer state."""
     own: dict[str, Any] = own_optimizer_parts(plan, opt, saved) if plan.parts else saved.optimizer
-    by_name = _by_name(own)
-    for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
-        if (nest := by_name.get(opt.name_of(p))) is not None:
-            _replace_(nest, lambda t, a=adapter: own_part(a, "", t) if t.dim() else t)  # type: ignore[misc]
+    if plan.own:
+        states = find_saved(own, opt.param_groups)
+        for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
+            nest = states[p][1]
+            nest.update(mapped(nest, lambda _, t, a=adapter: own_part(a, "", t) if t.dim() else t))  # type: ignore[misc]
     return own
-
-
-def _by_name(state: dict[str, Any]) -> dict[str, dict[str, Any]]:
-    """Each parameter's state by the parameter's name."""
-    groups = state["param_groups"]
-    pairs = [pair for g in groups for pair in zip(g.get("param_names", []), g["params"], strict=False)]
-    return {name: state["state"][index] for name, index in pairs if index in state["state"]}
-
-
-def _leaves(nest: Mapping[str, Any]) -> list[Tensor]:
-    return [t for v in nest.values() for t in ([v] if isinstance(v, Tensor) else _leaves(v))]
-
-
-def _replace_(nest: dict[str, Any], change: Callable[[Tensor], Tensor]) -> None:
-    for key, value in nest.items():
-        if isinstance(value, Tensor):
-            nest[key] = change(value)
-        else:
-            _replace_(value, change)

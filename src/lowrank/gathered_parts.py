@@ -25,8 +25,8 @@ from lowrank.infra.nest import unflatten
 from lowrank.infra.parts import Cut, Part, local, part_of, reshard_
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
-from lowrank.optim.sharded import Cuts, cuts_of, own_state, whole_state
-from lowrank.optim.state import find_saved
+from lowrank.optim.sharded import cuts_of, own_state, whole_state
+from lowrank.optim.state import find_saved, mapped
 from lowrank.plan import Plan
 
 # What a rank gets of what is to be saved: all of it; its parts; nothing, but it helps those who do; or nothing.
@@ -63,13 +63,13 @@ def whole_parts(plan: Plan, opt: Optimizer, keeping: Keeping) -> dict[int, State
         mine = opt.state[p]
         cuts = cuts_of(rule, part, mine, local(p)) if keeping == "parts" else None
         if cuts is not None:
-            found[index] = _spread(mine, cuts)
+            found[index] = mapped(mine, lambda path, t, cuts=cuts: _spread(t, cuts.get(path)))  # type: ignore[misc]
             continue
         whole = whole_state(rule, part, mine, local(p))
         if keeping == "parts" and part.ranks.rank != index % part.ranks.count:
-            found[index] = _each(whole, lambda t: t.to("meta"))  # another rank writes it
+            found[index] = mapped(whole, lambda _, t: t.to("meta"))  # another rank writes it
         elif keeping != "help":
-            found[index] = _each(whole, Tensor.cpu)
+            found[index] = mapped(whole, lambda _, t: t.cpu())
     return found
 
 
@@ -102,26 +102,21 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
     """
     assert plan.mates is not None
     tree = saved.state["tree"]["optimizer"]
-    paths = unflatten(tree, _Itself())
-    find_saved(paths, opt.param_groups)
-    places = {
-        name: index
-        for group in paths["param_groups"]
-        for name, index in zip(group["param_names"], group["params"], strict=True)
-    }
+    paths = find_saved(unflatten(tree, _Itself()), opt.param_groups)
     cuts: dict[str, Cut] = {}
-    coded: list[tuple[int, nn.Parameter, Rule, Part]] = []
+    coded: list[tuple[nn.Parameter, Rule, Part]] = []
     for _, p, rule, part in _sharded(plan, opt):
-        index = places[opt.name_of(p)]
         found = cuts_of(rule, part, opt.state[p], local(p))
         if found is None:
-            coded.append((index, p, rule, part))
+            coded.append((p, rule, part))
         else:
-            cuts |= dict(_paired(paths["state"][index], found))
+            cuts |= {_at(paths[p][1], path): cut for path, cut in found.items()}
     names = [name for name in saved.names("optimizer") if name.startswith("optimizer.")]
     own: dict[str, Any] = unflatten(tree, read_parts(saved, "optimizer", names, cuts, plan.mates))
-    for index, p, rule, part in coded:
-        own["state"][index] = own_state(rule, part, own["state"][index], torch.empty_like(local(p), device="cpu"))
+    states = find_saved(own, opt.param_groups)
+    for p, rule, part in coded:
+        state = states[p][1]
+        state.update(own_state(rule, part, state, torch.empty_like(local(p), device="cpu")))
     return own
 
 
@@ -142,25 +137,12 @@ class _Itself(dict[str, Any]):
         return path
 
 
-def _paired(paths: dict[str, Any], cuts: Cuts) -> Iterator[tuple[str, Cut]]:
-    """(path, cut) of each tensor of a nest that is cut."""
-    for key, cut in cuts.items():
-        if isinstance(cut, Cut):
-            yield paths[key], cut
-        elif cut is not None:
-            yield from _paired(paths[key], cut)
+def _at(nest: Any, path: str) -> Any:
+    """What stands at a dotted path."""
+    for key in path.split("."):
+        nest = nest[key]
+    return nest
 
 
-def _spread(state: State, cuts: Cuts) -> State:
-    """The state with DTensors in the place of what is cut."""
-    spread: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            spread[key] = value if cuts[key] is None else cuts[key].spread(value.contiguous())
-        else:
-            spread[key] = _spread(value, cuts[key])
-    return spread
-
-
-def _each(state: State, change: Callable[[Tensor], Tensor]) -> State:
-    return {key: change(value) if isinstance(value, Tensor) else _each(value, change) for key, value in state.items()}
+def _spread(mine: Tensor, cut: Cut | None) -> Tensor:
+    return mine if cut is None else cut.spread(mine.contiguous())

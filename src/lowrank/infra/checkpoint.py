@@ -122,13 +122,19 @@ def save(
         TypeError: a nest holds something that is neither data nor a tensor; the message gives its path.
         ValueError: `keep` below 1.
     """
-    _check_keep(keep)
+    check_keep(keep)
     try:
         temporary = begin_(root, step)
         _write(temporary, step, tensors, optimizer, meta)
         return publish_(temporary, root, step, keep=keep, best=best)
     except (OSError, SafetensorError) as error:
         raise not_saved(root, step, error) from error
+
+
+def check_keep(keep: int) -> None:
+    """Raise ValueError for a number of checkpoints to keep that would keep none."""
+    if keep < 1:
+        raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept")
 
 
 def writing(root: Path, step: int) -> Path:
@@ -270,11 +276,6 @@ def _why_not_saved(root: Path, step: int, error: Exception) -> str:
     remains = f"the earlier checkpoint {earlier[-1]} is untouched" if earlier else "no earlier one exists"
     remedy = "make room and resume" if full else "resume once that is mended"
     return f"could not save the checkpoint of step {step} in {root}: {cause}; {remains}; {remedy}"
-
-
-def _check_keep(keep: int) -> None:
-    if keep < 1:
-        raise ValueError(f"keep={keep}: at least the latest checkpoint must be kept")
 
 
 def _age(folder: Path) -> tuple[int, int]:

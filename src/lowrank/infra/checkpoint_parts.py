@@ -61,7 +61,9 @@ def save_in_parts(
 
     Raises:
         CheckpointError: on every rank, if one of them could not write; the earlier checkpoints are untouched.
+        ValueError: ``keep`` below 1.
     """
+    checkpoint.check_keep(keep)
     tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
     model, aliases = _once(tensors)
     notes = {"model": {"aliases": aliases, "orders": {}}, "nest": {"aliases": {}, "orders": {}}}
@@ -167,34 +169,29 @@ def read_parts(
     inside = saved.folder / kind
     reader = _reader(inside if inside.is_dir() else saved.folder)
     notes, stored = saved.notes(kind), _stored(reader)
-    spread: dict[str, Any] = {}
+    first = {name: notes["aliases"].get(name, name) for name in names}  # under which it is stored
+    cut_of = {first[name]: cut for name, cut in cuts.items()}
+    targets: dict[str, Any] = {}
     pieces: dict[str, Tensor] = {}
-    for name in names:
-        first = notes["aliases"].get(name, name)
-        size, dtype, cut = stored[first].size, stored[first].properties.dtype, cuts.get(name)
-        if cut is None or first in notes["orders"]:  # stored with its dimensions in another order
-            spread.setdefault(first, torch.empty(size, dtype=dtype))
+    for name in dict.fromkeys(first.values()):
+        size, dtype, cut = stored[name].size, stored[name].properties.dtype, cut_of.get(name)
+        if cut is None or name in notes["orders"]:  # stored with its dimensions in another order
+            targets[name] = torch.empty(size, dtype=dtype)
             continue
         if tuple(size) != cut.shape:
             raise ValueError(f"{name} is {tuple(size)} in the checkpoint, {cut.shape} in the model")
-        if first not in pieces:
-            pieces[first] = torch.empty(cut.shape_here, dtype=dtype, device=ranks.device)
-            spread[first] = cut.spread(pieces[first])
+        pieces[name] = torch.empty(cut.shape_here, dtype=dtype, device=ranks.device)
+        targets[name] = cut.spread(pieces[name])
     _together(
-        lambda: dcp.load(spread, storage_reader=reader, process_group=ranks.process_group),
+        lambda: dcp.load(targets, storage_reader=reader, process_group=ranks.process_group),
         ranks,
         lambda error: CheckpointError(f"checkpoint {saved.folder} cannot be read: {error}"),
     )
-    whole = unpack({name: t for name, t in spread.items() if name not in pieces}, notes)
-    found: dict[str, Tensor] = {}
-    for name in names:
-        first = notes["aliases"].get(name, name)
-        cut = cuts.get(name)
-        if first in pieces:
-            found[name] = pieces[first]
-        else:
-            found[name] = whole[first] if cut is None else cut.part.cut(whole[first], cut.dim)
-    return found
+    found = unpack({name: t for name, t in targets.items() if name not in pieces}, notes)
+    for name in cut_of.keys() - pieces:
+        cut = cut_of[name]
+        pieces[name] = cut.part.cut(found[name], cut.dim)
+    return {name: pieces[first[name]] if first[name] in pieces else found[first[name]] for name in names}
 
 
 def _reader(folder: Path) -> Any:

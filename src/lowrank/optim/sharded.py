@@ -28,8 +28,7 @@ from lowrank.linalg.products import Subspace
 from lowrank.optim.geometry import inside_shape, sides_of
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule, State
-
-Cuts = dict[str, Any]  # of each tensor of a state, in its nest: Cut | None
+from lowrank.optim.state import leaves
 
 
 def on_part(rule: Rule, part: Part | None, name: str) -> Rule:
@@ -143,35 +142,24 @@ def own_state(rule: Rule, part: Part, whole: State, like: Tensor) -> State:
     return _converted(rule, part, whole, like, to_whole=False)
 
 
-def cuts_of(rule: Rule, part: Part, state: State, like: Tensor) -> Cuts | None:
-    """For each tensor of this rank's state how it is cut, in the state's own nest; None for one that is whole.
+def cuts_of(rule: Rule, part: Part, state: State, like: Tensor) -> dict[str, Cut] | None:
+    """How tensors of this rank's state are cut, by their dotted paths; those that are whole are not in it.
 
-    None altogether for a state in 8 bits, whose blocks are of the part: no cut of the whole's.
+    None for a state in 8 bits, whose blocks are of the part: no cut of the whole's.
     """
     here = on_part(rule, part, "the parameter")
     if not isinstance(here, ProjectedPart):
-        return _cuts(state, tuple(like.shape), Cut(part, part.dim, part.shape))
-    inside = inside_shape(here._whole_shape, here.side, here.rank)
-    cut = None if here.crosses else Cut(part, len(inside) + here._dim, inside)
-    inner = _cuts(cast(State, state["inner"]), here.inside_shape_here(), cut)
-    return None if inner is None else {**_cuts_none(state), "inner": inner}
-
-
-def _cuts(state: State, moment: tuple[int, ...], cut: Cut | None) -> Cuts | None:
-    """Moments have the shape ``moment``; everything else is whole."""
-    found: dict[str, Any] = {}
-    for key, value in state.items():
-        if isinstance(value, Tensor):
-            found[key] = cut if tuple(value.shape) == moment else None
-        elif ("codes" in value and cut is not None) or (inner := _cuts(value, moment, cut)) is None:
-            return None
-        else:
-            found[key] = inner
-    return found
-
-
-def _cuts_none(state: State) -> Cuts:
-    return {k: None if isinstance(v, Tensor) else _cuts_none(v) for k, v in state.items()}
+        moment, cut, moments = tuple(like.shape), Cut(part, part.dim, part.shape), leaves(state)
+    elif here.crosses:
+        return {}
+    else:
+        inside = inside_shape(here._whole_shape, here.side, here.rank)
+        moment, cut = here.inside_shape_here(), Cut(part, len(inside) + here._dim, inside)
+        moments = leaves(cast(State, state["inner"]), "inner.")
+    found = dict(moments)
+    if any(path.endswith(".codes") for path in found):
+        return None
+    return {path: cut for path, tensor in found.items() if tuple(tensor.shape) == moment}
 
 
 def _converted(rule: Rule, part: Part, source: State, like: Tensor, *, to_whole: bool) -> State:

@@ -3,7 +3,7 @@ what was saved."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -48,9 +48,17 @@ def leaves(state: State, prefix: str = "") -> Iterator[tuple[str, Tensor]]:
             yield from leaves(value, f"{prefix}{key}.")
 
 
+def mapped(state: State, change: Callable[[str, Tensor], Tensor], prefix: str = "") -> State:
+    """The state with ``change(dotted path, tensor)`` in the place of every tensor."""
+    return {
+        key: change(prefix + key, value) if isinstance(value, Tensor) else mapped(value, change, f"{prefix}{key}.")
+        for key, value in state.items()
+    }
+
+
 def copied(state: State) -> State:
     """A deep copy of the state, detached."""
-    return {k: v.detach().clone() if isinstance(v, Tensor) else copied(v) for k, v in state.items()}
+    return mapped(state, lambda _, tensor: tensor.detach().clone())
 
 
 def matched(ours: State, saved: State, label: str) -> list[tuple[Tensor, Tensor]]:
