@@ -6,8 +6,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
-from tests.ranks.launch import RANKS, launch
+from tests.ranks.launch import RANKS, outcome
 
 
 @pytest.fixture(scope="session")
@@ -18,6 +17,4 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def found(folder: Path) -> list[dict[str, Any]]:
     """What each rank has found."""
-    results = launch("tests.ranks.worker", str(folder), ranks=RANKS, LOWRANK_CACHE=str(folder / "cache"))
-    assert [code for code, _ in results] == [0] * RANKS, "\n".join(error for _, error in results)
-    return [torch.load(folder / f"rank-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return outcome("tests.ranks.worker", folder, "rank", ranks=RANKS)

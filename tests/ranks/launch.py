@@ -7,6 +7,9 @@ import socket
 import subprocess
 import sys
 from pathlib import Path
+from typing import Any
+
+import torch
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -36,3 +39,15 @@ def launch(
         for process in started:
             process.kill()
             process.wait()
+
+
+def run_well(module: str, folder: Path, *words: str, ranks: int) -> None:
+    """``python -m module folder words`` on so many ranks, all of which end well."""
+    results = launch(module, str(folder), *words, ranks=ranks, LOWRANK_CACHE=str(folder / "cache"))
+    assert [code for code, _ in results] == [0] * ranks, "\n".join(error for _, error in results)
+
+
+def outcome(module: str, folder: Path, saved_as: str, *, ranks: int) -> list[dict[str, Any]]:
+    """What each rank of the module has found, which it saves in the folder under that name."""
+    run_well(module, folder, ranks=ranks)
+    return [torch.load(folder / f"{saved_as}-{rank}.pt", weights_only=False) for rank in range(ranks)]

@@ -7,7 +7,7 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ranks.launch import launch
+from tests.ranks.launch import outcome
 from tests.ranks.mesh import EXTRA, FROZEN, NAMES, TOGETHER, mesh_run
 from tests.ranks.test_ranks import flat
 
@@ -28,9 +28,7 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="module")
 def mesh(place: Path) -> list[dict[str, Any]]:
     """What each of the four ranks has found."""
-    results = launch("tests.ranks.mesh", str(place), ranks=RANKS, LOWRANK_CACHE=str(place / "cache"))
-    assert [code for code, _ in results] == [0] * RANKS, "\n".join(error for _, error in results)
-    return [torch.load(place / f"mesh-{rank}.pt", weights_only=False) for rank in range(RANKS)]
+    return outcome("tests.ranks.mesh", place, "mesh", ranks=RANKS)
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name not in EXTRA), *WHOLE])

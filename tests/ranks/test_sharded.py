@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ranks.launch import launch
+from tests.ranks.launch import outcome, run_well
 from tests.ranks.sharded import SCENARIOS, stack, tiny_run
+from tests.ranks.test_ranks import flat
 
 import lowrank
 from lowrank.generate import generate
@@ -28,16 +29,8 @@ def folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def found(folder: Path) -> list[dict[str, Any]]:
-    for ranks, words in ((4, ["start"]), (RANKS, [])):
-        results = launch("tests.ranks.sharded", str(folder), *words, ranks=ranks, LOWRANK_CACHE=str(folder / "cache"))
-        assert [code for code, _ in results] == [0] * ranks, "\n".join(error for _, error in results)
-    return [torch.load(folder / f"sharded-{rank}.pt", weights_only=False) for rank in range(RANKS)]
-
-
-def flat(nest: Any, path: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(nest, torch.Tensor):
-        return {path: nest}
-    return {name: t for key, value in nest.items() for name, t in flat(value, f"{path}/{key}").items()}
+    run_well("tests.ranks.sharded", folder, "start", ranks=4)
+    return outcome("tests.ranks.sharded", folder, "sharded", ranks=RANKS)
 
 
 @pytest.mark.parametrize("name", SCENARIOS)
