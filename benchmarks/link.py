@@ -35,16 +35,17 @@ import torch
 from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import save
-from lowrank.infra.group import Traffic
-from lowrank.infra.ranks import Ranks, joined
-from lowrank.links import Link, measured, outlook, rank_of
+from lowrank.distributed.collectives import Traffic
+from lowrank.distributed.process_group import Ranks, joined
+from lowrank.evaluate.text_task import TextTask
 from lowrank.optim.optimizer import Optimizer
+from lowrank.plan.network import Link
 from lowrank.recipes.gpt import gpt_mini
-from lowrank.run import Run
-from lowrank.session import open_session
-from lowrank.settings import override, resolve
-from lowrank.tasks import TextTask
-from lowrank.train import _Loop
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run
+from lowrank.run.session import open_session
+from lowrank.train.loop import _Loop
+from lowrank.train.step_time import measured, outlook, rank_of
 
 SLOW, FAST, RANKS = 100, 1000, 2  # Mbit/s
 ADDRESSES = ("10.77.0.1", "10.77.0.2")

@@ -14,11 +14,11 @@ from pathlib import Path
 import torch
 
 from benchmarks.common import in_turns, medians, ratio, save
+from lowrank.evaluate.text_task import TextTask
 from lowrank.recipes.gpt import gpt_mini
-from lowrank.session import open_session
-from lowrank.settings import override, resolve
-from lowrank.tasks import TextTask
-from lowrank.train import _Loop
+from lowrank.run.overrides import override, resolve
+from lowrank.run.session import open_session
+from lowrank.train.loop import _Loop
 
 ROUNDS = 40
 

@@ -27,9 +27,9 @@ import torch
 
 from benchmarks.common import save
 from benchmarks.link import MODELS, on_a_link, ours
-from lowrank.infra.ranks import joined
+from lowrank.distributed.process_group import joined
 from lowrank.recipes.gpt import gpt_mini
-from lowrank.settings import override, resolve
+from lowrank.run.overrides import override, resolve
 
 LTE = {"method": "lte", "method.rank": 4, "method.heads": 4, "method.merge_every": 10, "workers": "nodes"}
 RUNS: dict[str, dict[str, object]] = {

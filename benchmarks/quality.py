@@ -20,12 +20,12 @@ from typing import Any
 import torch
 
 from benchmarks.common import newest, save
-from lowrank.compare import Variant, execute, parse_variant, planned
 from lowrank.recipes import find
-from lowrank.report import find_results, text_table
-from lowrank.session import open_session
-from lowrank.settings import override, resolve
-from lowrank.train import train
+from lowrank.report.compare import Variant, execute, parse_variant, planned
+from lowrank.report.table import find_results, text_table
+from lowrank.run.overrides import override, resolve
+from lowrank.run.session import open_session
+from lowrank.train.loop import train
 
 
 @dataclass(frozen=True, kw_only=True)

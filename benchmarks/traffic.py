@@ -27,7 +27,7 @@ import torch
 import lowrank
 from benchmarks.common import save
 from lowrank.infra.progress import short_bytes
-from lowrank.traffic import forecast, merge_words
+from lowrank.plan.communication import forecast, merge_words
 
 STEPS, RANKS = 8, 2
 SMALL = {"method.merge_every": 2, "method.rest_every": 4, "model.n_layer": 2, "model.n_embd": 32, "model.n_head": 2}
@@ -84,8 +84,8 @@ def _figures(plan: lowrank.Plan, ranks: int) -> dict[str, float]:
 def _counted(exchange: str) -> dict[str, Any]:
     """Two processes train a small model; their log's bytes beside what is computed for each step."""
     from lowrank.recipes.gpt import gpt_mini
-    from lowrank.session import open_session
-    from lowrank.settings import override, resolve
+    from lowrank.run.overrides import override, resolve
+    from lowrank.run.session import open_session
 
     settings = {"method": "lte", "steps": STEPS, "eval-batches": 1, "eval-every": 100, "batch-size": 4, **SMALL}
     settings["method.exchange"] = exchange

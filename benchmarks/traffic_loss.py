@@ -17,7 +17,7 @@ from typing import Any
 
 from benchmarks.common import save
 from benchmarks.traffic import launch
-from lowrank.report import text_table
+from lowrank.report.table import text_table
 
 STEPS = 200
 ALL = {"method": "lte", "method.target_modules": "all-linear", "method.rest_every": 100}

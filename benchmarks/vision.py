@@ -25,12 +25,12 @@ from torch import nn
 
 import lowrank
 from benchmarks.common import in_turns, medians, ratio, save
-from lowrank.infra.meter import peak_bytes, reset_peak
-from lowrank.infra.record import read_log
+from lowrank.infra.log import read_log
+from lowrank.infra.step_clock import peak_bytes, reset_peak
 from lowrank.recipes.vit import vit_finetune
-from lowrank.run import Run
-from lowrank.settings import override, resolve
-from lowrank.train import train
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run
+from lowrank.train.loop import train
 
 MODEL, BATCH, ROUNDS, CLASSES = "vit_tiny_patch16_224", 8, 25, 9
 METHODS = {

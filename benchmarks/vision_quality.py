@@ -23,13 +23,13 @@ from typing import Any
 import torch
 
 from benchmarks.common import save
-from lowrank.checks import validate
-from lowrank.infra.record import read_log
+from lowrank.evaluate.score import export
+from lowrank.infra.log import read_log
 from lowrank.recipes.vit import vit_mini
-from lowrank.run import Run, fingerprint
-from lowrank.scoring import export
-from lowrank.settings import override, resolve
-from lowrank.train import train
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run, fingerprint
+from lowrank.run.validation import validate
+from lowrank.train.loop import train
 
 GRID = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2)
 RANKS = (8, 1, 2, 4, 16, 32, 64)  # the first looks for the rate of all

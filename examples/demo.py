@@ -12,7 +12,7 @@ import shutil
 import sys
 from pathlib import Path
 
-from lowrank.cli import main as lowrank
+from lowrank.cli.app import main as lowrank
 
 
 def run(command: str) -> None:

@@ -11,12 +11,15 @@ In short:
 
 from lowrank import adapters, methods, optim
 from lowrank.adapters import merge_and_unload
+from lowrank.infra import moved
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.methods import METHODS, Adapt, Method, Use
 from lowrank.optim.optimizer import Optimizer
-from lowrank.plan import Plan, apply_, merge_
+from lowrank.plan.plan import Plan, apply_, merge_
 
 __version__ = "0.1.0"
+
+moved.register()
 
 __all__ = [
     "METHODS",

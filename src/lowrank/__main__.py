@@ -2,7 +2,7 @@
 
 import sys
 
-from lowrank.cli import main
+from lowrank.cli.app import main
 
 if __name__ == "__main__":
     sys.exit(main())

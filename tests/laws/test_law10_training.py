@@ -5,7 +5,7 @@ import torch
 from tests.models import gpt2, images, llama, output, small_method, text_loss, tokens, train_text, vit
 
 import lowrank
-from lowrank.adapters.layer import adapted_layers
+from lowrank.adapters.layers import adapted_layers
 
 DTYPES = [torch.float32, torch.bfloat16, torch.float64]
 

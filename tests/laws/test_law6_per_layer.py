@@ -9,8 +9,8 @@ from tests.models import features, gpt2, mlp, small_method, text_loss, tokens
 from torch import nn
 
 import lowrank
-from lowrank.infra.schedule import Envelope
 from lowrank.methods import Method, Use
+from lowrank.methods.schedule import Envelope
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import SGD, AdamW, Rule
 
@@ -22,9 +22,9 @@ RULES: list[Rule] = [
     SGD(momentum=0.9, nesterov=True),
 ]
 SCHEDULES = {
-    "constant": lowrank.infra.schedule.constant,
+    "constant": lowrank.methods.schedule.constant,
     "cosine": Envelope(steps=6, warmup=2),
-    "rewarm": lowrank.infra.schedule.Rewarm(every=2, warmup=1),
+    "rewarm": lowrank.methods.schedule.Rewarm(every=2, warmup=1),
 }
 
 

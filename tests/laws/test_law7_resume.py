@@ -13,7 +13,7 @@ from tests.models import gpt2, mlp, small_method, text_loss, tokens, train_text
 from torch import nn
 
 import lowrank
-from lowrank.infra.nest import flatten, pack, unflatten, unpack
+from lowrank.infra.checkpoint_tensors import flatten, pack, unflatten, unpack
 from lowrank.methods import Method, Use
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import SGD, AdamW

@@ -5,8 +5,8 @@ import torch
 from tests.models import gpt2, mlp, small_method, text_loss, tokens, train_text
 
 import lowrank
-from lowrank.memory import state_bytes
 from lowrank.optim.rules import SGD, AdamW, Rule
+from lowrank.plan.memory import state_bytes
 
 RULES: list[Rule] = [AdamW(), SGD(), SGD(momentum=0.9), SGD(momentum=0.9, nesterov=True)]
 

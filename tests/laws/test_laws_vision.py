@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.adapters import AdaptedLayer
-from lowrank.plan import merge_
+from lowrank.plan.plan import merge_
 
 
 def hf_vit(seed: int = 0) -> nn.Module:

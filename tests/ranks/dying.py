@@ -7,7 +7,7 @@ import time
 
 import torch
 
-from lowrank.infra.ranks import RankLost, joined
+from lowrank.distributed.process_group import RankLost, joined
 
 with joined(torch.device("cpu")) as ranks:
     assert ranks is not None

@@ -19,9 +19,11 @@ from typing import Any
 
 import torch
 
-from lowrank import boundary, cli
-from lowrank.infra import checkpoint, checkpoint_parts
-from lowrank.train import _Loop
+from lowrank.cli import app as cli
+from lowrank.distributed import sharded_checkpoint as checkpoint_parts
+from lowrank.infra import checkpoint
+from lowrank.plan import synchronisation as boundary
+from lowrank.train.loop import _Loop
 
 RANK, LIFE = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
 

@@ -17,9 +17,9 @@ from tests.ranks import worker
 from tests.ranks.worker import Result, lte
 
 import lowrank
-from lowrank.infra.group import share
-from lowrank.infra.ranks import Ranks, joined
-from lowrank.infra.workers import divide
+from lowrank.distributed.collectives import share
+from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.workers import divide
 
 WORKERS = 2
 NAMES = [  # of those with one head a worker: with more, each rank's rows are split otherwise than two ranks' are
@@ -83,7 +83,7 @@ def refused(ranks: Ranks) -> Result:
 
 def mesh_run(**options: Any) -> Any:
     """Nine steps of LTE with a local rest, two workers of two ranks that hold their model in parts."""
-    from lowrank.settings import override, resolve
+    from lowrank.run.overrides import override, resolve
 
     mesh = {"engine": "fsdp", "workers": 2, "batch-size": 8, "method.heads": 2, "device": "cpu", "method.rest": "local"}
     often = {"method.rest_every": 3, "checkpoint-every": 3, "eval-every": 3}
@@ -92,7 +92,7 @@ def mesh_run(**options: Any) -> Any:
 
 def runs(ranks: Ranks, folder: Path) -> Result:
     """The loop on the mesh: straight, and stopped by one rank and gone on with."""
-    from lowrank.train import train
+    from lowrank.train.loop import train
 
     seldom = {"eval-every": 9, "checkpoint-every": 9}  # what they say is in the next record
     found = {"local": train(mesh_run(**seldom), folder / "local", quiet=True)}

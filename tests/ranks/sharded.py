@@ -21,17 +21,17 @@ from tests.models import gpt2, small_method, text_loss, tokens
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.gathered import load_model_, own_optimizer_state, whole_optimizer_state
-from lowrank.gathered_parts import Keeping, whole_model_state
+from lowrank.distributed.collectives import share
+from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.sharded_checkpoint import save_in_parts
+from lowrank.distributed.shards import local
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
-from lowrank.infra.checkpoint_parts import save_in_parts
-from lowrank.infra.group import share
-from lowrank.infra.parts import local
-from lowrank.infra.ranks import Ranks, joined
 from lowrank.methods import Use
-from lowrank.sharding import shard_
-from lowrank.traffic import forecast
+from lowrank.plan.communication import forecast
+from lowrank.plan.fsdp import shard_
+from lowrank.train.gathered import load_model_, own_optimizer_state, whole_optimizer_state
+from lowrank.train.gathered_parts import Keeping, whole_model_state
 
 BATCH, WIDTH, CLASSES = 8, 12, 5
 Result = dict[str, Any]
@@ -320,7 +320,7 @@ SCENARIOS: dict[str, tuple[Callable[..., Result], float]] = {
 def tiny_run() -> Any:
     """Nine steps of 8-bit GaLore on a LLaMA of two layers, sharded."""
     from lowrank.recipes.llama import llama_mini
-    from lowrank.settings import override, resolve
+    from lowrank.run.overrides import override, resolve
 
     size = {"model.n_layer": 2, "model.n_head": 2, "model.hidden": 16, "model.feed_forward": 24, "data.context": 16}
     run = {"method": "galore_8bit", "method.rank": 4, "steps": 9, "engine": "fsdp", "batch-size": 8, "device": "cpu"}
@@ -330,7 +330,7 @@ def tiny_run() -> Any:
 
 def disks(ranks: Ranks, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: each keeps the whole, and a lost one gets it back."""
-    from lowrank.train import train
+    from lowrank.train.loop import train
 
     local_rank, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
     own = folder / f"disk-{ranks.rank}"
@@ -348,7 +348,7 @@ def main(folder: Path, only: str = "") -> None:
     """Four ranks start a run (``start``) and stop after three steps; two go on with it to the sixth, after the rest."""
     torch.set_num_threads(1)
     warnings.simplefilter("ignore")
-    from lowrank.train import train
+    from lowrank.train.loop import train
 
     with joined(torch.device("cpu")) as ranks:
         assert ranks is not None

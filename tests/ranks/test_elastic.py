@@ -17,13 +17,13 @@ from tests.ranks.launch import ROOT
 from tests.ranks.test_ranks import flat
 from tests.ranks.worker import tiny_run
 
-from lowrank import cli
-from lowrank.elastic import newest
+from lowrank.cli import app as cli
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
-from lowrank.infra.record import read_log
-from lowrank.settings import override, resolve
-from lowrank.train import train
+from lowrank.infra.log import read_log
+from lowrank.run.overrides import override, resolve
+from lowrank.train.elastic import newest
+from lowrank.train.loop import train
 
 RUN = [
     *["train", "gpt-mini", "--elastic", "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8", "--batch-size=4"],

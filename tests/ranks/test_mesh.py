@@ -11,10 +11,10 @@ from tests.ranks.launch import outcome
 from tests.ranks.mesh import EXTRA, FROZEN, NAMES, TOGETHER, mesh_run
 from tests.ranks.test_ranks import flat
 
+from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra import checkpoint
-from lowrank.infra.group import ring_gather_bytes, ring_sum_bytes
-from lowrank.infra.record import read_log
-from lowrank.train import train
+from lowrank.infra.log import read_log
+from lowrank.train.loop import train
 
 RANKS = 4
 WHOLE = [f"{name}-whole" for name in ("lte-local", "lte-train", "galore")]

@@ -12,13 +12,13 @@ from tests.ranks.launch import RANKS, launch
 from tests.ranks.worker import SCENARIOS, lte, tiny_run, trained
 
 import lowrank
+from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra import checkpoint
-from lowrank.infra.group import ring_gather_bytes, ring_sum_bytes
-from lowrank.infra.record import read_log
-from lowrank.run import Run
-from lowrank.settings import override, resolve
-from lowrank.traffic import forecast, merge_words
-from lowrank.train import train
+from lowrank.infra.log import read_log
+from lowrank.plan.communication import forecast, merge_words
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run
+from lowrank.train.loop import train
 
 TRAINED = [name for name, (function, _) in SCENARIOS.items() if getattr(function, "func", None) is trained]
 
@@ -300,7 +300,7 @@ def test_a_rank_whose_numbers_are_not_finite_is_left_out_and_begins_anew(found: 
 
 def test_ranks_share_a_batch_of_images() -> None:
     pytest.importorskip("sklearn")
-    from lowrank.data.images import images
+    from lowrank.data.images.source import images
 
     data = images("digits")
     whole = data.train(5, 1).batch(3)["labels"]
@@ -374,8 +374,8 @@ def test_one_rank_asked_to_stop_stops_all(found: list[dict[str, Any]], folder: P
 def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path) -> None:
     """Uneven shards of 5 sequences, each of the rank's own text; the evaluation is that of all of both texts; a run
     that stopped between merges, when there was work to be weighed, goes on bitwise."""
-    from lowrank.evaluate import tallied
-    from lowrank.session import open_session, restore
+    from lowrank.evaluate.evaluator import tallied
+    from lowrank.run.session import open_session, restore
 
     session, step = restore(folder / "own", "latest")
     texts = [

@@ -13,11 +13,11 @@ from tests.ranks.sharded import SCENARIOS, stack, tiny_run
 from tests.ranks.test_ranks import flat
 
 import lowrank
-from lowrank.generate import generate
+from lowrank.distributed.workers import nodes
+from lowrank.evaluate.generate import generate
 from lowrank.infra import checkpoint
-from lowrank.infra.record import read_log
-from lowrank.infra.workers import nodes
-from lowrank.train import train
+from lowrank.infra.log import read_log
+from lowrank.train.loop import train
 
 RANKS = 2
 
@@ -83,7 +83,7 @@ def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) ->
 def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) -> None:
     wanted = {
         "twice": "sharded already",
-        "order": r"first apply_(model, method, ranks=ranks, workers=1), then lowrank.sharding.shard_(plan)",
+        "order": r"first apply_(model, method, ranks=ranks, workers=1), then lowrank.plan.fsdp.shard_(plan)",
         "unload": "lowrank export",
         "apart": "workers=1",
         "rule": "Adafactor on blocks.0.fc1.weight needs the whole gradient",
@@ -153,8 +153,8 @@ def test_ranks_with_disks_of_their_own_each_keep_the_whole(found: list[dict[str,
 
 
 def test_settings_that_contradict_the_engine_are_refused() -> None:
-    from lowrank.checks import validate
-    from lowrank.settings import override
+    from lowrank.run.overrides import override
+    from lowrank.run.validation import validate
 
     lte = override(tiny_run(), {"method": "lte", "method.merge_every": 3, "batch-size": 16})
     for apart in ({"rest": "local"}, {"exchange": "int8"}, {"weigh": "tokens"}):

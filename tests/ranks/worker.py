@@ -22,13 +22,13 @@ import torch.nn.functional as F
 from tests.models import mlp, small_method
 
 import lowrank
-from lowrank.boundary import whole
-from lowrank.gathered import whole_optimizer_state
-from lowrank.gathered_parts import whole_model_state
-from lowrank.infra.group import Traffic, share
-from lowrank.infra.ranks import Ranks, RanksDisagree, joined
-from lowrank.sharding import shard_
-from lowrank.traffic import forecast
+from lowrank.distributed.collectives import Traffic, share
+from lowrank.distributed.process_group import Ranks, RanksDisagree, joined
+from lowrank.plan.communication import forecast
+from lowrank.plan.fsdp import shard_
+from lowrank.plan.synchronisation import whole
+from lowrank.train.gathered import whole_optimizer_state
+from lowrank.train.gathered_parts import whole_model_state
 
 BATCH, WIDTH, CLASSES = 12, 10, 4
 Result = dict[str, Any]
@@ -293,7 +293,7 @@ SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
 def tiny_run() -> Any:
     """Nine steps of two micro-batches of LTE on a GPT-2 of one layer, the rest synchronised."""
     from lowrank.recipes.gpt import gpt_mini
-    from lowrank.settings import override, resolve
+    from lowrank.run.overrides import override, resolve
 
     size = {"model.n_layer": 1, "model.n_head": 1, "model.n_embd": 8, "data.context": 16, "model.context": 16}
     small = {**size, "batch-size": 4, "grad-accum": 2, "eval-every": 6, "eval-batches": 3, "checkpoint-every": 6}
@@ -303,9 +303,9 @@ def tiny_run() -> Any:
 
 def runs(folder: Path) -> dict[str, Result]:
     """The loop itself: a run; one that a single rank is asked to stop, and that goes on; the same never stopped."""
-    from lowrank.settings import override, resolve
-    from lowrank.team import Team
-    from lowrank.train import train
+    from lowrank.run.overrides import override, resolve
+    from lowrank.train.coordinator import Team
+    from lowrank.train.loop import train
 
     base = tiny_run()
     found = {"run": train(base, folder / "run", quiet=True)}
@@ -338,10 +338,10 @@ def runs(folder: Path) -> dict[str, Result]:
 
 def nodes(ranks: Ranks, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: who keeps the run, and what a lost or spoilt disk gets."""
-    from lowrank.elastic import keeps, newest
     from lowrank.infra.checkpoint import CheckpointError
-    from lowrank.settings import override, resolve
-    from lowrank.train import train
+    from lowrank.run.overrides import override, resolve
+    from lowrank.train.elastic import keeps, newest
+    from lowrank.train.loop import train
 
     kept = {"one node": keeps(folder / "shared", ranks)}
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"

@@ -9,8 +9,8 @@ from torch import nn
 import lowrank
 from lowrank.adapters import LoRA, Merge, Site
 from lowrank.adapters.adapter import shard_sizes
-from lowrank.infra.schedule import Rewarm
 from lowrank.methods import Adapt, Method, Use
+from lowrank.methods.schedule import Rewarm
 from lowrank.optim.rules import SGD, AdamW
 
 RULES = {"adamw": (AdamW(), lambda: Adam(3e-3), 3e-3), "sgd": (SGD(), lambda: Descent(0.05), 0.05)}

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from lowrank.cli import main
-from lowrank.infra.record import read_log
+from lowrank.cli.app import main
+from lowrank.infra.log import read_log
 
 SMALL = "--steps 6 --eval-every 3 --eval-batches 2 --batch-size 4 --model.n_layer 1 --model.n_embd 32 --data.context 32"
 

@@ -7,7 +7,7 @@ from pathlib import Path
 
 import pytest
 
-from lowrank import cli
+from lowrank.cli import app as cli
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
 SHORTER = {"240": "12", "40": "6", "16": "1", "200": "5", "3": "0.4"}

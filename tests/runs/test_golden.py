@@ -15,8 +15,8 @@ import torch
 from tests.runs.tiny import tiny
 
 import lowrank
-from lowrank.infra.record import read_log
-from lowrank.train import train
+from lowrank.infra.log import read_log
+from lowrank.train.loop import train
 
 GOLDEN = Path(__file__).with_name("golden.json")
 TOLERANCE = {"relora": 2e-2}  # a restart keeps the largest tenth of the state: rounding decides which entries those are

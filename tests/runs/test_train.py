@@ -16,12 +16,12 @@ import torch
 from tests.runs.tiny import tiny
 
 import lowrank
-from lowrank.evaluate import evaluate
+from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
-from lowrank.infra.record import read_log
-from lowrank.run import Run
-from lowrank.session import open_session, restore
-from lowrank.train import NotFinite, train
+from lowrank.infra.log import read_log
+from lowrank.run.run import Run
+from lowrank.run.session import open_session, restore
+from lowrank.train.loop import NotFinite, train
 
 METHODS = [name for name in lowrank.METHODS if name != "linear_probe"]  # its output layer is tied here: see below
 

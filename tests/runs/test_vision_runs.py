@@ -10,13 +10,13 @@ import pytest
 import torch
 from tests.images import class_folders, medmnist_file
 
-from lowrank.cli import main
+from lowrank.cli.app import main
+from lowrank.evaluate.predict import predict
 from lowrank.infra.checkpoint import latest, load
-from lowrank.infra.record import read_log
-from lowrank.predict import predict
+from lowrank.infra.log import read_log
 from lowrank.recipes import RECIPES
-from lowrank.run import Run
-from lowrank.session import restore
+from lowrank.run.run import Run
+from lowrank.run.session import restore
 
 SMALL = [
     "--model.width",

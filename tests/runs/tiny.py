@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 
 from lowrank.recipes.gpt import gpt_mini
-from lowrank.run import Run
-from lowrank.settings import override, resolve
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run
 
 TEXT = Path(__file__).with_name("text.txt")  # the Apache licence, 11 KB of English
 

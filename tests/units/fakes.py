@@ -6,9 +6,9 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Literal
 
-from lowrank.infra.record import Log
-from lowrank.run import Call, Run
-from lowrank.settings import Catalogue
+from lowrank.infra.log import Log
+from lowrank.run.overrides import Catalogue
+from lowrank.run.run import Call, Run
 
 
 def full(*, rest: Literal["train", "freeze"] = "train") -> None: ...

@@ -13,10 +13,10 @@ from tests.models import images, nudge_, output, vit
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.data.images_set import ImageSpec, Reading
+from lowrank.data.images.set import ImageSpec, Reading
 from lowrank.interop import AdapterBank, AdapterInfo, read_adapter, read_lora_vit, write_adapter
-from lowrank.interop.adapter_files import digest, trained_tensors
-from lowrank.run import Call
+from lowrank.interop.adapter_bank import digest, trained_tensors
+from lowrank.run.run import Call
 
 KINDS = {
     "lora": {"rank": 2},

@@ -13,7 +13,7 @@ from torch.utils.checkpoint import checkpoint
 import lowrank
 from lowrank.adapters import AdaptedEmbedding, AdaptedLinear, LoRA, Site, Unchanged
 from lowrank.adapters.adapter import check_whole, shard_sizes
-from lowrank.adapters.layer import is_linear, matrix_of
+from lowrank.adapters.layers import is_linear, matrix_of
 
 
 def adapted(model: nn.Module, **options: object) -> nn.Module:

@@ -13,9 +13,10 @@ import numpy as np
 import pytest
 import torch
 
-from lowrank.infra import checkpoint, nest
+from lowrank.infra import checkpoint
+from lowrank.infra import checkpoint_tensors as nest
 from lowrank.infra.checkpoint import CheckpointError, best, discard_after, latest, load, save, saved
-from lowrank.infra.nest import flatten, pack, random_state, set_random_state_, unflatten, unpack
+from lowrank.infra.checkpoint_tensors import flatten, pack, random_state, set_random_state_, unflatten, unpack
 
 DTYPES = [
     torch.float64,

@@ -7,10 +7,11 @@ import sys
 
 import pytest
 
-from lowrank import cli, commands
-from lowrank.infra.arguments import Command, Option, Parsed, UsageError, explain, options_of, parse
+from lowrank.cli import app as cli
+from lowrank.cli import commands
+from lowrank.cli.arguments import Command, Option, Parsed, UsageError, explain, options_of, parse
 from lowrank.recipes import RECIPES
-from lowrank.settings import catalogue, options
+from lowrank.run.overrides import catalogue, options
 
 TINY = [
     "gpt-mini",
@@ -214,7 +215,7 @@ def test_interruption_has_a_status_of_its_own(lowrank, monkeypatch):
 
 @pytest.mark.parametrize("switch", ["-c", "-uc"], ids=["buffered", "unbuffered"])
 def test_a_reader_that_leaves_is_no_error(switch):
-    code = "import sys; from lowrank.cli import main; sys.exit(main(['methods']) or main(['recipes', 'gpt-mini']))"
+    code = "import sys; from lowrank.cli.app import main; sys.exit(main(['methods']) or main(['recipes', 'gpt-mini']))"
     reader, writer = os.pipe()
     os.close(reader)
     done = subprocess.run([sys.executable, switch, code], stdout=writer, stderr=subprocess.PIPE, timeout=120)

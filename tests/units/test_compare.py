@@ -5,8 +5,8 @@ import json
 import pytest
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
-from lowrank.compare import Variant, execute, parse_variant, planned
-from lowrank.run import Call
+from lowrank.report.compare import Variant, execute, parse_variant, planned
+from lowrank.run.run import Call
 
 
 def variants(*texts):

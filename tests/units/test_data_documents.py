@@ -10,8 +10,8 @@ import torch
 from torch import Tensor
 
 from lowrank.data import Documents, EvaluationDocuments, Streamed, Tokens, prepare
-from lowrank.data.source import Piece, Source
-from lowrank.data.tokenizers import Bytes, Tokenizer, train_bpe
+from lowrank.data.text.source import Piece, Source
+from lowrank.data.text.tokenizers import Bytes, Tokenizer, train_bpe
 
 Batch = dict[str, Tensor]
 

@@ -8,8 +8,9 @@ from typing import Any
 
 import pytest
 
-from lowrank.data import hub, list_sources, open_source, prepare
-from lowrank.data.builtin import builtin
+from lowrank.data import list_sources, open_source, prepare
+from lowrank.data.text import hub
+from lowrank.data.text.builtin import builtin
 
 Write = Callable[[str, str | bytes], Path]
 

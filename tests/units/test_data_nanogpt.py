@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from lowrank.data import Tokens, check_vocabulary, prepare
-from lowrank.data.tokenizers import train_bpe
+from lowrank.data.text.tokenizers import train_bpe
 
 Write = Callable[[str, str | bytes], Path]
 TEXT = "".join(f"The {n}th line of a text that is long enough.\n" for n in range(500))

@@ -10,8 +10,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.data import open_source
-from lowrank.data.files import PIECE_BYTES, read_text
-from lowrank.data.source import encodable
+from lowrank.data.text.files import PIECE_BYTES, read_text
+from lowrank.data.text.source import encodable
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -78,7 +78,7 @@ def test_large_files_are_cut_into_pieces(line: str, write: Write) -> None:
 
 
 def test_pieces_tokenise_like_the_whole(write: Write) -> None:
-    from lowrank.data.tokenizers import train_bpe
+    from lowrank.data.text.tokenizers import train_bpe
 
     text = "".join(f"Paragraph {n} of words.\nAnd a line\n\n\n  indented\n" for n in range(12_000))
     tokenizer = train_bpe(400, [text[:100_000]])

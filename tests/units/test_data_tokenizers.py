@@ -13,7 +13,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank.data.tokenizers import (
+from lowrank.data.text.tokenizers import (
     SAVED,
     Bytes,
     Characters,

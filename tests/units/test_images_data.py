@@ -10,12 +10,12 @@ import pytest
 import torch
 from tests.images import COUNTS, class_folders, medmnist_file, pictures, write_picture
 
-from lowrank.data.images import images
-from lowrank.data.images_batches import ImageBatches, label_weights, to_model
-from lowrank.data.images_decode import read_image, windowed
-from lowrank.data.images_medmnist import NAMES, SIZES, download
-from lowrank.data.images_set import ImageSpec, Split
-from lowrank.data.images_splits import split_by_patient
+from lowrank.data.images.batches import ImageBatches, label_weights, to_model
+from lowrank.data.images.decode import read_image, windowed
+from lowrank.data.images.medmnist import NAMES, SIZES, download
+from lowrank.data.images.set import ImageSpec, Split
+from lowrank.data.images.source import images
+from lowrank.data.images.splits import split_by_patient
 
 # --- MedMNIST's layout -----------------------------------------------------------------------------------------------
 
@@ -65,7 +65,7 @@ def test_a_conversion_is_done_once_and_again_when_the_file_changes(tmp_path: Pat
 
 
 def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from lowrank.data import images_medmnist
+    from lowrank.data.images import medmnist
 
     file, whole = medmnist_file(tmp_path / "mine.npz"), shutil.copyfileobj
     calls = []
@@ -76,10 +76,10 @@ def test_an_interrupted_conversion_leaves_nothing(tmp_path: Path, monkeypatch: p
             raise KeyboardInterrupt
         whole(source, target, length)  # type: ignore[arg-type]
 
-    monkeypatch.setattr(images_medmnist.shutil, "copyfileobj", dies)
+    monkeypatch.setattr(medmnist.shutil, "copyfileobj", dies)
     with pytest.raises(KeyboardInterrupt):
         images(str(file))
-    monkeypatch.setattr(images_medmnist.shutil, "copyfileobj", whole)
+    monkeypatch.setattr(medmnist.shutil, "copyfileobj", whole)
     assert len(images(str(file)).split("test")) == COUNTS["test"]
 
 

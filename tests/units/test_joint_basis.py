@@ -8,7 +8,7 @@ from torch import Tensor
 
 import lowrank
 from lowrank.linalg.basis import SVD, Gaussian, PowerIteration
-from lowrank.linalg.products import Subspace
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim import AdamW, Projected
 from lowrank.optim.refresh import together
 

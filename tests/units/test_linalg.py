@@ -6,8 +6,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from lowrank.linalg.basis import SVD, Gaussian, PowerIteration, align_signs, captured_energy
-from lowrank.linalg.blocks import Code, dither, round_bfloat16, split
-from lowrank.linalg.products import Subspace, residual
+from lowrank.linalg.quantise import Code, dither, round_bfloat16, split
+from lowrank.linalg.subspace import Subspace, residual
 
 SIZES = st.integers(1, 12)
 SPECTRAL = [SVD(), PowerIteration(), PowerIteration(iterations=1), PowerIteration(iterations=3, sample=1)]

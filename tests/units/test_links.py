@@ -7,10 +7,11 @@ from dataclasses import replace
 import pytest
 from tests.runs.tiny import tiny
 
-from lowrank import cli
-from lowrank.links import LITTLE, Link, Outlook, measured, outlook, parse_link, parse_seconds, rank_of
-from lowrank.scoring import planned_session
-from lowrank.traffic import forecast
+from lowrank.cli import app as cli
+from lowrank.evaluate.score import planned_session
+from lowrank.plan.communication import forecast
+from lowrank.plan.network import LITTLE, Link, Outlook, parse_link, parse_seconds
+from lowrank.train.step_time import measured, outlook, rank_of
 
 TINY = ["gpt-mini", "--model.n_layer=1", "--model.n_head=2", "--model.n_embd=16", "--data.context=16", "--device=cpu"]
 

@@ -6,8 +6,8 @@ from tests.models import gpt2, mlp
 from torch import nn
 
 import lowrank
-from lowrank.memory import brief, megabytes, state_bytes
 from lowrank.optim.rules import SGD, AdamW
+from lowrank.plan.memory import brief, megabytes, state_bytes
 
 
 def test_full_training_in_numbers() -> None:

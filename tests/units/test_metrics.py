@@ -13,11 +13,11 @@ import torch
 from sklearn import metrics as sk
 from tests.images import medmnist_file
 
-from lowrank.bootstrap import answer_figures, interval, ranked_figures, resamples
-from lowrank.clinic import Judged, report_figures, worst_mistakes, write_report
-from lowrank.data.images_medmnist import KIND_OF_TASK, NAMES
-from lowrank.metrics import auc, balanced_accuracy, calibration_error, image_metrics
-from lowrank.tasks_images import ImageTask, image_loss
+from lowrank.data.images.medmnist import KIND_OF_TASK, NAMES
+from lowrank.evaluate.bootstrap import answer_figures, interval, ranked_figures, resamples
+from lowrank.evaluate.image_metrics import auc, balanced_accuracy, calibration_error, image_metrics
+from lowrank.evaluate.image_report import Judged, report_figures, worst_mistakes, write_report
+from lowrank.evaluate.image_task import ImageTask, image_loss
 
 
 def answers(kind: str, classes: int, n: int, seed: int = 0) -> tuple[np.ndarray, np.ndarray]:

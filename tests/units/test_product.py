@@ -6,7 +6,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
-from lowrank.adapters.product import _add_plainly, add_low_rank_
+from lowrank.adapters.low_rank_product import _add_plainly, add_low_rank_
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:

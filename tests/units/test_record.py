@@ -14,8 +14,8 @@ import pytest
 
 from lowrank.infra import progress
 from lowrank.infra.environment import environment
+from lowrank.infra.log import Log, TensorBoard, WeightsAndBiases, open_writers, read_log
 from lowrank.infra.progress import Progress
-from lowrank.infra.record import Log, TensorBoard, WeightsAndBiases, open_writers, read_log
 
 
 def test_examples_in_the_docstrings():
@@ -69,7 +69,7 @@ def test_a_killed_process_loses_no_line(tmp_path):
     code = (
         "import os, signal\n"
         "from pathlib import Path\n"
-        "from lowrank.infra.record import Log\n"
+        "from lowrank.infra.log import Log\n"
         f"log = Log(Path({str(tmp_path / 'log.jsonl')!r}))\n"
         "for step in range(1, 101): log.write({'step': step, 'loss': 1.0})\n"
         "os.kill(os.getpid(), signal.SIGKILL)\n"

@@ -9,9 +9,9 @@ from html.parser import HTMLParser
 import pytest
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
-from lowrank import page
-from lowrank.compare import execute, parse_variant, planned
-from lowrank.report import (
+from lowrank.report import html
+from lowrank.report.compare import execute, parse_variant, planned
+from lowrank.report.table import (
     best_rates,
     cells,
     differences,
@@ -155,7 +155,7 @@ class Tags(HTMLParser):
 def test_the_report_is_written_whole(runs, tmp_path):
     pytest.importorskip("matplotlib")
     found = runs("full", "lora", "lte", seeds=(1, 2), rates=(1e-3, 2e-3))
-    table = page.write(found, tmp_path / "out")
+    table = html.write(found, tmp_path / "out")
     assert [line.split()[0] for line in table.splitlines()[2:]] == ["full", "lora", "lte"]
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out" / "report.md").read_text()
@@ -173,7 +173,7 @@ def test_the_report_is_written_whole(runs, tmp_path):
 
 def test_names_from_outside_are_escaped(runs, tmp_path):
     pytest.importorskip("matplotlib")
-    page.write(runs("full", base=a_run(recipe="<script>alert(1)</script>")), tmp_path / "out")
+    html.write(runs("full", base=a_run(recipe="<script>alert(1)</script>")), tmp_path / "out")
     assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
 
 
@@ -183,7 +183,7 @@ def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatc
 
     figures = []
     monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
-    page.draw_curves(rows(runs("full", "lora", seeds=(1, 2))), tmp_path / "curves.png")
+    html.draw_curves(rows(runs("full", "lora", seeds=(1, 2))), tmp_path / "curves.png")
     training, validation = figures[0].axes
     for axes in (training, validation):
         assert [line.get_label() for line in axes.lines] == ["full", "lora"]
@@ -199,4 +199,4 @@ def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatc
 def test_without_matplotlib_the_remedy_is_named(runs, tmp_path, monkeypatch):
     monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
     with pytest.raises(ImportError, match=re.escape("pip install 'lowrank-training[report]'")):
-        page.draw_curves(rows(runs("full")), tmp_path / "curves.png")
+        html.draw_curves(rows(runs("full")), tmp_path / "curves.png")

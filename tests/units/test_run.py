@@ -12,13 +12,15 @@ from typing import Literal
 import pytest
 from tests.units.fakes import OFFER, a_run, lora
 
-from lowrank import checks, run, settings
-from lowrank.checks import refuse_changed, refuse_occupied, validate
 from lowrank.infra import convert as convert_module
 from lowrank.infra.convert import convert, describe, settable
 from lowrank.recipes import RECIPES, find
-from lowrank.run import Call, Run, fingerprint
-from lowrank.settings import catalogue, override, resolve
+from lowrank.run import overrides as settings
+from lowrank.run import run
+from lowrank.run import validation as checks
+from lowrank.run.overrides import catalogue, override, resolve
+from lowrank.run.run import Call, Run, fingerprint
+from lowrank.run.validation import refuse_changed, refuse_occupied, validate
 
 
 def changed(options, **fields):

@@ -4,8 +4,8 @@ import doctest
 
 import pytest
 
-from lowrank.infra import schedule
-from lowrank.infra.schedule import Constant, Envelope, Rewarm, constant
+from lowrank.methods import schedule
+from lowrank.methods.schedule import Constant, Envelope, Rewarm, constant
 
 
 def test_examples_in_the_docstrings():

@@ -6,8 +6,8 @@ from tests.models import gpt2, llama, mlp, vit
 from torch import nn
 
 import lowrank
-from lowrank import targets
-from lowrank.adapters.layer import WHOLE
+from lowrank.adapters import targets
+from lowrank.adapters.layers import WHOLE
 
 MODELS = {"gpt2": gpt2, "llama": llama, "vit": vit}
 

@@ -3,10 +3,10 @@
 from lowrank.adapters.adapter import Adapter, Additive, Site
 from lowrank.adapters.dense import Dense, DenseAdapter
 from lowrank.adapters.dora import DoRA, DoRAAdapter
-from lowrank.adapters.layer import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
+from lowrank.adapters.frozen import Unchanged, UnchangedAdapter
+from lowrank.adapters.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
 from lowrank.adapters.lora import LoRA, LoRAAdapter
 from lowrank.adapters.merge import Merge, merge_adapters_, merge_and_unload
-from lowrank.adapters.unchanged import Unchanged, UnchangedAdapter
 
 __all__ = [
     "AdaptedEmbedding",

@@ -19,8 +19,8 @@ from dataclasses import dataclass
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.wire import Exchange
-from lowrank.infra.group import share
+from lowrank.adapters.compression import Exchange
+from lowrank.distributed.collectives import share
 from lowrank.linalg.rounding import wide
 
 

@@ -31,9 +31,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes
-from lowrank.adapters.product import add_low_rank_
-from lowrank.adapters.wire import Exchange, rounded_bytes, sum_bytes
-from lowrank.infra.group import largest_share, ring_gather_bytes
+from lowrank.adapters.compression import Exchange, rounded_bytes, sum_bytes
+from lowrank.adapters.low_rank_product import add_low_rank_
+from lowrank.distributed.collectives import largest_share, ring_gather_bytes
 from lowrank.infra.seeds import draw_normal, generator
 from lowrank.linalg.rounding import wide
 

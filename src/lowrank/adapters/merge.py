@@ -23,11 +23,11 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, check_whole
-from lowrank.adapters.layer import adapted_layers, fold_, replace
+from lowrank.adapters.compression import Exchange
+from lowrank.adapters.layers import adapted_layers, fold_, replace
 from lowrank.adapters.lora import LoRAAdapter
-from lowrank.adapters.wire import Exchange
-from lowrank.infra.parts import is_sharded, whole_parameter
-from lowrank.infra.ranks import Ranks
+from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.shards import is_sharded, whole_parameter
 from lowrank.linalg.rounding import wide
 
 Weigh = Literal["equal", "tokens", "steps", "seconds"]

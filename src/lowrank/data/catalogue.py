@@ -9,8 +9,8 @@ from __future__ import annotations
 
 from collections.abc import Callable
 
-from lowrank.data.corpora import StreamedText, TextData, stream, text
-from lowrank.data.images import ImageData, images
+from lowrank.data.images.source import ImageData, images
+from lowrank.data.text.corpora import StreamedText, TextData, stream, text
 
 Data = TextData | StreamedText | ImageData
 DATA: dict[str, Callable[..., Data]] = {"text": text, "stream": stream, "images": images}

@@ -7,7 +7,8 @@
     root/best.json                             which of the folders is the best by validation
 
 Of a model that several ranks hold in parts, `model/` and `optimizer/` take the place of the two files, with one file a
-rank, which torch.distributed.checkpoint has written and reads (`checkpoint_parts`). Whoever reads sees no difference.
+rank, which torch.distributed.checkpoint has written and reads (`distributed.sharded_checkpoint`). Whoever reads sees no
+difference.
 
 A checkpoint is written under a temporary name, flushed to the disk and then renamed, so that a folder called `step-…`
 is complete: a process killed, or a disk that fills up, in the middle leaves the previous one as it was. Only after the
@@ -31,14 +32,21 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
 from torch import Tensor
 
-from lowrank.infra.checkpoint_files import FORMAT, STATE, damage, manifest, measure, sync, write_json, write_manifest
-from lowrank.infra.nest import Nest, flatten, pack, unflatten, unpack
+from lowrank.infra.checkpoint_files import (
+    FORMAT,
+    STATE,
+    CheckpointError,
+    damage,
+    manifest,
+    measure,
+    sync,
+    write_json,
+    write_manifest,
+)
+from lowrank.infra.checkpoint_shards import read_whole
+from lowrank.infra.checkpoint_tensors import Nest, flatten, pack, unflatten, unpack
 
 Kind = Literal["model", "optimizer"]
-
-
-class CheckpointError(RuntimeError):
-    """A checkpoint that cannot be written, found or trusted; the message says which one is good."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -89,8 +97,6 @@ class Checkpoint:
         """Those of its tensors whose names begin so."""
         whole = self.folder / f"{kind}.safetensors"
         if not whole.is_file():
-            from lowrank.infra.checkpoint_parts import read_whole  # for a checkpoint in parts alone
-
             return read_whole(self.folder / kind, self.device, prefix)
         with safe_open(whole, framework="pt", device=str(self.device)) as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118

@@ -13,6 +13,10 @@ MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
 
 
+class CheckpointError(RuntimeError):
+    """A checkpoint that cannot be written, found or trusted; the message says which one is good."""
+
+
 def write_json(path: Path, content: Mapping[str, Any]) -> None:
     """Write beside, flush, rename."""
     temporary = path.with_name(f".{path.name}.writing")

@@ -19,10 +19,10 @@ from safetensors import SafetensorError
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
-from lowrank.adapters.layer import WHOLE
-from lowrank.interop.adapter_files import AdapterInfo
-from lowrank.run import Call
-from lowrank.targets import linear_layers, select
+from lowrank.adapters.layers import WHOLE
+from lowrank.adapters.targets import linear_layers, select
+from lowrank.interop.adapter_bank import AdapterInfo
+from lowrank.run.run import Call
 
 
 def read_lora_vit(

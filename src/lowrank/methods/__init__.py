@@ -23,10 +23,9 @@ where the defaults differ. Arguments mean the same everywhere:
 import inspect
 from collections.abc import Callable
 
-from lowrank.methods.both import lte_galore
-from lowrank.methods.gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
-from lowrank.methods.method import Adapt, Method, Use
-from lowrank.methods.weights import (
+from lowrank.methods.combined import lte_galore
+from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+from lowrank.methods.low_rank_weights import (
     dora,
     frozen,
     full,
@@ -39,6 +38,7 @@ from lowrank.methods.weights import (
     relora,
     rslora,
 )
+from lowrank.methods.method import Adapt, Method, Use
 
 _ALL: tuple[Callable[..., Method], ...] = (
     full,

@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lowrank.adapters import Adapter, Merge, Site
-from lowrank.infra.schedule import Schedule, constant
+from lowrank.adapters.targets import Targets, as_list
+from lowrank.methods.schedule import Schedule, constant
 from lowrank.optim.rules import AdamW, Rule
-from lowrank.targets import Targets, as_list
 
 Rest = Literal["auto", "train", "freeze", "local"]
 Ties = Literal["adapt", "leave", "untie"]

@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from lowrank.data.corpora import Corpus
+from lowrank.data.text.corpora import Corpus
 from lowrank.infra.loaded import mark_loaded_
 
 # Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.

@@ -17,8 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.data.images import ImageData
-from lowrank.data.images_set import ImageSpec
+from lowrank.data.images.set import ImageSpec
+from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.loaded import mark_loaded_
 

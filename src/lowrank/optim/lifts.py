@@ -24,7 +24,7 @@ from typing import Any, ClassVar, Literal, Protocol, cast, get_args
 import torch
 from torch import Tensor
 
-from lowrank.linalg.products import Subspace, residual
+from lowrank.linalg.subspace import Subspace, residual
 from lowrank.optim.rules import State
 
 Scope = Literal["channel", "tensor"]

@@ -37,14 +37,14 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from lowrank.infra.group import Group
-from lowrank.infra.parts import Part, local, part_of
-from lowrank.infra.ranks import Ranks
+from lowrank.distributed.collectives import Group
+from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.shards import Part, local, part_of
 from lowrank.infra.seeds import generator
-from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import round_into_
-from lowrank.optim.early import EarlySums
-from lowrank.optim.gradients import agree_bases_, clipped, dense, sum_gradients_
+from lowrank.linalg.subspace import Subspace
+from lowrank.optim.early_sync import EarlySums
+from lowrank.optim.gradient_sync import agree_bases_, clipped, dense, sum_gradients_
 from lowrank.optim.rules import Rule, step_
 from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_part

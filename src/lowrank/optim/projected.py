@@ -44,7 +44,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.basis import Basis, PowerIteration, orthonormalise
-from lowrank.linalg.products import Subspace
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrix_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.refresh import (

@@ -26,7 +26,7 @@ from torch import Tensor
 
 from lowrank.infra.seeds import stable_seed
 from lowrank.linalg.basis import Basis, Side, random_basis
-from lowrank.linalg.products import Subspace
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim.rules import Move, State
 
 Refresh = Generator[Tensor, None, Subspace]

@@ -23,8 +23,8 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lowrank.infra.parts import Cut, Part
-from lowrank.linalg.products import Subspace
+from lowrank.distributed.shards import Cut, Part
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim.geometry import inside_shape, sides_of
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule, State
@@ -57,7 +57,7 @@ def on_part(rule: Rule, part: Part | None, name: str) -> Rule:
     if part.dim not in dims:
         raise ValueError(
             f"{name} {part.shape} is cut along dimension {part.dim}, which is no side of the matrix that is projected: "
-            "shard with lowrank.sharding.shard_(plan), which chooses one"
+            "shard with lowrank.plan.fsdp.shard_(plan), which chooses one"
         )
     return ProjectedPart(**{f.name: getattr(rule, f.name) for f in fields(Projected)}, part=part)
 

@@ -20,7 +20,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from lowrank.linalg.blocks import Code, round_bfloat16
+from lowrank.linalg.quantise import Code, round_bfloat16
 from lowrank.linalg.rounding import wide
 
 Storage = Literal["float32", "bfloat16", "int8"]

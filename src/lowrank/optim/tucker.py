@@ -24,8 +24,8 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.basis import Basis, PowerIteration
-from lowrank.linalg.products import Subspace
 from lowrank.linalg.rounding import wide
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim.refresh import advance_, count, fit, is_due, new_clock, schedule_next_, stream
 from lowrank.optim.rules import AdamW, Rule, State
 

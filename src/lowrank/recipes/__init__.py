@@ -16,7 +16,7 @@ from pathlib import Path
 
 from lowrank.infra.convert import nearest
 from lowrank.recipes import gpt, llama, vit
-from lowrank.run import Run
+from lowrank.run.run import Run
 
 Recipe = Callable[[], Run]
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from lowrank.run import Call, Run, Settings
+from lowrank.run.run import Call, Run, Settings
 
 # What the methods want in a run of a few hundred steps; the rates are those of docs/log.md.
 _ALL: Settings = {"method.target_modules": "all-linear"}

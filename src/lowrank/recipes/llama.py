@@ -9,7 +9,7 @@ ReLoRA), ours is named in the recipe and yours to tune. Published perplexities c
 
 from __future__ import annotations
 
-from lowrank.run import Call, Run, Settings
+from lowrank.run.run import Call, Run, Settings
 
 # Learning rates of llama-mini from the grid in docs/log.md.
 _MINI: dict[str, Settings] = {

@@ -7,7 +7,7 @@ token, positions, norms, patch embedding); fine-tuning freezes what was loaded a
 
 from __future__ import annotations
 
-from lowrank.run import Call, Run, Settings
+from lowrank.run.run import Call, Run, Settings
 
 # From scratch adapters go on all linear layers: on q and v alone they would leave those frozen as they were drawn.
 _ALL: Settings = {"method.target_modules": "all-linear"}

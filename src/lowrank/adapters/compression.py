@@ -1,0 +1,100 @@
+"""How numbers travel between ranks: as they are, or on request in fewer bits (``Merge(exchange=...)``).
+
+    float32    as they are; float64 stays float64
+    bfloat16   two bytes a number
+    int8       one byte a number, and a scale of four bytes for each block of up to 256 (``linalg.blocks``)
+
+Everyone goes on with the rounded numbers, the sender included, so that all ranks hold the same bits. Rounding is
+dithered: its mean is exact, so that what it errs by one time has no direction to add up in.
+
+Rounded numbers cannot be summed on their way (the sum of codes has no scale), so a sum of them is a gathering,
+(R − 1)·bytes; with many ranks a sum of float32, 2(R − 1)/R·bytes, is fewer, and then is what travels.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Literal
+
+import torch
+from torch import Tensor
+
+from lowrank.distributed.collectives import Group, ring_gather_bytes, ring_sum_bytes
+from lowrank.linalg.quantise import Code, round_bfloat16, split
+
+Exchange = Literal["float32", "bfloat16", "int8"]
+CODE = Code()  # int8, uniform
+
+
+def rounded_bytes(exchange: Exchange, shape: tuple[int, ...], width: int) -> int:
+    """Bytes of a tensor of this shape, whose numbers have ``width`` bytes, in one message.
+
+    >>> [rounded_bytes(e, (4, 300), 4) for e in ("float32", "bfloat16", "int8")]
+    [4800, 2400, 1220]
+    """
+    if exchange == "float32":
+        return math.prod(shape) * width
+    if exchange == "bfloat16":
+        return math.prod(shape) * 2
+    lead, blocks, size = split(shape)
+    return math.prod(lead) * blocks * (size + 4)
+
+
+def sum_bytes(exchange: Exchange, shape: tuple[int, ...], width: int, ranks: int) -> int:
+    """Bytes that each rank sends for a sum of such tensors over the ranks, whichever way is fewer."""
+    plain = ring_sum_bytes(math.prod(shape) * width, ranks)
+    if exchange == "float32":
+        return plain
+    return min(plain, ring_gather_bytes(rounded_bytes(exchange, shape, width), ranks))
+
+
+def encode(x: Tensor, exchange: Exchange, tick: int) -> list[Tensor]:
+    """``x`` as it travels; what is rounded is dithered by ``tick``, leading dimensions each by itself."""
+    if exchange == "float32":
+        return [x]
+    if exchange == "bfloat16":
+        return [round_bfloat16(x, tick)]
+    coded = CODE.allocate(x)
+    CODE.encode_(coded, x, tick)
+    return [coded["codes"], coded["scales"]]
+
+
+def decode(sent: Sequence[Tensor], exchange: Exchange, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """The numbers of ``encode`` again, in ``shape``."""
+    if exchange == "int8":
+        codes, scales = sent
+        return CODE.decode({"codes": codes, "scales": scales}, shape, dtype)
+    return sent[0].to(dtype)
+
+
+def add_up_later(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
+    """Start to replace each tensor by its sum over the group, rounded as ``exchange`` says where that is fewer bytes;
+    the function returned waits and writes the sums.
+
+    All members give the same shapes and dtypes, in the same order, and hold the same bits afterwards.
+    """
+    rounds = [
+        sum_bytes(exchange, tuple(t.shape), t.element_size(), group.count)
+        < ring_sum_bytes(t.numel() * t.element_size(), group.count)
+        for t in tensors
+    ]
+    whole = group.sum_later([t for t, small in zip(tensors, rounds, strict=True) if not small])
+    small = [t for t, is_small in zip(tensors, rounds, strict=True) if is_small]
+    coded = [encode(t, exchange, tick * group.count + group.rank) for t in small]
+    arriving = [group.gather_later(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
+
+    def finish() -> None:
+        whole()
+        parts = [arrive() for arrive in arriving]
+        for i, target in enumerate(small):
+            target.zero_()
+            for r in range(group.count):
+                target += decode([part[i][r] for part in parts], exchange, tuple(target.shape), target.dtype)
+
+    return finish
+
+
+def add_up_(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> None:
+    """``add_up_later``, waited for."""
+    add_up_later(tensors, group, exchange, tick)()

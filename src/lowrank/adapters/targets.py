@@ -1,0 +1,192 @@
+"""Names to layers: which modules ``target_modules`` means.
+
+A target is one of
+
+* a group: ``all-linear`` (every linear layer but the output), ``attention``, ``q`` ``k`` ``v`` ``o``, ``mlp``,
+  ``lm_head``, ``classifier``, ``head`` (either output), ``patch_embed`` (a ViT's convolution on its patches);
+* a glob over the whole name: ``*.attn.*``, ``blocks.[0-3].mlp.fc?``;
+* a name, or the end of one: ``c_attn`` is every layer whose last part is that; ``attn.c_proj`` the same with two parts.
+
+A fused projection (GPT-2's ``c_attn``, a ViT's ``qkv``: three matrices in one, when it is three times as high as wide)
+also has parts, ``*.c_attn.q``, which groups ``q`` ``k`` ``v`` choose by themselves.
+"""
+
+from __future__ import annotations
+
+import difflib
+import fnmatch
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import nn
+
+from lowrank.adapters.layers import WHOLE, AdaptedLayer, is_linear, matrix_of
+
+Targets = str | Sequence[str]
+
+GROUPS = ("all-linear", "attention", "q", "k", "v", "o", "mlp", "lm_head", "classifier", "head", "patch_embed")
+EMBEDDINGS = "embeddings"  # a group of parameters, for rules and freeze=: embedding tables and the output layer
+FUSED = {"c_attn", "qkv", "Wqkv"}
+ATTENTION = {"attn", "attention", "self_attn", "self_attention", "crossattention", "cross_attn", "encoder_attn"}
+ATTENTION_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "wq", "wk", "wv", "wo"}
+MLP = {"mlp", "ffn", "feed_forward", "intermediate"}
+MLP_LAYERS = {
+    "fc1",
+    "fc2",
+    "c_fc",
+    "up_proj",
+    "down_proj",
+    "gate_proj",
+    "dense_h_to_4h",
+    "dense_4h_to_h",
+    "w1",
+    "w2",
+    "w3",
+}
+ROLE = {
+    "q": {"q_proj", "query", "q_attn", "wq", "q_lin", "q"},
+    "k": {"k_proj", "key", "wk", "k_lin", "k"},
+    "v": {"v_proj", "value", "wv", "v_lin", "v"},
+    "o": {"o_proj", "out_proj", "out_lin", "wo", "c_proj", "proj", "dense"},
+}
+OUTPUT = {"lm_head": {"lm_head", "embed_out"}, "classifier": {"classifier", "score", "head", "head_dist", "fc"}}
+
+
+@dataclass(frozen=True)
+class Layer:
+    """A linear layer that a target can mean: its name, module, size, parts, and the groups it belongs to."""
+
+    name: str
+    module: nn.Module
+    out_features: int
+    in_features: int
+    parts: tuple[tuple[str, slice], ...]
+    groups: frozenset[str]
+
+    def rows(self, part: str) -> slice:
+        return slice(0, self.out_features) if part == WHOLE else dict(self.parts)[part]
+
+    def label(self, part: str) -> str:
+        return self.name if part == WHOLE else f"{self.name}.{part}"
+
+
+def linear_layers(model: nn.Module) -> list[Layer]:
+    """Every linear layer of ``model`` with its groups, in the order of ``named_modules``."""
+    return [_layer(name, module) for name, module in model.named_modules() if name and is_linear(module)]
+
+
+def _layer(name: str, module: nn.Module) -> Layer:
+    out_features, in_features = matrix_of(module).shape
+    last = name.rpartition(".")[2]
+    parts: tuple[tuple[str, slice], ...] = ()
+    if last in FUSED and out_features == 3 * in_features:
+        parts = tuple((p, slice(i * in_features, (i + 1) * in_features)) for i, p in enumerate("qkv"))
+    groups = frozenset({"patch_embed"}) if isinstance(module, nn.Conv2d) else _groups(name)
+    return Layer(name, module, out_features, in_features, parts, groups)
+
+
+def _groups(name: str) -> frozenset[str]:
+    *path, last = name.split(".")
+    depth = len(path)
+    for group, names in OUTPUT.items():
+        if last in names and depth <= 1 and not (set(path) & (ATTENTION | MLP)):
+            return frozenset({group, "head"})
+    groups = {"all-linear"}
+    if last in ATTENTION_LAYERS or set(path) & ATTENTION:
+        groups.add("attention")
+        groups |= {role for role, names in ROLE.items() if last in names}
+    elif last in MLP_LAYERS or set(path) & MLP or (last == "dense" and "output" in path):
+        groups.add("mlp")
+    return frozenset(groups)
+
+
+def as_list(targets: Targets) -> list[str]:
+    """A target or several, as a list; commas separate them in one string."""
+    items = targets.split(",") if isinstance(targets, str) else list(targets)
+    items = [item.strip() for item in items if item.strip()]
+    if not items:
+        raise ValueError(f"target_modules={targets!r} names nothing; give a name, a glob or one of {', '.join(GROUPS)}")
+    return items
+
+
+def name_matches(name: str, pattern: str) -> bool:
+    """Whether ``pattern`` (a glob, a name, or the end of one) means ``name``.
+
+    >>> [name_matches("h.10.attn.c_attn", pattern) for pattern in ("c_attn", "attn.c_attn", "*.attn.*", "h.1", "attn")]
+    [True, True, True, False, False]
+    """
+    if any(c in pattern for c in "*?["):
+        return fnmatch.fnmatchcase(name, pattern)
+    return name == pattern or name.endswith("." + pattern)
+
+
+def select(layers: Iterable[Layer], targets: Targets) -> list[tuple[Layer, str]]:
+    """The (layer, part) pairs that ``targets`` mean, in the layers' order; a whole layer covers its parts."""
+    patterns = as_list(targets)
+    chosen = []
+    for layer in layers:
+        parts = [part for part in (WHOLE, *dict(layer.parts)) if any(_means(p, layer, part) for p in patterns)]
+        chosen += [(layer, part) for part in parts if part == WHOLE or WHOLE not in parts]
+    return chosen
+
+
+def _means(pattern: str, layer: Layer, part: str) -> bool:
+    if pattern in GROUPS:
+        return pattern in layer.groups if part == WHOLE else pattern == part
+    if part != WHOLE and any(c in pattern for c in "*?[") and not pattern.endswith("." + part):
+        return False  # "*.c_attn*" means the layer and not, once more, each of its parts
+    return name_matches(layer.label(part), pattern)
+
+
+def refuse_hidden(model: nn.Module, layers: Iterable[Layer]) -> None:
+    """Refuse layers whose owner reads their weight without calling them, so that no adapter would ever be seen.
+
+    Raises:
+        ValueError: naming them, and the ways out.
+    """
+    hidden = [
+        layer.name
+        for layer in layers
+        if isinstance(model.get_submodule(layer.name.rpartition(".")[0]), nn.MultiheadAttention)
+    ]
+    if hidden:
+        more = f" and {len(hidden) - 1} more" if len(hidden) > 1 else ""
+        raise ValueError(
+            f"{hidden[0]}{more} cannot be adapted: nn.MultiheadAttention reads its weights without calling a layer. "
+            "Leave them out with exclude_modules='out_proj' or target_modules='mlp', train them as they are with "
+            "ranks in their gradients (galore), or take a model whose attention is made of linear layers (timm's ViTs, "
+            "transformers)"
+        )
+
+
+def explain_no_match(
+    model: nn.Module, layers: Sequence[Layer], targets: Targets, what: str = "target_modules"
+) -> ValueError:
+    """The error for ``targets`` that matched no linear layer: what matched instead, what there is, the nearest name."""
+    patterns, modules = as_list(targets), dict(model.named_modules())
+    names = [label for layer in layers for label in (layer.name, *(f"{layer.name}.{part}" for part, _ in layer.parts))]
+    other = sorted({type(m).__name__ for n, m in modules.items() for p in patterns if n and name_matches(n, p)})
+    shown = ", ".join(layer.name for layer in layers[:4]) + (", …" if len(layers) > 4 else "")
+    text = f"{what}={targets!r} matched no linear layer"
+    if other:
+        text += f" (it matched {', '.join(other)}, which have no matrix to adapt)"
+    text += f"; layers are {shown}" if layers else "; the model has no nn.Linear or Conv1D layer"
+    if any(isinstance(m, nn.MultiheadAttention) for m in modules.values()):
+        text += (
+            "; its nn.MultiheadAttention hides q, k and v from adapters: take a model with linear layers there, or mlp"
+        )
+    if any(isinstance(m, AdaptedLayer) for m in modules.values()):
+        text += "; some layers carry adapters already (lowrank.merge_and_unload takes them off)"
+    near = _nearest(patterns, names)
+    return ValueError(text + (f" (did you mean {near!r}?)" if near else f"; groups are {', '.join(GROUPS)}"))
+
+
+def _nearest(patterns: list[str], names: list[str]) -> str | None:
+    words = {*GROUPS, *(n.rpartition(".")[2] for n in names)}
+    for pattern in patterns:
+        core = pattern.strip("*.")
+        pieces = {piece for n in names for piece in n.split(".")}
+        close = difflib.get_close_matches(core, [*words, *pieces, *names], n=1)
+        if close and close[0] != pattern:
+            return pattern.replace(core, close[0]) if core else close[0]
+    return None

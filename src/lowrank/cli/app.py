@@ -1,0 +1,342 @@
+"""The command line: which commands there are, how they explain themselves, and how errors look.
+
+`main` parses, calls (`lowrank.cli.commands`) and prints. An error that the user can mend is one clear message and exit
+status 2; LOWRANK_DEBUG=1 adds the traceback.
+"""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+from dataclasses import fields
+
+from lowrank.cli import commands
+from lowrank.cli.arguments import Command, Option, explain, options_of, overview, parse, placeholder
+from lowrank.infra.checkpoint import CheckpointError
+from lowrank.infra.convert import nearest
+from lowrank.run.overrides import options
+from lowrank.run.run import Run
+
+_ABOUT = """
+Train neural networks with low-rank weights and low-rank gradients, and compare the methods honestly.
+"""
+
+_CLOSING = """
+Begin with:
+  lowrank train gpt-mini                      a small GPT on built-in text, in a minute or so
+  lowrank train gpt-mini --method lte         the same with LoRA-the-Explorer
+  lowrank compare gpt-mini --methods full,lora,multihead_lora,lte,relora
+
+lowrank COMMAND --help explains a command. LOWRANK_DEBUG=1 shows where an error came from.
+"""
+
+_GROUPS = {
+    "What": ("model", "data", "method"),
+    "Length": ("steps", "epochs", "stop_at", "seed"),
+    "Learning rate": ("lr", "schedule", "warmup", "min_lr_ratio", "weight_decay"),
+    "Steps": ("batch_size", "own_data", "grad_accum", "max_grad_norm", "clip_per_layer", "per_layer"),
+    "Machine": ("device", "engine", "workers", "precision", "compile"),
+    "Evaluation and records": (
+        "eval_every",
+        "eval_batches",
+        "log_every",
+        "checkpoint_every",
+        "keep",
+        "tensorboard",
+        "wandb",
+    ),
+}
+
+_WHAT = (
+    Option(name="method", value="NAME", group="What", help="see lowrank methods; its options are --method.rank 8 …"),
+    Option(name="data", value="SOURCE", group="What", help="a file, folder or name; see lowrank data list"),
+    Option(name="model", value="NAME", group="What", help="gpt2, vit, …; its options are --model.n_layer 4 …"),
+    Option(name="labels", value="FILE", group="What", help="a folder of images' labels: CSV with path, label, …"),
+)
+
+_TRAIN = """
+Trains a recipe (see lowrank recipes), a run.json, or a Run that a function of yours returns (file.py:function).
+Everything a recipe sets can be overridden; --method.X, --model.X and --data.X reach the arguments of the method, the
+model and the data by name (lowrank methods NAME lists the first).
+
+The run's folder gets run.json (all settings: training it again gives the same numbers), env.json, log.jsonl,
+checkpoints/ and summary.json. Ctrl-C saves and stops; --resume goes on. With --elastic the same command goes on by
+itself whenever it is started again, as torchrun --max-restarts does, on as many processes as there are then.
+
+Examples:
+  lowrank train gpt-mini --method lora --method.rank 4 --lr 3e-3
+  lowrank train gpt-mini --data articles.csv --data.tokenizer bpe:4096 --steps 1000 --out runs/articles
+  lowrank train runs/articles/run.json --out runs/again
+  lowrank train --resume runs/articles --steps 2000
+  lowrank train gpt-mini --method relora --init-from runs/warm-up
+  torchrun --nproc-per-node 2 --max-restarts 3 -m lowrank train gpt-mini --method lte --elastic --out runs/lte
+"""
+
+_EVAL = """
+Scores every token of a split exactly once, on the merged weights. MODEL is a folder of transformers' format or a name
+on the hub that was never trained here.
+
+Examples:
+  lowrank eval runs/articles
+  lowrank eval runs/articles --data other.txt --split train --checkpoint latest
+  lowrank eval gpt2 --data articles.csv --context 512
+"""
+
+_COMPARE = """
+Trains a recipe under several methods with the same seeds and budget, each run in a folder of its own, and reports.
+Runs that exist already are not repeated, one that fails does not stop the others, so the same command again, perhaps
+with more methods or seeds, does what is missing.
+
+A method may carry settings: lte:merge_every=1 or lora:rank=16:lr=3e-3. All options of lowrank train hold for every
+method; --method.X for those that have X.
+
+Examples:
+  lowrank compare gpt-mini --methods full,lora,multihead_lora,lte,relora --seeds 1,2,3 --out runs/first
+  lowrank compare gpt-mini --methods lte:merge_every=1,lte:merge_every=10 --lrs 1e-3,2e-3,4e-3 --steps 200
+"""
+
+_REPORT = """
+Prints a table of the finished runs in the folders (or right below them), and writes report.md, report.html (one file
+with tables, plots and settings) and curves.png.
+
+Example:
+  lowrank report runs/first runs/second --out report
+"""
+
+_PLAN = """
+Shows which parameters a run would train, by which adapter and rule, which it leaves alone and why, and what that costs
+in memory. Takes the options of lowrank train.
+
+With --ranks and --link it also says what several ranks over such a link would take: bytes and seconds a step, beside
+DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here unless
+--step-seconds says what it takes on the machines that are meant.
+
+Examples:
+  lowrank plan gpt2-pretrain
+  lowrank plan gpt-mini --method lte --method.target_modules attention
+  lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
+"""
+
+_GENERATE = """
+Continues a prompt with a run's best checkpoint, a certain checkpoint, or a model of transformers.
+
+Examples:
+  lowrank generate runs/articles --prompt "The president said" --tokens 100
+  lowrank generate runs/articles/checkpoints/step-00000100 --temperature 0
+"""
+
+_EXPORT = """
+Merges the adapters of a run into its weights and writes a plain model. One of transformers gets config.json,
+model.safetensors and its tokenizer, which transformers loads, and so do lowrank eval, generate and train gpt2-finetune
+--model.path OUT. A vision transformer of timm gets model.safetensors, for lowrank train --model.weights OUT.
+
+With --adapter OUT it writes instead what was trained and nothing of the base: adapter and head, for lowrank predict and
+lowrank.interop.AdapterBank.
+
+Examples:
+  lowrank export runs/articles exported
+  lowrank export runs/vit --adapter adapters/pneumonia
+"""
+
+_PREDICT = """
+Says which class image files show. The adapter names the base that it was trained on; --base says where that is: a run's
+folder, a file of weights, a timm name or hub. Without --adapter, --base is a run that is used as it is.
+
+Examples:
+  lowrank predict --base runs/vit --adapter adapters/pneumonia new/*.png
+  lowrank predict --base runs/digits scans --out predictions.csv
+"""
+
+_DATA = """
+lowrank data list shows the texts that have a name; any .txt, .csv, .jsonl, .parquet or folder works beside them.
+lowrank data prepare tokenises one into memory-mapped files; train does so by itself where it has not been done.
+
+Examples:
+  lowrank data prepare articles.csv --tokenizer bpe:4096 --column article
+  lowrank data prepare openwebtext --tokenizer gpt2 --out data/openwebtext
+"""
+
+
+def main(words: Sequence[str] | None = None) -> int:
+    """Run a command line; the exit status: 0, 1 (some runs of a comparison failed), 2 (an error), 130 (interrupted)."""
+    words = list(sys.argv[1:] if words is None else words)
+    try:
+        status = _dispatch(words)
+        sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
+        return status
+    except KeyboardInterrupt:
+        print("lowrank: interrupted", file=sys.stderr)
+        return 130
+    except BrokenPipeError:
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
+        return 0
+    except (ValueError, OSError, ImportError, ArithmeticError, CheckpointError) as error:
+        if os.environ.get("LOWRANK_DEBUG", "0") not in ("", "0"):
+            raise
+        print(f"lowrank: {error}", file=sys.stderr)
+        return 2
+
+
+def _dispatch(words: list[str]) -> int:
+    if words[:1] in ([], ["--help"], ["-h"], ["help"]):
+        print(overview("lowrank", _ABOUT, every_command(), _CLOSING))
+        return 0
+    if words == ["--version"]:
+        from lowrank import __version__
+
+        print(f"lowrank {__version__}")
+        return 0
+    known = {command.name: command for command in every_command()}
+    name, *rest = words
+    if name not in known:
+        raise ValueError(f"there is no command {name!r}{nearest(name, known)}; there are {', '.join(known)}")
+    before_end = rest[: rest.index("--")] if "--" in rest else rest
+    if {"--help", "-h"} & set(before_end):
+        print(explain(known[name]))
+        return 0
+    return known[name].call(parse(rest, known[name]))
+
+
+def every_command() -> list[Command]:
+    """The commands, in the order in which the overview shows them."""
+    from lowrank.data import prepare
+    from lowrank.evaluate.generate import generate
+    from lowrank.evaluate.predict import predict
+    from lowrank.evaluate.score import score
+
+    run, dotted = run_options(), ("method.", "model.", "data.")
+    out = Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>")
+    quiet = Option(name="quiet", help="no progress line")
+    resume = Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before")
+    elastic = Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there")
+    start = Option(name="init_from", value="DIR", help="start from the merged weights of another run")
+    best = Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best")
+    linked = (
+        Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
+        Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
+        Option(name="latency", value="TIME", group="Link", help="until a message has arrived: 1ms, 50us; default 0"),
+        Option(name="step_seconds", value="TIME", group="Link", help="what a rank computes; default: measured here"),
+    )
+    several = (
+        Option(name="methods", value="A,B,…", help="methods, each perhaps with settings; default the recipe's"),
+        Option(name="seeds", value="N,N,…", help="train every method under each of these; default the recipe's"),
+        Option(name="lrs", value="X,X,…", help="learning rates to try; the table keeps the best of each method"),
+        Option(name="out", value="DIR", help="holds one folder a run and the report; default runs/compare-<recipe>"),
+        quiet,
+    )
+    return [
+        Command(
+            name="train",
+            usage="train RECIPE|run.json|file.py:function [options]",
+            summary="train a recipe, or go on with a run",
+            about=_TRAIN,
+            options=(out, resume, elastic, start, quiet, *run),
+            prefixes=dotted,
+            positions=(0, 1),
+            call=commands.train,
+        ),
+        Command(
+            name="compare",
+            usage="compare RECIPE --methods A,B,… [options]",
+            summary="train several methods under one budget, and report",
+            about=_COMPARE,
+            options=(*several, *(option for option in run if option.name != "method")),
+            prefixes=dotted,
+            positions=(1, 1),
+            call=commands.compare,
+        ),
+        Command(
+            name="report",
+            usage="report DIR… [--out DIR]",
+            summary="tables and loss curves of finished runs",
+            about=_REPORT,
+            options=(Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report"),),
+            positions=(1, None),
+            call=commands.report,
+        ),
+        Command(
+            name="plan",
+            usage="plan RECIPE [options]",
+            summary="what would train, by what, at what cost in memory",
+            about=_PLAN,
+            options=(*linked, *run),
+            prefixes=dotted,
+            positions=(1, 1),
+            call=commands.plan,
+        ),
+        Command(
+            name="eval",
+            usage="eval RUN|MODEL [options]",
+            summary="loss and perplexity on any split",
+            about=_EVAL,
+            options=options_of(score),
+            positions=(1, 1),
+            call=commands.evaluate,
+        ),
+        Command(
+            name="generate",
+            usage="generate RUN|MODEL --prompt TEXT [options]",
+            summary="text from a run or a model",
+            about=_GENERATE,
+            options=options_of(generate),
+            positions=(1, 1),
+            call=commands.generate,
+        ),
+        Command(
+            name="export",
+            usage="export RUN OUT, or export RUN --adapter OUT [options]",
+            summary="a plain model from a run, adapters merged; or its adapter alone",
+            about=_EXPORT,
+            options=(best, Option(name="adapter", value="OUT", help="write the adapter alone, into this folder")),
+            positions=(1, 2),
+            call=commands.export,
+        ),
+        Command(
+            name="predict",
+            usage="predict --base RUN|FILE --adapter DIR IMAGE… [options]",
+            summary="what image files show",
+            about=_PREDICT,
+            options=options_of(predict),
+            positions=(1, None),
+            call=commands.predict,
+        ),
+        Command(
+            name="data",
+            usage="data list, or data prepare NAME|FILE [options]",
+            summary="the texts there are, and tokenising one",
+            about=_DATA,
+            options=options_of(prepare),
+            positions=(1, 2),
+            call=commands.data,
+        ),
+        Command(
+            name="methods",
+            usage="methods [NAME]",
+            summary="the catalogue of methods, or one with its options",
+            about="Lists the methods; with a name, its source, defaults and options.",
+            positions=(0, 1),
+            call=commands.methods,
+        ),
+        Command(
+            name="recipes",
+            usage="recipes [NAME]",
+            summary="the recipes, or one with everything it sets",
+            about="Lists the recipes; with a name, its command, time, expected result and all its settings as JSON.",
+            positions=(0, 1),
+            call=commands.recipes,
+        ),
+    ]
+
+
+def run_options() -> tuple[Option, ...]:
+    """The settings of a run as options, grouped for the reader."""
+    about = {each.name: each.metadata.get("help", "") for each in fields(Run)}
+    kinds = options()
+    settings = [
+        Option(name=name, value=placeholder(kinds[name]), help=about[name], group=group)
+        for group, names in _GROUPS.items()
+        for name in names
+        if name in kinds
+    ]
+    return (*_WHAT, *settings)

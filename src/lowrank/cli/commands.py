@@ -1,0 +1,361 @@
+"""What each command of the command line does: take the words apart, call the library, print.
+
+Everything done here can be done from Python by the functions called; nothing is decided here but defaults of folders
+and the look of what is printed.
+"""
+
+from __future__ import annotations
+
+import inspect
+import json
+import sys
+import textwrap
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from lowrank.cli.arguments import Parsed, UsageError
+from lowrank.distributed.process_group import is_first, world_size
+from lowrank.infra.convert import convert, nearest, settable
+from lowrank.infra.progress import short_bytes, short_count
+from lowrank.recipes import RECIPES, find
+from lowrank.run.overrides import catalogue, override, resolve
+from lowrank.run.run import Run
+from lowrank.run.validation import refuse_changed, refuse_occupied, validate
+
+_LINK = ("ranks", "link", "latency", "step_seconds")
+
+
+def train(parsed: Parsed) -> int:
+    """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
+    from lowrank.train.loop import train as train_run
+
+    changes = parsed.without(("out", "resume", "elastic", "init_from", "quiet"))
+    resumed, elastic = parsed.options.get("resume"), _switch(parsed, "elastic")
+    if elastic and (resumed is not None or "out" not in parsed.options):
+        raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
+    if resumed is None:
+        if len(parsed.positions) != 1:
+            raise UsageError("what is to be trained? usage: lowrank train RECIPE [options]; see: lowrank recipes")
+        run = _checked(override(find(parsed.positions[0]), changes))
+        out = Path(parsed.options["out"]) if "out" in parsed.options else _free_folder(run)
+        if not elastic:
+            refuse_occupied(out)
+        elif (out / "run.json").exists():
+            refuse_changed(resolve(Run.read(out / "run.json")), run)
+    else:
+        if parsed.positions or parsed.only(("out", "init_from")):
+            raise UsageError(
+                "--resume DIR goes on in DIR with its own recipe: leave the recipe, --out and --init-from out"
+            )
+        out = Path(resumed)
+        before = Run.read(out / "run.json")
+        run = _checked(override(before, {"stop_at": None, **changes}))
+        refuse_changed(resolve(before), run)
+    start = Path(parsed.options["init_from"]) if "init_from" in parsed.options else None
+    how = {"resume": resumed is not None, "elastic": elastic, "quiet": _switch(parsed, "quiet")}
+    summary = train_run(run, out, init_from=start, **how)
+    if is_first():
+        print(_verdict(out, summary))
+    return 130 if summary.get("interrupted") else 0
+
+
+def evaluate(parsed: Parsed) -> int:
+    """Loss and perplexity of a run, a checkpoint, or a model that was never trained here."""
+    from lowrank.evaluate.score import score
+
+    options = _arguments(score, parsed.options)
+    print(_aligned(score(_existing(parsed.positions[0]), **options)))
+    return 0
+
+
+def compare(parsed: Parsed) -> int:
+    """Many runs, the missing ones executed, and their report."""
+    from lowrank.report.compare import execute, parse_variant, planned
+    from lowrank.report.table import find_results
+    from lowrank.train.loop import train as train_run
+
+    if world_size() > 1:
+        raise UsageError(
+            "lowrank compare trains its runs one after the other in one process: start it without torchrun"
+        )
+    base = find(parsed.positions[0])
+    offer = catalogue()
+    variants = [parse_variant(text, offer) for text in _words(parsed.options.get("methods", base.method.name))]
+    runs = planned(
+        base,
+        variants,
+        seeds=[_whole(text, "--seeds") for text in _words(parsed.options.get("seeds", ""))],
+        rates=[_number(text, "--lrs") for text in _words(parsed.options.get("lrs", ""))],
+        changes=parsed.without(("methods", "seeds", "lrs", "out", "quiet")),
+        offer=offer,
+    )
+    out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
+    quiet = _switch(parsed, "quiet")
+    outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, quiet=quiet))
+    finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
+    failed = [each for each in outcomes if each.error is not None]
+    if finished:
+        _show_report(find_results(finished), out)
+    for each in failed:
+        print(f"failed: {each.name}: {each.error}", file=sys.stderr)
+    return 1 if failed else 0
+
+
+def report(parsed: Parsed) -> int:
+    """Tables, curves and the page of runs that are finished."""
+    from lowrank.report.table import find_results
+
+    folders = [Path(position) for position in parsed.positions]
+    default = folders[0] if len(folders) == 1 else Path("report")
+    _show_report(find_results(folders), Path(parsed.options.get("out", default)))
+    return 0
+
+
+def plan(parsed: Parsed) -> int:
+    """The table of what a run would train, without training and without its data where the model does not need it; with
+    --ranks and --link, what the link makes of it."""
+    from lowrank.evaluate.score import planned_session
+
+    given = parsed.only(_LINK)
+    run = _checked(override(find(parsed.positions[0]), parsed.without(_LINK)))
+    if given and not {"ranks", "link"} <= given.keys():
+        raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
+    show = _outlook(run, given) if given else None
+    session = planned_session(run)
+    print(session.plan)
+    if show is not None:
+        print(f"\n{show(session)}")
+    return 0
+
+
+def _outlook(run: Run, given: Mapping[str, str]) -> Callable[[Any], str]:
+    """The text about a session over a link; what was given is checked at once."""
+    from lowrank.evaluate.score import planned_session
+    from lowrank.plan import network
+    from lowrank.train import step_time
+
+    ranks = _whole(given["ranks"], "--ranks")
+    link = network.parse_link(given["link"], given.get("latency", "0"))
+    alone = step_time.rank_of(run, ranks)
+    if "step_seconds" in given:
+        compute = network.parse_seconds(given["step_seconds"], "--step-seconds")
+        if not compute:
+            raise ValueError("--step-seconds 0: a step takes time; leave it out to have it measured here")
+        return lambda session: network.table(step_time.outlook(session, ranks, link, compute), "as given")
+
+    def show(session: Any) -> str:
+        compute = step_time.measured(planned_session(alone))
+        rows = f"{alone.batch_size} row{'s' if alone.batch_size > 1 else ''}"
+        return network.table(step_time.outlook(session, ranks, link, compute), f"measured here, {rows} a rank")
+
+    return show
+
+
+def generate(parsed: Parsed) -> int:
+    """Text from a run or a model."""
+    from lowrank.evaluate.generate import generate as generate_text
+
+    print(generate_text(_existing(parsed.positions[0]), **_arguments(generate_text, parsed.options)))
+    return 0
+
+
+def export(parsed: Parsed) -> int:
+    """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
+    from lowrank.evaluate.score import export as export_run
+    from lowrank.interop import export_adapter
+
+    source, *outs = map(Path, parsed.positions)
+    which = parsed.options.get("checkpoint", "best")
+    if ("adapter" in parsed.options) == bool(outs):
+        raise UsageError("give one folder: lowrank export RUN OUT, or lowrank export RUN --adapter OUT")
+    if not outs:
+        out = Path(parsed.options["adapter"])
+        info = export_adapter(source, out, which=which)
+        size = short_bytes((out / "adapter.safetensors").stat().st_size)
+        print(f"{out}: the adapter and head of {info.origin}, {size}")
+        return 0
+    step = export_run(source, outs[0], which=which)
+    print(f"{outs[0]}: the merged model of {source} at step {step}")
+    return 0
+
+
+def predict(parsed: Parsed) -> int:
+    """The class of each image file, the surest three with their probabilities."""
+    from lowrank.evaluate.predict import predict as predict_images
+
+    for each in predict_images(parsed.positions, **_arguments(predict_images, parsed.options)):
+        surest = sorted(each.scores.items(), key=lambda item: -item[1])[:3]
+        figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
+        print(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})")
+    return 0
+
+
+def data(parsed: Parsed) -> int:
+    """Which texts there are, and preparing one."""
+    from lowrank.data import list_sources, prepare
+    from lowrank.report.table import text_table
+
+    what, *names = parsed.positions
+    if what == "list" and not names:
+        header = ["name", "size", "licence", "network", "prepared", "about"]
+        body = [
+            [
+                each.name,
+                each.size,
+                each.licence,
+                "yes" if each.needs_network else "no",
+                str(len(each.prepared)),
+                each.about,
+            ]
+            for each in list_sources()
+        ]
+        print(text_table(header, body, left=(0, 2, 3, 5)))
+        return 0
+    if what == "prepare" and len(names) == 1:
+        print(prepare(names[0], **_arguments(prepare, parsed.options)))
+        return 0
+    raise UsageError("usage: lowrank data list, or lowrank data prepare NAME|FILE [options]")
+
+
+def methods(parsed: Parsed) -> int:
+    """The catalogue, or one method with its options."""
+    offered = catalogue().method
+    if not parsed.positions:
+        print(_catalogue(offered))
+        return 0
+    name = parsed.positions[0]
+    if name not in offered:
+        raise ValueError(f"there is no method {name!r}{nearest(name, offered)}; there are {', '.join(offered)}")
+    print(f"{name}\n\n{inspect.getdoc(offered[name])}\n\nOptions:")
+    for argument, parameter in inspect.signature(offered[name]).parameters.items():
+        if argument in settable(offered[name]):
+            print(f"  --method.{argument} {_written(parameter.default)}")
+    return 0
+
+
+def recipes(parsed: Parsed) -> int:
+    """The recipes, or one with everything that it sets."""
+    if not parsed.positions:
+        print(_catalogue(RECIPES))
+        return 0
+    name = parsed.positions[0]
+    run = resolve(find(name))
+    if name in RECIPES:
+        print(f"{name}\n\n{inspect.getdoc(RECIPES[name])}\n")
+    print(json.dumps(run.to_json(), indent=2))
+    return 0
+
+
+def _checked(run: Run) -> Run:
+    run = resolve(run)
+    validate(run)
+    return run
+
+
+def _free_folder(run: Run) -> Path:
+    """runs/<recipe>-<method>-<n>, the first that there is not."""
+    number = 1
+    while (folder := Path("runs") / f"{run.recipe}-{run.method.name}-{number}").exists():
+        number += 1
+    return folder
+
+
+def _show_report(results: Sequence[Any], out: Path) -> None:
+    """The table first: it needs no extra package, the pictures do."""
+    from lowrank.report import html
+    from lowrank.report.table import best_rates, cells, rows, text_table
+
+    print(text_table(*cells(best_rates(rows(results)))))
+    html.write(results, out)
+    print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png")
+
+
+def _verdict(out: Path, summary: Mapping[str, Any]) -> str:
+    """One line about a run that has ended."""
+    parts = []
+    if isinstance(loss := summary.get("val_loss"), float):
+        parts.append(f"validation loss {loss:.4f}")
+    if isinstance(best := summary.get("best_val_loss"), float):
+        parts.append(f"best {best:.4f}")
+    parts += [
+        f"{split} {name} {value:.4f}"
+        for split in ("val", "test")
+        for name in ("auc", "acc")
+        if isinstance(value := summary.get(f"{split}_{name}"), float)
+    ]
+    parts.append(
+        f"{short_count(summary['parameters_trained'])} of {short_count(summary['parameters_total'])} parameters trained"
+    )
+    parts.append(f"optimizer state {short_bytes(summary['state_bytes'])}")
+    if isinstance(seconds := summary.get("step_seconds"), float):
+        parts.append(f"{seconds:.3g} s a step")
+    return f"{out}: step {summary['steps']}: " + ", ".join(parts)
+
+
+def _arguments(function: Callable[..., Any], options: Mapping[str, str]) -> dict[str, Any]:
+    """Options converted for the function whose signature they were made from."""
+    known = settable(function)
+    return {name: convert(value, known[name], f"--{name.replace('_', '-')}") for name, value in options.items()}
+
+
+def _existing(source: str) -> str:
+    """A run or model that is looked for on the hub only if it cannot have been a folder here.
+
+    A name on the hub looks like a folder in a folder: where the outer one is here, the inner one was meant.
+
+    Raises:
+        FileNotFoundError: a folder was meant, and there is none; the nearest is named.
+    """
+    folder = Path(source).expanduser()
+    parent = folder.parent
+    meant = source.startswith((".", "/", "~")) or (parent != Path(".") and parent.is_dir())
+    if meant and not folder.exists():
+        beside = [str(other) for other in parent.iterdir()] if parent.is_dir() else []
+        raise FileNotFoundError(f"there is no run or model {source}{nearest(source, beside)}")
+    return source
+
+
+def _catalogue(functions: Mapping[str, Callable[..., Any]]) -> str:
+    """Names with the first paragraph of their docstrings."""
+    width = max(map(len, functions))
+    lines = []
+    for name, function in functions.items():
+        about = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("``", "")
+        lines += textwrap.wrap(
+            " ".join(about.split()), 110, initial_indent=name.ljust(width + 2), subsequent_indent=" " * (width + 2)
+        )
+    return "\n".join(lines)
+
+
+def _aligned(figures: Mapping[str, Any]) -> str:
+    width = max(map(len, figures))
+    return "\n".join(
+        f"{name.ljust(width)}  {f'{value:.6g}' if isinstance(value, float) else value}"
+        for name, value in figures.items()
+    )
+
+
+def _written(default: object) -> str:
+    """A default as it would be typed."""
+    if isinstance(default, (list, tuple)):
+        return ",".join(map(str, default)) or "[]"
+    return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
+
+
+def _switch(parsed: Parsed, name: str) -> bool:
+    return bool(convert(parsed.options.get(name, "false"), bool, f"--{name}"))
+
+
+def _words(text: str) -> list[str]:
+    return [word.strip() for word in text.split(",") if word.strip()]
+
+
+def _whole(text: str, name: str) -> int:
+    value: Any = convert(text, int, name)
+    return int(value)
+
+
+def _number(text: str, name: str) -> float:
+    value: Any = convert(text, float, name)
+    return float(value)

@@ -1,0 +1,192 @@
+"""Text as a run sees it: a corpus with the context in which it is read.
+
+``text`` is tokenised once into files and then read from there; ``stream`` tokenises as it reads, for what is too large
+to prepare (C4). Both read packed windows, or one document a sequence as the GaLore papers do.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+from dataclasses import dataclass, field
+from typing import Literal, Protocol
+
+from lowrank.data.text.batches import Batch, BatchSource
+from lowrank.data.text.documents import Documents, EvaluationDocuments, Streamed
+from lowrank.data.text.prepare import prepare
+from lowrank.data.text.source import Source
+from lowrank.data.text.text import open_source
+from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
+from lowrank.data.text.tokens import Tokens, check_vocabulary
+from lowrank.data.text.windows import Windows, evaluation_batches
+
+Packing = Literal["packed", "documents"]
+
+
+class Corpus(Protocol):
+    """What a language model must know of its data."""
+
+    @property
+    def context(self) -> int: ...
+
+    @property
+    def vocab_size(self) -> int: ...
+
+    @property
+    def end_of_document(self) -> int | None: ...
+
+    def check_vocabulary(self, vocab_size: int) -> None: ...
+
+
+@dataclass(frozen=True)
+class TextData:
+    """Tokenised text."""
+
+    tokens: Tokens
+    context: int
+    packing: Packing = "packed"
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self.tokens.tokenizer
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokens.vocab_size
+
+    @property
+    def end_of_document(self) -> int | None:
+        return self.tokens.end_of_document
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Raise ValueError if an id is beyond a model's vocabulary."""
+        check_vocabulary(self.tokens, vocab_size)
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """UTF-8 bytes of text for one token, to turn nats a token into bits a byte; None where not known."""
+        return self.tokens.bytes_per_token(split)
+
+    def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
+        """Training batches, in a seeded order."""
+        kind = Windows if self.packing == "packed" else Documents
+        return kind(self.tokens, "train", self.context, batch_size, seed, rank, ranks)
+
+    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
+        """Batches that score every token (or document) of ``split`` once, or the ``limit`` that are always the same."""
+        score = evaluation_batches if self.packing == "packed" else EvaluationDocuments
+        return score(self.tokens, split, self.context, batch_size, limit)
+
+
+@dataclass
+class StreamedText:
+    """Text that is tokenised as it is read; its length is not known, so runs say ``steps`` and ``eval_batches``."""
+
+    source: Source
+    tokenizer: Tokenizer
+    context: int
+    packing: Packing = "documents"
+    _vocabulary: int | None = field(default=None, init=False)
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def end_of_document(self) -> int | None:
+        return self.tokenizer.end_of_document
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """Ids are checked against this vocabulary as they come: T5's 32,100 hold sentinels that no text has."""
+        self._vocabulary = vocab_size
+
+    def bytes_per_token(self, split: str) -> float | None:
+        return None  # not known before the end of a stream
+
+    def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
+        """Training batches, shuffled within a buffer."""
+        return self._read("train", batch_size, seed, rank, ranks)
+
+    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
+        """The first ``limit`` batches of the split, in the source's order."""
+        if limit is None:
+            raise ValueError(f"{self.source.name} is streamed: say how many batches to evaluate on (--eval-batches)")
+        reader = self._read(split, batch_size, seed=0, rank=0, ranks=1, shuffle_documents=1)
+        return (reader.batch(n) for n in range(limit))
+
+    def _read(self, split: str, batch_size: int, seed: int, rank: int, ranks: int, **shuffle: int) -> Streamed:
+        return Streamed(
+            self.source,
+            self.tokenizer,
+            split,
+            self.context,
+            batch_size,
+            seed,
+            rank,
+            ranks,
+            packed=self.packing == "packed",
+            vocab_size=self._vocabulary,
+            **shuffle,
+        )
+
+
+def text(
+    source: str = "builtin",
+    *,
+    tokenizer: str | None = None,
+    column: str | None = None,
+    context: int = 128,
+    packing: Packing = "packed",
+    val_fraction: float | None = None,
+    test_fraction: float | None = None,
+    limit: int | None = None,
+    workers: int | None = None,
+) -> TextData:
+    """Text to model, tokenised at first use.
+
+    Args:
+        source: a name from ``lowrank data list``, a file, a folder, or a folder of tokens.
+        context: tokens in a sequence.
+        packing: ``packed`` cuts the text into windows; ``documents`` takes one document a sequence, cut or padded.
+        tokenizer, column, val_fraction, test_fraction, limit, workers: as in :func:`lowrank.data.prepare`.
+
+    Raises:
+        ValueError, OSError: as in :func:`lowrank.data.prepare`.
+    """
+    if context < 1:
+        raise ValueError(f"data.context={context} must be at least 1")
+    tokens = prepare(
+        source,
+        tokenizer=tokenizer,
+        column=column,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        limit=limit,
+        workers=workers,
+    )
+    return TextData(tokens, context, packing)
+
+
+def stream(
+    source: str = "c4",
+    *,
+    tokenizer: str = "t5-base",
+    column: str | None = None,
+    context: int = 256,
+    packing: Packing = "documents",
+) -> StreamedText:
+    """Text that is never prepared: read, tokenised and shuffled in a buffer as training goes.
+
+    Resuming reads the source again up to its place.
+
+    Args:
+        source, column: as in ``text``.
+        tokenizer: one that exists already (``bytes``, or transformers'); the papers' is T5's.
+        context, packing: as in ``text``; the papers' are 256 and one document a sequence.
+    """
+    if tokenizer == "chars" or tokenizer.startswith("bpe:"):
+        raise ValueError(f"data.tokenizer={tokenizer!r} is learnt from the whole text, which a stream does not have")
+    return StreamedText(
+        open_source(source, column=column),
+        pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
+        context,
+        packing,
+    )

@@ -1,0 +1,311 @@
+"""Several processes that train together: the group that ``torchrun`` starts, and what they send each other.
+
+    with joined(device) as ranks:      None in a single process, which needs nothing of this and pays nothing
+        ranks.sum_(tensors)            in place, bitwise the same on every rank
+        ranks.gather(tensors)          those of all ranks, in the order of the ranks
+
+Everything that is sent goes through a few functions (``group``), which count it.
+
+A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a socket
+listening, its doorbell: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
+
+gloo on CPUs, nccl on GPUs.
+"""
+
+from __future__ import annotations
+
+import copy
+import gc
+import os
+import re
+import socket
+import time
+import uuid
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import closing, contextmanager
+from datetime import timedelta
+from functools import partial
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from lowrank.distributed.collectives import Group, Traffic, buckets, ring_gather_bytes, ring_sum_bytes
+
+T = TypeVar("T")
+TIMEOUT_SECONDS = 300.0  # LOWRANK_TIMEOUT overrides it
+_NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+
+
+class RankLost(ConnectionError):
+    """Another rank is gone or does not answer; the message names it where that can be known."""
+
+
+class RanksDisagree(ValueError):
+    """The ranks were not started alike; the message says who differs in what."""
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints: rank 0, or the only one."""
+    return os.environ.get("RANK", "0") == "0" or world_size() == 1
+
+
+def first_on_node() -> bool:
+    """Whether this process is the first on its machine, as ``torchrun`` says; rank 0 where nothing says so."""
+    return os.environ.get("LOCAL_RANK", os.environ.get("RANK", "0")) == "0"
+
+
+def world_size() -> int:
+    """Processes in the group that ``torchrun`` started; 1 without it."""
+    return int(os.environ.get("WORLD_SIZE", "1"))
+
+
+class Ranks(Group):
+    """This process among ``count``, as number ``rank``: all that there are (:func:`joined`), or some (``divided``)."""
+
+    def __init__(self, device: torch.device, timeout: float):
+        self.rank, self.count, self.device, self.timeout = dist.get_rank(), dist.get_world_size(), device, timeout
+        self.traffic, self.between = Traffic(), True
+        self.numbers: Sequence[int] = range(self.count)  # of each member among all ranks
+        self.process_group: Any = dist.group.WORLD
+        self._mesh: Any = None
+        self._divided: dict[tuple[tuple[int, ...], ...], Ranks] = {}
+        self._door = socket.create_server(("", 0), backlog=64)
+        self._doors: list[tuple[str, int]] = []
+        self._doors = self.gather_objects((_own_address(), self._door.getsockname()[1]))
+
+    def __str__(self) -> str:
+        return f"{self.count} ranks ({dist.get_backend()}, timeout {self.timeout:g} s), this is rank {self.rank}"
+
+    @property
+    def mesh(self) -> Any:
+        """torch's device mesh of one dimension with these ranks."""
+        from torch.distributed.device_mesh import DeviceMesh
+
+        if self._mesh is None:
+            self._mesh = DeviceMesh.from_group(self.process_group, self.device.type)
+        return self._mesh
+
+    def close(self) -> None:
+        self._divided.clear()
+        self._door.close()
+
+    def divided(self, groups: Sequence[Sequence[int]], *, between: bool) -> Ranks:
+        """The one of ``groups``, which divide all ranks, that this rank is in. All ranks must call it.
+
+        Args:
+            groups: the numbers of each group's ranks.
+            between: what is said there goes to other workers, and is counted as such; what is said to all is too.
+        """
+        key = tuple(tuple(numbers) for numbers in groups)
+        if key in self._divided:  # making groups takes time, and torch keeps them until the end
+            return self._divided[key]
+        timeout = timedelta(seconds=self.timeout)
+        group, _ = dist.new_subgroups_by_enumeration([list(numbers) for numbers in key], timeout=timeout)
+        found = self._divided[key] = copy.copy(self)  # which counts into the same traffic
+        found.numbers = next(numbers for numbers in key if self.rank in numbers)
+        found.rank, found.count = found.numbers.index(self.rank), len(found.numbers)
+        found.process_group, found.between, found._mesh = group, between, None
+        found._doors = [self._doors[number] for number in found.numbers]
+        return found
+
+    # --- what is said --------------------------------------------------------------------------------------------
+
+    def say(self, what: str, collective: Callable[[], T], size: int) -> T:
+        """Run a collective that somebody else has made (FSDP's), counted as ``size`` bytes sent and received.
+
+        Raises:
+            RankLost: it failed.
+        """
+        found: T = self._say(what, collective)
+        self.traffic.count(size, between=self.between)
+        return found
+
+    def _add_up(self, flat: Tensor) -> Callable[[], object]:
+        reduce = partial(dist.all_reduce, flat, group=self.process_group, async_op=True)
+        wait = self._start("a sum", reduce)
+        self.traffic.count(ring_sum_bytes(flat.nbytes, self.count), between=self.between)
+        return wait
+
+    def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
+        everyone = flat.new_empty(self.count, flat.numel())
+        gather = partial(dist.all_gather, list(everyone), flat, group=self.process_group, async_op=True)
+        wait = self._start("a gathering", gather)
+        self.traffic.count(ring_gather_bytes(flat.nbytes, self.count), between=self.between)
+
+        def arrive() -> Tensor:
+            wait()
+            return everyone.view(self.count, flat.numel())  # and so flat is held until all have read it
+
+        return arrive
+
+    def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
+        """Replace each tensor by that of rank ``source``; they may lie elsewhere than the ranks talk."""
+        number = self.numbers[source]
+        for bucket in buckets(tensors):
+            flat = torch.cat([t.detach().reshape(-1) for t in bucket]).to(self.device)
+            self._say("a broadcast", partial(dist.broadcast, flat, number, group=self.process_group))
+            self.traffic.count(flat.nbytes, between=self.between)
+            parts = flat.split([t.numel() for t in bucket])
+            for tensor, part in zip(bucket, parts, strict=True):
+                tensor.copy_(part.view(tensor.shape))
+
+    def agree(self, facts: Mapping[str, object]) -> None:
+        """Refuse ranks that were not started alike.
+
+        Raises:
+            RanksDisagree: on every rank, naming each rank that differs from the first, and in what.
+        """
+        first, *others = zip(self.numbers, self.gather_objects(dict(facts)), strict=True)
+        objections = [
+            f"rank {rank} has {name} {theirs.get(name)}, rank {first[0]} has {first[1].get(name)}"
+            for rank, theirs in others
+            for name in {**first[1], **theirs}
+            if theirs.get(name) != first[1].get(name)
+        ]
+        if objections:
+            raise RanksDisagree(
+                f"the ranks were not started alike: {'; '.join(objections)}. Start all of them with the same command, "
+                "data and version"
+            )
+
+    # --- who is gone ---------------------------------------------------------------------------------------------
+
+    def _start(self, what: str, collective: Callable[[], Any]) -> Callable[[], object]:
+        """Start a collective; the function returned waits for it."""
+        started = self._say(what, collective)
+        return lambda: self._say(what, started.wait)
+
+    def _say(self, what: str, collective: Callable[[], Any]) -> Any:
+        try:
+            return collective()
+        except RuntimeError as error:
+            raise RankLost(self._explain(what, error)) from error
+
+    def _explain(self, what: str, error: Exception) -> str:
+        me, others = self.numbers[self.rank], [r for r in range(len(self._doors)) if r != self.rank]
+        lost = [r for r in others if not self._answers(r)]
+        reason = _reason(error)
+        if lost:
+            names = ", ".join(f"rank {self.numbers[r]} ({self._doors[r][0]})" for r in lost)
+            return f"{names} is gone; rank {me} was waiting for {what}: {reason}. Resume from the checkpoint"
+        numbers = ", ".join(str(self.numbers[r]) for r in others)
+        names = f"rank {numbers}" if len(others) == 1 else f"one of ranks {numbers}"
+        return (
+            f"{names} lives but did not answer rank {me} in {what} within {self.timeout:g} s ({reason}); if it "
+            "is only slow, set LOWRANK_TIMEOUT to more seconds"
+        )
+
+    def _answers(self, rank: int) -> bool:
+        """Whether the rank's process still holds its doorbell; looked at twice, as a process takes time to die."""
+        if not _connects(self._doors[rank]):
+            return False
+        time.sleep(1.0)
+        return _connects(self._doors[rank])
+
+
+@contextmanager
+def joined(device: torch.device) -> Iterator[Ranks | None]:
+    """The ranks of this run, None in a single process.
+
+    They are torch.distributed's group; where the program has made none, it is made from the environment that
+    ``torchrun`` sets, and left at the end.
+
+    Raises:
+        ValueError: the environment is incomplete, or there are more ranks on this machine than GPUs.
+    """
+    if not dist.is_available() or (not dist.is_initialized() and world_size() == 1):
+        yield None
+        return
+    ours = not dist.is_initialized()
+    timeout = float(os.environ.get("LOWRANK_TIMEOUT", TIMEOUT_SECONDS))
+    if ours:
+        _start(device, timeout)
+    try:
+        if dist.get_world_size() == 1:
+            yield None
+            return
+        with closing(Ranks(device, timeout)) as ranks:
+            yield ranks
+        if ours:
+            gc.collect()  # a sharded model holds the group in cycles, and one that outlives it aborts the process
+    finally:
+        if ours:
+            dist.destroy_process_group()
+
+
+def _start(device: torch.device, timeout: float) -> None:
+    missing = [name for name in _NEEDED if name not in os.environ]
+    if missing:
+        raise ValueError(
+            f"WORLD_SIZE is {world_size()} but {', '.join(missing)} is not set: start with torchrun, or unset "
+            "WORLD_SIZE to train in one process"
+        )
+    if device.type == "cuda":
+        local, present = int(os.environ.get("LOCAL_RANK", "0")), torch.cuda.device_count()
+        if local >= present:
+            raise ValueError(f"local rank {local} has no GPU of its own: use --nproc-per-node {present}")
+        torch.cuda.set_device(local)
+    backend = "nccl" if device.type == "cuda" else "gloo"
+    try:
+        store = _store_of_this_life(timeout) if dist.is_torchelastic_launched() else None
+        rank, count = (int(os.environ["RANK"]), world_size()) if store is not None else (-1, -1)
+        dist.init_process_group(backend, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
+    except RuntimeError as error:
+        raise RankLost(
+            f"rank {os.environ['RANK']} did not find the other {world_size() - 1} at {os.environ['MASTER_ADDR']}:"
+            f"{os.environ['MASTER_PORT']} within {timeout:g} s: {str(error).splitlines()[0]}"
+        ) from error
+
+
+def _store_of_this_life(timeout: float) -> dist.Store:
+    """A store in which nothing stands that the processes before a restart have left.
+
+    The launcher's own outlives them, and a rank that looks for another in it may find where the dead one was. So rank 0
+    names this life, and tells it to every process that answers; a dead one does not.
+    """
+    store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
+    if rank:
+        me = uuid.uuid4().hex
+        store.set(f"lowrank/rank/{rank}", me)
+        life = store.get(f"lowrank/{me}").decode()
+        store.set(f"lowrank/{me}/{life}", "")
+        return dist.PrefixStore(life, store)
+    life, end = uuid.uuid4().hex, time.monotonic() + timeout
+    for other in range(1, count):
+        them = ""
+        while not them or not store.check([f"lowrank/{them}/{life}"]):
+            if time.monotonic() > end:
+                raise RuntimeError(f"rank {other} has not come")
+            time.sleep(0.05 if them else 0.0)
+            them = store.get(f"lowrank/rank/{other}").decode()
+            store.set(f"lowrank/{them}", life)
+    return dist.PrefixStore(life, store)
+
+
+# --- small helpers ---------------------------------------------------------------------------------------------------
+
+
+def _reason(error: Exception) -> str:
+    """The first sentence of the backend's message, without the place in its source."""
+    text = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip())
+    return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
+
+
+def _own_address() -> str:
+    """This machine's address as the others see it: the one from which it reaches the meeting point. Sends nothing."""
+    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        try:
+            probe.connect((os.environ.get("MASTER_ADDR", "localhost"), 9))
+            return str(probe.getsockname()[0])
+        except OSError:
+            return "127.0.0.1"
+
+
+def _connects(address: tuple[str, int]) -> bool:
+    try:
+        socket.create_connection(address, timeout=2.0).close()
+    except OSError:
+        return False
+    return True

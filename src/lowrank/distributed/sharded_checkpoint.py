@@ -1,0 +1,178 @@
+"""Checkpoints of a model that several ranks hold in parts, by torch.distributed.checkpoint: each rank writes its own
+parts, and reads what it needs of anybody's.
+
+    step-00000200/model/shard-00001-model-00001-of-00001.safetensors       the parts of the first rank
+                  model/shard-00002-…                                      … of the second
+                  optimizer/shard-…                                        and so for the optimizer's nest
+                  state.json  manifest.json                                as in `checkpoint`
+
+The files are torch's HuggingFaceStorageWriter's: safetensors whose headers say which part of which tensor they hold, so
+that any number of ranks, and `dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder / "model"))`, can read
+them. Tensors that all ranks hold alike are written once, tied ones under the first of their names. Nobody needs memory
+for the whole model.
+
+The ranks must see one folder. torch's own messages on the way (which rank writes what) are small and not counted.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, TypeVar
+
+import torch
+from safetensors import SafetensorError
+from torch import Tensor
+
+from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.shards import Cut
+from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
+from lowrank.infra.checkpoint_files import FORMAT, STATE, measure, sync, write_json, write_manifest
+from lowrank.infra.checkpoint_shards import shard_reader, stored_tensors
+from lowrank.infra.checkpoint_tensors import flatten, unpack
+
+T = TypeVar("T")
+KINDS: tuple[Kind, ...] = ("model", "optimizer")
+
+
+# --- writing ---------------------------------------------------------------------------------------------------------
+
+
+def save_in_parts(
+    root: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    ranks: Ranks,
+    writes: bool,
+    keep: int = 2,
+    best: bool = False,
+) -> None:
+    """Write one checkpoint together, as `checkpoint.save` does alone; all ``ranks`` must call it and see ``root``.
+
+    Args:
+        tensors, optimizer, meta: as for `checkpoint.save`, the same names on all ranks. A DTensor is what this rank has
+            a part of; a tensor on the device "meta" is one that another rank gives.
+        ranks: who hold the model together.
+        writes: on one of them, who also writes what is not in parts.
+
+    Raises:
+        CheckpointError: on every rank, if one of them could not write; the earlier checkpoints are untouched.
+        ValueError: ``keep`` below 1.
+    """
+    checkpoint.check_keep(keep)
+    tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
+    model, aliases = _once(tensors)
+    notes = {"model": {"aliases": aliases, "orders": {}}, "nest": {"aliases": {}, "orders": {}}}
+    temporary = checkpoint.writing(root, step)
+
+    def failed(error: Exception) -> CheckpointError:
+        return checkpoint.not_saved(root, step, error)
+
+    def finish(files: Mapping[str, Mapping[str, int]]) -> None:
+        write_json(temporary / STATE, {"format": FORMAT, "step": step, **notes, "tree": tree})
+        for path in (*(temporary / kind for kind in KINDS), temporary / STATE):
+            sync(path)
+        write_manifest(temporary, {**files, STATE: measure(temporary / STATE)})
+        checkpoint.publish_(temporary, root, step, keep=keep, best=best)
+
+    _all_or_none(lambda: checkpoint.begin_(root, step) if writes else None, ranks, failed)
+    for kind, own in zip(KINDS, (model, leaves), strict=True):
+        _write(temporary / kind, own, ranks, failed)
+    measured = _all_or_none(lambda: _measured(temporary, ranks.rank), ranks, failed)
+    files = {name: size for theirs in measured for name, size in theirs.items()}
+    _all_or_none(lambda: finish(files) if writes else None, ranks, failed)
+
+
+def _all_or_none(function: Callable[[], T], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> list[T]:
+    """What each rank has found; what fails on one fails on all."""
+    found, error = None, None
+    try:
+        found = function()
+    except (OSError, SafetensorError) as raised:
+        error = raised
+    everyone = ranks.gather_objects((found, error))
+    if errors := [each for _, each in everyone if each is not None]:
+        raise failed(errors[0]) from error
+    return [theirs for theirs, _ in everyone]  # type: ignore[misc]
+
+
+def _measured(folder: Path, rank: int) -> dict[str, dict[str, int]]:
+    """Size and checksum of the files that a rank has written, by their names in the folder."""
+    files = [path for kind in KINDS for path in (folder / kind).glob(f"shard-{rank + 1:05d}-*")]
+    return {str(path.relative_to(folder)): measure(path) for path in files}
+
+
+def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(each tensor under its first name, the other names of it)."""
+    first: dict[int, str] = {}
+    aliases = {name: first[id(t)] for name, t in tensors.items() if first.setdefault(id(t), name) != name}
+    return {name: t for name, t in tensors.items() if name not in aliases}, aliases
+
+
+def _write(
+    folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, failed: Callable[[Exception], CheckpointError]
+) -> None:
+    import torch.distributed.checkpoint as dcp
+
+    own = {name: t.detach().contiguous() for name, t in tensors.items() if t.device.type != "meta"}
+    writer = dcp.HuggingFaceStorageWriter(str(folder), save_distributed=True)
+    _together(lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group), ranks, failed)
+
+
+def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> None:
+    """Run a function of torch.distributed.checkpoint; its exception is no ``Exception``."""
+    from torch.distributed.checkpoint.api import CheckpointException
+
+    try:
+        ranks.say("a checkpoint", function, 0)
+    except CheckpointException as error:
+        causes = [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
+        first = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else None)
+        raise failed(first or RuntimeError(str(error))) from error
+
+
+# --- reading ---------------------------------------------------------------------------------------------------------
+
+
+def read_parts(
+    saved: Checkpoint, kind: Kind, names: Sequence[str], cuts: Mapping[str, Cut], ranks: Ranks
+) -> dict[str, Tensor]:
+    """Tensors of a checkpoint, written in parts or not: of those in ``cuts`` this rank's pieces, others whole. All
+    ``ranks`` must call it with the same names.
+
+    Raises:
+        ValueError: a tensor that is to be cut has another shape in the checkpoint; the message names it.
+        CheckpointError: it cannot be read.
+    """
+    import torch.distributed.checkpoint as dcp
+
+    inside = saved.folder / kind
+    reader = shard_reader(inside if inside.is_dir() else saved.folder)
+    notes, stored = saved.notes(kind), stored_tensors(reader)
+    first = {name: notes["aliases"].get(name, name) for name in names}  # under which it is stored
+    cut_of = {first[name]: cut for name, cut in cuts.items()}
+    targets: dict[str, Any] = {}
+    pieces: dict[str, Tensor] = {}
+    for name in dict.fromkeys(first.values()):
+        size, dtype, cut = stored[name].size, stored[name].properties.dtype, cut_of.get(name)
+        if cut is None or name in notes["orders"]:  # stored with its dimensions in another order
+            targets[name] = torch.empty(size, dtype=dtype)
+            continue
+        if tuple(size) != cut.shape:
+            raise ValueError(f"{name} is {tuple(size)} in the checkpoint, {cut.shape} in the model")
+        pieces[name] = torch.empty(cut.shape_here, dtype=dtype, device=ranks.device)
+        targets[name] = cut.spread(pieces[name])
+    _together(
+        lambda: dcp.load(targets, storage_reader=reader, process_group=ranks.process_group),
+        ranks,
+        lambda error: CheckpointError(f"checkpoint {saved.folder} cannot be read: {error}"),
+    )
+    found = unpack({name: t for name, t in targets.items() if name not in pieces}, notes)
+    for name in cut_of.keys() - pieces:
+        cut = cut_of[name]
+        pieces[name] = cut.part.cut(found[name], cut.dim)
+    return {name: pieces[first[name]] if first[name] in pieces else found[first[name]] for name in names}

@@ -1,0 +1,166 @@
+"""Who trains apart, and who in step: the ranks divided into workers.
+
+A worker is one rank or several consecutive ones. The ranks of one worker, mates, train one copy of the model in step
+(data parallel, whole or sharded); workers train apart and meet now and then. Of six ranks in two workers:
+
+    worker 0: ranks 0 1 2      mates of rank 1: 0 1 2      peers of rank 1: 1 4
+    worker 1: ranks 3 4 5      mates of rank 4: 3 4 5      peers of rank 4: 1 4
+
+That is a mesh of two dimensions: fast links between mates (a node), slow ones between peers (nodes). ``Workers`` lets
+workers speak as if each were one rank. What a worker says is the same on all its mates, so each mate carries only its
+share of it to its peers, and mates then put the shares together: between workers every number travels once, over all
+the connections that there are.
+
+Shape legend: W workers of L mates each.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch.nn.functional as F
+from torch import Tensor
+
+from lowrank.distributed.collectives import Group, largest_share
+from lowrank.distributed.process_group import Ranks, world_size
+
+
+class Workers(Group):
+    """The workers as if each were one rank; what is given to it must be the same on all mates. Final."""
+
+    def __init__(self, mates: Ranks, peers: Ranks):
+        self.mates, self.peers = mates, peers
+        self.rank, self.count = peers.rank, peers.count
+        self.device, self.traffic = mates.device, mates.traffic
+
+    def _add_up(self, flat: Tensor) -> Callable[[], None]:
+        mine = self._share_of(flat)
+        arrive = self.peers._add_up(mine)
+
+        def finish() -> None:
+            arrive()
+            flat.copy_(self.mates._collect(mine)().flatten()[: flat.numel()])
+
+        return finish
+
+    def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
+        arrive = self.peers._collect(self._share_of(flat))
+
+        def finish() -> Tensor:
+            shares = self.mates._collect(arrive().flatten())()  # (L, W · share)
+            whole = shares.view(self.mates.count, self.count, -1).transpose(0, 1).reshape(self.count, -1)
+            return whole[:, : flat.numel()]
+
+        return finish
+
+    def _share_of(self, flat: Tensor) -> Tensor:
+        """What this mate carries of ``flat``: one of L equal pieces, the last ones padded."""
+        size = largest_share(flat.numel(), self.mates.count)
+        padded = F.pad(flat, (0, size * self.mates.count - flat.numel()))
+        return padded[self.mates.rank * size :][:size].clone()
+
+
+class Everyone(Group):
+    """All ranks, who add up by two levels: first mates, then workers as one each. So a sum crosses the slow links once,
+    in shares, where a ring of all ranks would carry all of it over each. Final."""
+
+    def __init__(self, ranks: Ranks, mates: Ranks, workers: Workers):
+        self.mates, self.workers = mates, workers
+        self.rank, self.count, self.device, self.traffic = ranks.rank, ranks.count, ranks.device, ranks.traffic
+
+    def _add_up(self, flat: Tensor) -> Callable[[], None]:
+        self.mates._add_up(flat)()
+        return self.workers._add_up(flat)
+
+    def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
+        arrive = self.workers._collect(self.mates._collect(flat)().flatten())
+        return lambda: arrive().reshape(self.count, flat.numel())
+
+
+@dataclass(frozen=True)
+class Division:
+    """How the ranks of a run are divided (module docstring); everything is None in one process.
+
+    Args:
+        ranks: all of them.
+        workers: those who train apart, of which each speaks as one; None where all ranks are one worker.
+        mates: the ranks of this worker; None where it is the only one.
+        peers: the ranks at the same place in all workers; None where there is one worker.
+        everyone: all ranks as a group that adds up by the shortest way.
+        in_step: all ranks are one worker, as was asked for, whether or not there are several.
+    """
+
+    ranks: Ranks | None = None
+    workers: Group | None = None
+    mates: Ranks | None = None
+    peers: Ranks | None = None
+    everyone: Group | None = None
+    in_step: bool = False
+
+    @property
+    def worker(self) -> int:
+        """Which worker this is."""
+        return 0 if self.workers is None else self.workers.rank
+
+    @property
+    def workers_count(self) -> int:
+        """How many workers there are."""
+        return 1 if self.workers is None else self.workers.count
+
+    @property
+    def is_mesh(self) -> bool:
+        """Whether there are several workers of several ranks."""
+        return self.mates is not None and self.workers is not None
+
+    @property
+    def mates_count(self) -> int:
+        """Ranks in this worker."""
+        return 1 if self.mates is None else self.mates.count
+
+
+def divide(ranks: Ranks | None, workers: int | None) -> Division:
+    """The ranks divided into so many workers of equal size; None: every rank is one. All ranks must call it.
+
+    Raises:
+        ValueError: the ranks cannot be divided so.
+    """
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers={workers} must be at least 1")
+    if ranks is None:
+        return Division(in_step=workers == 1)
+    if workers == 1:
+        return Division(ranks, mates=ranks, everyone=ranks, in_step=True)
+    if workers is None or workers == ranks.count:
+        return Division(ranks, workers=ranks, peers=ranks, everyone=ranks)
+    if ranks.count % workers:
+        fitting = [n for n in range(1, ranks.count + 1) if ranks.count % n == 0]
+        raise ValueError(
+            f"{ranks.count} ranks cannot be divided into {workers} workers of equal size: use one of "
+            f"{', '.join(map(str, fitting))}"
+        )
+    size = ranks.count // workers
+    mates = ranks.divided([range(first, first + size) for first in range(0, ranks.count, size)], between=False)
+    peers = ranks.divided([range(place, ranks.count, size) for place in range(size)], between=True)
+    together = Workers(mates, peers)
+    return Division(ranks, together, mates, peers, Everyone(ranks, mates, together))
+
+
+def nodes() -> int:
+    """Machines in the group that ``torchrun`` started.
+
+    Raises:
+        ValueError: they have different numbers of ranks, or ``torchrun`` has not started this process.
+    """
+    here, machines = os.environ.get("LOCAL_WORLD_SIZE"), os.environ.get("GROUP_WORLD_SIZE")
+    if world_size() == 1:
+        return 1
+    if here is None or machines is None:
+        raise ValueError("--workers nodes: torchrun has not said how many nodes there are; give a number of workers")
+    if int(here) * int(machines) != world_size():
+        raise ValueError(
+            f"--workers nodes: {here} of {world_size()} ranks are on this node, so the {machines} nodes do not all "
+            "have as many: start as many on each (--nproc-per-node), or give a number of workers"
+        )
+    return int(machines)

@@ -1,0 +1,111 @@
+"""Figures of an image classifier, from labels and scores alone.
+
+AUC and ACC are MedMNIST's own (``medmnist.Evaluator``), to the last digit:
+
+    binary        AUC and ACC of the last column, ACC at a threshold of 0.5
+    multi-label   the mean of the labels' AUCs, and of their ACCs at 0.5
+    else          the mean of the classes' one-against-the-rest AUCs; ACC of the largest score (ordinal too)
+
+One deviation: a class of which a split has no example, or nothing else, has no AUC. MedMNIST gives NaN; here the mean
+is over the classes that have one, and NaN only if none has.
+
+Shapes: labels (n,) int, or (n, classes) of zeros and ones; scores (n, classes), probabilities.
+"""
+
+from __future__ import annotations
+
+import math
+
+import numpy as np
+
+from lowrank.data.images.set import Kind
+
+
+def image_metrics(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> dict[str, float]:
+    """``auc``, ``acc`` and ``balanced_accuracy`` (the mean of the classes' sensitivities)."""
+    return {
+        "auc": auc(labels, scores, kind),
+        "acc": accuracy(labels, scores, kind),
+        "balanced_accuracy": balanced_accuracy(labels, scores, kind),
+    }
+
+
+def auc(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
+    """Area under the ROC curve, as MedMNIST averages it."""
+    if kind == "binary":
+        return class_auc(labels == 1, scores[:, -1])
+    wanted = one_hot(labels, scores.shape[1])
+    total, count = 0.0, 0
+    for i in range(scores.shape[1]):
+        value = class_auc(wanted[:, i], scores[:, i])
+        if not math.isnan(value):
+            total, count = total + value, count + 1
+    return total / count if count else math.nan
+
+
+def class_auc(positive: np.ndarray, score: np.ndarray) -> float:
+    """Area under the ROC curve of one class against the rest; NaN where there is only one of the two."""
+    from sklearn.metrics import roc_auc_score
+
+    if positive.all() or not positive.any():
+        return math.nan
+    return float(roc_auc_score(positive.astype(float), score))
+
+
+def accuracy(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
+    """The share of right answers."""
+    if kind == "multi-label":
+        total = 0.0
+        for i in range(scores.shape[1]):
+            total += float(np.mean(labels[:, i] == (scores[:, i] > 0.5)))
+        return total / scores.shape[1]
+    return float(np.mean(labels == predicted(scores, kind)))
+
+
+def balanced_accuracy(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
+    """The mean sensitivity over the classes that occur; of several labels, the mean of their balanced accuracies."""
+    if kind == "multi-label":
+        answers = scores > 0.5
+        means = [_mean_recall(labels[:, i], answers[:, i].astype(int)) for i in range(scores.shape[1])]
+        return float(np.mean(means))
+    return _mean_recall(labels, predicted(scores, kind))
+
+
+def predicted(scores: np.ndarray, kind: Kind) -> np.ndarray:
+    """The answers: (n,) classes, or (n, classes) of zeros and ones."""
+    if kind == "multi-label":
+        return (scores > 0.5).astype(np.int64)
+    if kind == "binary":
+        return (scores[:, -1] > 0.5).astype(np.int64)
+    return scores.argmax(axis=1)
+
+
+def calibration_error(labels: np.ndarray, scores: np.ndarray, kind: Kind, bins: int = 15) -> float:
+    """Expected calibration error (Guo et al., arXiv 1706.04599): the weighted mean of |accuracy − confidence|.
+
+    The mean is over bins of confidence of equal width, weighted by their counts; for several labels, over all answers,
+    confidence being the probability of the answer given.
+    """
+    confidence, right = answers_given(labels, scores, kind)
+    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    gaps = [
+        abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean() for b in np.unique(which)
+    ]
+    return float(sum(gaps))
+
+
+def answers_given(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> tuple[np.ndarray, np.ndarray]:
+    """(the probability of each answer given, whether it was right), flat."""
+    if kind == "multi-label":
+        chosen = predicted(scores, kind)
+        return np.where(chosen > 0, scores, 1 - scores).ravel(), (chosen == labels).ravel().astype(float)
+    return scores.max(axis=1), (predicted(scores, kind) == labels).astype(float)
+
+
+def one_hot(labels: np.ndarray, classes: int) -> np.ndarray:
+    """(n, classes) booleans: which classes each image has."""
+    return labels.astype(bool) if labels.ndim == 2 else labels[:, None] == np.arange(classes)
+
+
+def _mean_recall(labels: np.ndarray, answers: np.ndarray) -> float:
+    return float(np.mean([np.mean(answers[labels == c] == c) for c in np.unique(labels)]))

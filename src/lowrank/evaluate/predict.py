@@ -1,0 +1,170 @@
+"""What a model says of image files: a base with an adapter, or a run.
+
+Files are read exactly as the training data was: the same size, window and fit, the model's own resize and
+normalisation.
+"""
+
+from __future__ import annotations
+
+import csv
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import nn
+
+from lowrank.data.images.batches import to_model
+from lowrank.data.images.decode import SUFFIXES, Damaged, read_image
+from lowrank.data.images.set import Reading
+from lowrank.data.images.source import ImageData
+from lowrank.evaluate.image_metrics import predicted
+from lowrank.evaluate.image_task import probabilities
+from lowrank.infra import checkpoint
+from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
+from lowrank.models import MODELS
+from lowrank.models.vision import logits_of
+from lowrank.run.run import Call, Run
+from lowrank.run.session import facts_of_images, pick_checkpoint, pick_device, restore, run_folder
+
+
+@dataclass(frozen=True, kw_only=True)
+class Prediction:
+    """One image: the answer (several names, or none, where labels are several) and the probability of every class."""
+
+    path: str
+    answer: tuple[str, ...]
+    scores: dict[str, float]
+
+
+def predict(
+    images: Sequence[str],
+    *,
+    adapter: str | None = None,
+    base: str | None = None,
+    out: str | None = None,
+    skip_damaged: bool = False,
+    batch_size: int = 32,
+    device: str = "auto",
+) -> list[Prediction]:
+    """Classify image files.
+
+    Args:
+        images: files, and folders of files.
+        adapter: the folder of an exported adapter; none: ``base`` is a run.
+        base: what the adapter was trained on: a run's folder, a file or folder of weights, a timm name, or ``hub``; by
+            default what the adapter names itself.
+        out: also write a CSV file.
+        skip_damaged: leave out files that cannot be read.
+        batch_size: images at once.
+        device: auto, cpu or cuda.
+
+    Raises:
+        ValueError: neither adapter nor run; an adapter for another base; damaged files (named, counted).
+    """
+    paths = _files(images)
+    if batch_size < 1:
+        raise ValueError(f"--batch-size {batch_size} must be at least 1")
+    if adapter is not None:
+        info, tensors = read_adapter(Path(adapter))
+        data = info.data()
+        bank = AdapterBank(base_model(info, base).to(pick_device(device)))
+        bank.add("adapter", info, tensors)
+        model = bank.use("adapter").eval()
+    elif base is not None:
+        session, _ = restore(Path(base), device=device, data=facts_of_images(Path(base)))
+        if session.run.task != "images":
+            raise ValueError(f"{base} is a run on {session.run.task}: only models of images predict")
+        model, data = session.model, session.data
+    else:
+        raise ValueError("which model? give --adapter DIR (and --base where it is elsewhere), or --base RUN")
+    arrays = list(_arrays(paths, data.reading, skip_damaged))
+    made = []
+    for start in range(0, len(arrays), batch_size):
+        made += classify(model, arrays[start : start + batch_size], data)
+    if out is not None:
+        _write(Path(out), made)
+    return made
+
+
+@torch.no_grad()
+def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: ImageData) -> list[Prediction]:
+    """Predictions for (name, (h, w) or (h, w, 3) uint8), all of one shape."""
+    several = data.kind == "multi-label"
+    x = to_model(np.stack([array for _, array in images]), data.spec).to(next(model.parameters()).device)
+    scores = probabilities(logits_of(model, x), several=several).cpu().numpy()
+    answers = predicted(scores, data.kind)
+    made = []
+    for (name, _), row, answer in zip(images, scores, answers, strict=True):
+        chosen = (
+            tuple(c for c, has in zip(data.classes, answer, strict=True) if has)
+            if several
+            else (data.classes[int(answer)],)
+        )
+        made.append(Prediction(path=name, answer=chosen, scores=dict(zip(data.classes, map(float, row), strict=True))))
+    return made
+
+
+def base_model(info: AdapterInfo, base: str | None = None) -> nn.Module:
+    """The plain model that an adapter goes on, as the adapter names it or as ``base`` says."""
+    call, weights = info.model, None
+    path = Path(base).expanduser() if base is not None else None
+    if path is not None and (path / "run.json").is_file():
+        root = run_folder(path)
+        call = Run.read(root / "run.json").model
+        weights = checkpoint.load(pick_checkpoint(root, "best")).tensors
+    elif base is not None and (base == "hub" or (path is not None and path.exists())):
+        call = Call(name=call.name, args={**call.args, "path" if call.name == "hf-vit" else "weights": base})
+    elif base is not None:
+        if call.name != "vit":
+            raise ValueError(f"--base {base}: there is no such file or folder, and {call.name} has no models by name")
+        call = Call(name="vit", args={**call.args, "name": base})
+    torch.manual_seed(info.seed)  # a base that was drawn at random is drawn again
+    model = MODELS[call.name](info.data(), **call.args)
+    if weights is not None:
+        ours = model.state_dict()
+        missing = [n for n in info.base if n not in weights or n not in ours or weights[n].shape != ours[n].shape]
+        if missing:
+            raise ValueError(f"the run {base} is of another model than the adapter: it has no {', '.join(missing[:3])}")
+        model.load_state_dict({n: weights[n] for n in info.base}, strict=False)
+    return model
+
+
+def _files(images: Sequence[str]) -> list[Path]:
+    found: list[Path] = []
+    for name in images:
+        path = Path(name).expanduser()
+        if path.is_dir():
+            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+        elif path.is_file():
+            found.append(path)
+        else:
+            raise FileNotFoundError(f"there is no image or folder {name}")
+    if not found:
+        raise ValueError("no images: give files, or folders with files")
+    return found
+
+
+def _arrays(paths: Sequence[Path], reading: Reading, skip_damaged: bool) -> Iterator[tuple[str, np.ndarray]]:
+    damaged = []
+    for path in paths:
+        try:
+            array = read_image(path, reading.size, grey=reading.grey, window=reading.window, fit=reading.fit)
+        except Damaged as error:
+            damaged.append(f"{path} ({error})")
+            continue
+        yield str(path), array
+    if damaged and not skip_damaged:
+        raise ValueError(
+            f"{len(damaged)} of {len(paths)} images cannot be read: {', '.join(damaged[:5])}; "
+            "leave them out with --skip-damaged"
+        )
+
+
+def _write(path: Path, predictions: Sequence[Prediction]) -> None:
+    with open(path, "w", newline="", encoding="utf-8") as file:
+        writer = csv.writer(file)
+        writer.writerow(["image", "answer", *(predictions[0].scores if predictions else [])])
+        for each in predictions:
+            writer.writerow([each.path, "|".join(each.answer), *(f"{score:.6g}" for score in each.scores.values())])

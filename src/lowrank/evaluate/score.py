@@ -1,0 +1,190 @@
+"""Models outside the loop: scored on any split, planned without their data, exported as plain models.
+
+    score             loss and perplexity of a run, a checkpoint or a pre-trained model, as nanoGPT's eval_gpt2 gives
+    planned_session   what a run would train; its data is not read unless the model's shape depends on it
+    export            the merged weights under their original keys, with the tokenizer
+
+Nothing here trains.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Literal
+
+from safetensors.torch import save_file
+
+from lowrank.adapters import merge_and_unload
+from lowrank.data import DATA
+from lowrank.data.images.medmnist import NAMES
+from lowrank.data.images.medmnist import facts as medmnist_facts
+from lowrank.data.images.source import ImageData
+from lowrank.evaluate.evaluator import evaluate
+from lowrank.run.overrides import override
+from lowrank.run.run import Call, Run
+from lowrank.run.session import Session, open_session, restore
+
+
+def score(
+    source: str,
+    *,
+    data: str | None = None,
+    split: str = "val",
+    checkpoint: Literal["best", "latest"] = "best",
+    column: str | None = None,
+    tokenizer: str | None = None,
+    context: int | None = None,
+    val_fraction: float | None = None,
+    batch_size: int = 8,
+    batches: int | None = None,
+    device: Literal["auto", "cpu", "cuda"] = "auto",
+) -> dict[str, float]:
+    """Metrics of a model on a split, every token scored once.
+
+    Args:
+        source: a run's folder or one of its checkpoints, or a model's folder or its name on the hub.
+        data: a text by name or file; by default the run's own.
+        split: train, val or test.
+        checkpoint: which of a run's checkpoints: best (by validation) or latest.
+        column: the text's column, in tables.
+        tokenizer: a pre-trained model's, where it is not its own.
+        context: tokens in a window; by default the run's, or the model's up to 1024.
+        val_fraction: the share to hold out, where the text has no split of that name.
+        batch_size: windows scored at once.
+        batches: score so many batches only; by default the whole split.
+        device: where to compute.
+
+    Raises:
+        ValueError: a pre-trained model without data, or a tokenizer given for a run, which has its own.
+    """
+    folder = Path(source).expanduser()
+    if batch_size < 1 or (batches is not None and batches < 1):
+        raise ValueError("--batch-size and --batches must be at least 1")
+    changes = {"column": column, "context": context, "val_fraction": val_fraction}
+    if _is_run(folder):
+        if tokenizer is not None:
+            raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
+        session, _ = restore(folder, checkpoint, device=device)
+        session = _on_other_data(session, data, changes)
+    else:
+        session = _pretrained(source, data, changes | {"tokenizer": tokenizer or source}, device)
+    found = session.data.evaluation(split, batch_size, batches)
+    metrics = evaluate(session.model, found, session.task, device=session.device, autocast=session.autocast)
+    rate = session.data.bytes_per_token(split) if session.run.task == "text" else None
+    return metrics | ({"bits_per_byte": metrics["loss"] / math.log(2) / rate} if rate else {})
+
+
+def planned_session(run: Run) -> Session:
+    """The session of a run that is not going to be trained.
+
+    The vocabulary is the model's own where it is given; only where it is left to the data are tokens prepared.
+    """
+    source = run.data.args.get("source")
+    if run.task == "images" and source in NAMES:
+        facts = medmnist_facts(str(source), int(str(run.data.args.get("size") or 28)))
+        return open_session(run, data=ImageData.without_images(facts))
+    vocabulary = run.model.args.get("vocab_size")
+    needs_data = run.task != "text" or (run.model.name != "pretrained" and not isinstance(vocabulary, int))
+    if needs_data:
+        return open_session(run)
+    context = run.data.args["context"]
+    return open_session(run, data=_Unread(int(str(context))))
+
+
+def export(source: Path, out: Path, *, which: str = "best") -> int:
+    """Write a run's model, adapters merged, as a plain one: `model.safetensors`, and what its library needs to load it.
+
+    A model of transformers gets its `config.json`.
+
+    Returns:
+        The step of the checkpoint that was exported.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: no such checkpoint kind.
+    """
+    if which not in ("best", "latest"):
+        raise ValueError(f"--checkpoint {which}: it is best or latest")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another folder")
+    session, step = restore(source, which, device="cpu")  # type: ignore[arg-type]
+    model: Any = merge_and_unload(session.model)
+    out.mkdir(parents=True, exist_ok=True)
+    if hasattr(model, "save_pretrained"):
+        model.save_pretrained(out)
+    else:  # a model of timm: its name is its format
+        save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
+    if session.run.task == "text":
+        session.data.tokenizer.save(out)
+    return step
+
+
+@dataclass(frozen=True)
+class _Unread:
+    """Stands for text that a plan need not look at; the model says its own vocabulary."""
+
+    context: int
+    vocab_size: int = 0
+    end_of_document: int | None = None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        pass  # there are no ids to check
+
+
+def _is_run(folder: Path) -> bool:
+    return folder.is_dir() and not (folder / "config.json").is_file()
+
+
+def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]) -> Session:
+    """The session with other data, text under the run's own tokenizer."""
+    options = {f"data.{name}": value for name, value in changes.items() if value is not None}
+    if source is None and not options:
+        return session
+    if source is not None and session.run.task == "text":
+        own = {"data.tokenizer": _same_tokenizer(session), "data.column": None, "data.limit": None}
+        options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
+    run = override(session.run, options if source is None else {"data": source, **options})
+    made = DATA[run.data.name](**run.data.args)
+    if isinstance(made, ImageData):
+        made = _same_classes(made.for_model(session.model), session.data)
+    return replace(session, run=run, data=made)
+
+
+def _same_classes(data: ImageData, trained: ImageData) -> ImageData:
+    if (data.kind, data.classes) != (trained.kind, trained.classes):
+        raise ValueError(
+            f"{data.set.name} has the classes {', '.join(data.classes)} ({data.kind}), and the run was trained on "
+            f"{', '.join(trained.classes)} ({trained.kind})"
+        )
+    return data
+
+
+def _same_tokenizer(session: Session) -> str:
+    """The name of the run's tokenizer for other text; one learnt from the run's text lies beside its tokens."""
+    spec = str(session.data.tokenizer.spec)
+    learnt = spec == "chars" or spec.startswith("bpe:")
+    return str(session.data.tokens.folder) if learnt else spec
+
+
+def _pretrained(source: str, data: str | None, changes: dict[str, Any], device: str) -> Session:
+    """A session around a model from a folder or the hub, for looking at it only."""
+    if data is None:
+        raise ValueError(f"on what text is {source} to be scored? give --data NAME|FILE")
+    from transformers import AutoConfig
+
+    if changes["context"] is None:
+        config = AutoConfig.from_pretrained(source)
+        changes["context"] = min(1024, getattr(config, "max_position_embeddings", 1024))
+    given = {name: value for name, value in changes.items() if value is not None}
+    run = Run(
+        recipe="score",
+        task="text",
+        model=Call(name="pretrained", args={"path": source}),
+        data=Call(name="text", args={"source": data, **given}),
+        method=Call(name="full"),
+        steps=1,
+        device=device,  # type: ignore[arg-type]
+    )
+    return open_session(run)

@@ -1,0 +1,340 @@
+"""Adapters as small files of their own, and many of them on one base model (MeLo, arXiv 2311.08236).
+
+An adapter is a folder of two files:
+
+    folder/adapter.safetensors   the factors, the head, and whatever else was trained
+    folder/adapter.json          method, model, classes, how images are read, and a digest of every weight of the base
+                                 that the adapter was trained on: on another base it is refused
+
+A bank holds one base and any number of adapters:
+
+    bank = AdapterBank(model)                 # a plain model; its weights are never changed
+    bank.load("adapters/pneumonia")
+    bank.load("adapters/skin")
+    bank.use("skin")(images)                  # nothing is loaded or copied: layers and the head are put in
+    bank.use(None)                            # the base itself
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors.torch import load_file, save_file
+from torch import Tensor, nn
+
+from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
+from lowrank.data.images.source import ImageData
+from lowrank.infra import checkpoint
+from lowrank.infra.convert import nearest
+from lowrank.methods import METHODS
+from lowrank.plan.plan import Plan, apply_
+from lowrank.run.run import Call
+from lowrank.run.session import facts_of_images, pick_checkpoint, restore, run_folder
+
+FORMAT = 1
+ADAPTER = ".adapters."
+
+
+@dataclass(frozen=True, kw_only=True)
+class AdapterInfo:
+    """What must be known to put an adapter to use.
+
+    ``base``: parameter name → digest, of every weight that the adapter leaves as it is; empty: not known, not checked.
+    ``reading``: how image files become arrays (size, window, fit, grey); ``spec``: how arrays become the model's input.
+    """
+
+    method: Call
+    model: Call
+    seed: int = 0
+    task: str = "images"
+    kind: str = "multi-class"
+    classes: tuple[str, ...] = ()
+    reading: Mapping[str, Any] = field(default_factory=dict)
+    spec: Mapping[str, Any] = field(default_factory=dict)
+    base: Mapping[str, str] = field(default_factory=dict)
+    origin: str = ""
+    metrics: Mapping[str, float] = field(default_factory=dict)
+
+    def to_json(self) -> dict[str, Any]:
+        plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
+        calls = {"method": self.method.to_json(), "model": self.model.to_json()}
+        return {"format": FORMAT, **plain, **calls, "classes": list(self.classes)}
+
+    def data(self) -> ImageData:
+        """Classes and the way of reading images, for a model or a prediction.
+
+        Raises:
+            ValueError: the adapter does not say how images are read.
+        """
+        if self.task != "images" or not self.reading or not self.spec:
+            raise ValueError(
+                "the adapter does not say what its images are like: it is for another task, or of LoRA-ViT"
+            )
+        return ImageData.without_images(
+            {"kind": self.kind, "classes": self.classes, "reading": self.reading, "spec": self.spec}
+        )
+
+    @staticmethod
+    def from_json(content: Mapping[str, Any], where: object) -> AdapterInfo:
+        known = AdapterInfo.__dataclass_fields__
+        if content.get("format") != FORMAT or not {"method", "model"} <= content.keys():
+            raise ValueError(f"{where} holds no adapter of format {FORMAT}: it says format {content.get('format')!r}")
+        given: dict[str, Any] = {name: value for name, value in content.items() if name in known}
+        calls: dict[str, Any] = {name: Call.from_json(given.pop(name)) for name in ("method", "model")}
+        return AdapterInfo(**calls, **given | {"classes": tuple(content.get("classes", ()))})
+
+
+def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterInfo:
+    """Write the adapter of a run: what it trained, and nothing of its base.
+
+    Args:
+        source: a run's folder or one of its checkpoints.
+        out: the adapter's folder; must be empty or missing.
+        which: best or latest.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: the run has no adapter apart from its weights.
+    """
+    if which not in ("best", "latest"):
+        raise ValueError(f"--checkpoint {which}: it is best or latest")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another folder")
+    session, step = restore(source, which, device="cpu", data=facts_of_images(source))  # type: ignore[arg-type]
+    run, plan = session.run, session.plan
+    _refuse_inseparable(plan, source)
+    tensors = trained_tensors(plan)
+    root = run_folder(source)
+    saved = checkpoint.load(source if source != root else pick_checkpoint(root, which))  # type: ignore[arg-type]
+    info = AdapterInfo(
+        method=run.method,
+        model=run.model,
+        seed=run.seed,
+        task=run.task,
+        base={row.name: digest(dict(plan.model.named_parameters())[row.name]) for row in plan.rows if row.rule is None},
+        origin=f"{source} at step {step}",
+        metrics=saved.meta["metrics"],
+        **(session.data.to_json() if isinstance(session.data, ImageData) else {}),
+    )
+    write_adapter(out, info, tensors)
+    return info
+
+
+def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:
+    out.mkdir(parents=True, exist_ok=True)
+    save_file(
+        {name: t.detach().contiguous() for name, t in tensors.items()}, out / "adapter.safetensors", {"format": "pt"}
+    )
+    (out / "adapter.json").write_text(json.dumps(info.to_json(), indent=2) + "\n")
+
+
+def read_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
+    """An adapter's description and tensors.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: the files cannot be read.
+    """
+    for name in ("adapter.json", "adapter.safetensors"):
+        if not (folder / name).is_file():
+            hint = "; lowrank export RUN --adapter OUT makes one of a run" if (folder / "run.json").is_file() else ""
+            raise FileNotFoundError(f"{folder} is no adapter's folder: it has no {name}{hint}")
+    try:
+        info = AdapterInfo.from_json(json.loads((folder / "adapter.json").read_text()), folder)
+        return info, load_file(folder / "adapter.safetensors")
+    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        raise ValueError(f"{folder}/adapter.json cannot be read: {error}") from error
+
+
+def trained_tensors(plan: Plan) -> dict[str, Tensor]:
+    """Everything that ``plan`` trains, and what its adapters keep beside it, by name."""
+    trained = {row.name for row in plan.rows if row.rule is not None}
+    return {name: t for name, t in plan.model.state_dict().items() if ADAPTER in name or name in trained}
+
+
+def digest(p: Tensor) -> str:
+    """A fingerprint of a parameter's shape and bytes."""
+    values = p.detach().cpu().contiguous()
+    content = f"{tuple(values.shape)} {values.dtype}".encode() + values.view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
+
+
+def _refuse_inseparable(plan: Plan, source: Path) -> None:
+    instead = f"; lowrank export {source} OUT writes the whole model"
+    if plan.method.merge is not None:
+        raise ValueError(f"{plan.method.name} merges its factors into the weights: no adapter is left apart{instead}")
+    plain = sum(row.numel for row in plan.rows if row.rule is not None and ADAPTER not in row.name)
+    if not plan.adapters and 2 * plain > plan.parameters_total:
+        raise ValueError(f"{plan.method.name} trains the weights themselves: there is no adapter{instead}")
+
+
+# --- many adapters on one base ---------------------------------------------------------------------------------------
+
+
+@dataclass
+class _Installed:
+    """An adapter ready for use: adapted layers by name, and its own parameters that replace some of the base's."""
+
+    info: AdapterInfo
+    layers: dict[str, AdaptedLayer]
+    own: dict[str, nn.Parameter]
+
+
+class AdapterBank:
+    """One base model with many adapters, at most one of them in use.
+
+    ``model`` is plain when it comes, and plain again after ``use(None)``; its parameters are never written to.
+    """
+
+    def __init__(self, model: nn.Module):
+        if next(adapted_layers(model), None) is not None:
+            raise ValueError("the base of an AdapterBank is a plain model; lowrank.merge_and_unload(model) makes one")
+        self.model = model
+        self.current: str | None = None
+        self._base = dict(model.named_parameters())
+        self._digests: dict[str, str] = {}
+        self._known: dict[str, _Installed] = {}
+
+    @property
+    def names(self) -> tuple[str, ...]:
+        """The adapters loaded."""
+        return tuple(self._known)
+
+    def info(self, name: str) -> AdapterInfo:
+        """What an adapter says of itself."""
+        return self._find(name).info
+
+    def load(self, folder: Path | str, name: str | None = None) -> str:
+        """Load an adapter from its folder, and return its name (the folder's by default); it is not put in use.
+
+        Raises:
+            FileNotFoundError, ValueError: there is none, or it is for another base, shape or task.
+        """
+        path = Path(folder)
+        name = name or path.resolve().name
+        self.add(name, *read_adapter(path))
+        return name
+
+    def add(self, name: str, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:
+        """Add an adapter from memory; it is not put in use.
+
+        Raises:
+            ValueError: the name is taken, or the adapter does not fit the base.
+        """
+        if name in self._known:
+            raise ValueError(f"an adapter {name!r} is loaded already; give another name")
+        before, flags = self.current, {n: p.requires_grad for n, p in self._base.items()}
+        self.use(None)
+        own = {n: nn.Parameter(t.clone(), requires_grad=False) for n, t in tensors.items() if ADAPTER not in n}
+        self._check(name, info, own)
+        try:
+            self._known[name] = _Installed(info, self._layers(name, info, tensors, own), own)
+        finally:
+            self._restore_parameters()
+            for n, p in self._base.items():
+                p.requires_grad_(flags[n])
+            self.use(before)
+
+    def use(self, name: str | None) -> nn.Module:
+        """Put an adapter in, or with None take it out; returns the model.
+
+        Raises:
+            ValueError: no adapter of that name is loaded.
+        """
+        chosen = None if name is None else self._find(name)
+        if self.current is not None:
+            for layer_name, layer in self._known[self.current].layers.items():
+                replace(self.model, layer_name, layer.original())
+            self._restore_parameters()
+            self.current = None
+        if chosen is not None:
+            self._put_parameters(chosen.own)
+            device = next(iter(self._base.values())).device
+            for layer_name, layer in chosen.layers.items():
+                layer.adapters.to(device)
+                replace(self.model, layer_name, layer.train(self.model.training))
+            self.current = name
+        return self.model
+
+    def _find(self, name: str) -> _Installed:
+        if name not in self._known:
+            loaded = ", ".join(self._known) or "none"
+            raise ValueError(f"no adapter {name!r} is loaded{nearest(name, self._known)}; loaded are {loaded}")
+        return self._known[name]
+
+    def _layers(
+        self, name: str, info: AdapterInfo, tensors: Mapping[str, Tensor], own: dict[str, nn.Parameter]
+    ) -> dict[str, AdaptedLayer]:
+        """The adapted layers, made by the method itself and filled; the model is plain again afterwards."""
+        if info.method.name not in METHODS:
+            raise ValueError(f"the adapter {name!r} is made by {info.method.name!r}, a method that is not known here")
+        self._put_parameters(own)
+        wanted = {n: t for n, t in tensors.items() if ADAPTER in n}
+        if not wanted:
+            return {}
+        apply_(self.model, METHODS[info.method.name](**info.method.args), seed=info.seed)
+        layers = dict(adapted_layers(self.model))
+        try:
+            ours = {n: t for n, t in self.model.state_dict().items() if ADAPTER in n}
+            wrong = [n for n in ours if n not in wanted or wanted[n].shape != ours[n].shape] + [
+                n for n in wanted if n not in ours
+            ]
+            if wrong:
+                raise ValueError(f"the adapter {name!r} does not fit the base at {_some(wrong)}")
+            self.model.load_state_dict(wanted, strict=False)
+        finally:
+            for layer_name, layer in layers.items():
+                replace(self.model, layer_name, layer.original())
+        for layer in layers.values():
+            layer.adapters.requires_grad_(False)
+        return layers
+
+    def _check(self, name: str, info: AdapterInfo, own: Mapping[str, Tensor]) -> None:
+        missing = [n for n in (*info.base, *own) if n not in self._base]
+        if missing:
+            raise ValueError(f"the adapter {name!r} is for another model: the base has no {_some(missing)}")
+        for n, t in own.items():
+            if t.dim() != self._base[n].dim() or (t.shape != self._base[n].shape and not _is_head(n, t, self._base[n])):
+                raise ValueError(
+                    f"the adapter {name!r} is for another shape: {n} is {tuple(t.shape)}, the base's "
+                    f"{tuple(self._base[n].shape)}"
+                )
+        for n in info.base:
+            if n not in self._digests:
+                self._digests[n] = digest(self._base[n])
+        other = [n for n, wanted in info.base.items() if self._digests[n] != wanted]
+        if other:
+            raise ValueError(
+                f"the adapter {name!r} was trained on another base: {len(other)} of {len(info.base)} weights differ, "
+                f"{_some(other)}; its own is {info.model.name} with {dict(info.model.args)}, seed {info.seed}"
+            )
+
+    def _put_parameters(self, own: Mapping[str, nn.Parameter]) -> None:
+        device = next(iter(self._base.values())).device
+        for n, p in own.items():
+            p.data = p.data.to(device)
+            _set_parameter(self.model, n, p)
+
+    def _restore_parameters(self) -> None:
+        for n, p in self._base.items():
+            _set_parameter(self.model, n, p)
+
+
+def _set_parameter(model: nn.Module, name: str, p: nn.Parameter) -> None:
+    owner, _, leaf = name.rpartition(".")
+    model.get_submodule(owner)._parameters[leaf] = p
+
+
+def _is_head(name: str, own: Tensor, base: Tensor) -> bool:
+    """Whether two tensors may differ in their first dimension: outputs, of which every task has its own number."""
+    return name.split(".")[0] in ("head", "head_dist", "classifier", "score", "fc") and own.shape[1:] == base.shape[1:]
+
+
+def _some(names: list[str]) -> str:
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -1,0 +1,208 @@
+"""Methods with low-rank gradients: every weight is trained, the optimizer's state lives in a moving subspace.
+
+All are one rule, :class:`~lowrank.optim.Projected`, with different values in its slots. ``target_modules`` are the
+matrices that are projected (by default every linear layer but the output, as in the papers' codes); everything else
+follows plain AdamW, at the run's full learning rate. ``embeddings`` chooses the rule of the embeddings and the output
+layer, which are up to half of a small model: ``adamw`` (as published), ``adamw8bit`` or ``project``. ``basis`` is
+``power`` (warm power iteration), ``svd`` (exact) or ``gaussian`` (random).
+"""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowrank.adapters.targets import Targets
+from lowrank.infra.convert import nearest
+from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
+from lowrank.methods.method import Method, Rest, Use
+from lowrank.optim.adafactor import Adafactor
+from lowrank.optim.lifts import Rescale, Residual
+from lowrank.optim.projected import Projected, ProjectedSide, Transport
+from lowrank.optim.refresh import Lazy
+from lowrank.optim.rules import AdamW, Rule
+from lowrank.optim.storage import BasisStorage
+
+BasisName = Literal["power", "svd", "gaussian"]
+Embeddings = Literal["adamw", "adamw8bit", "project"]
+_BASES: dict[str, Basis] = {"power": PowerIteration(), "svd": SVD(), "gaussian": Gaussian()}
+
+
+def basis_named(name: str) -> Basis:
+    """The basis that a method's ``basis`` names; ValueError for another word."""
+    if name not in _BASES:
+        raise ValueError(f"basis={name!r} is unknown; it is one of {', '.join(_BASES)}{nearest(name, _BASES)}")
+    return _BASES[name]
+
+
+def galore(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+    basis: BasisName = "power",
+    side: ProjectedSide = "short",
+    transport: Transport = "keep",
+    lazy: bool = False,
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """GaLore (Zhao et al., arXiv 2403.03507): AdamW in the leading singular subspace of the gradient.
+
+    The basis is refreshed every ``refresh_every`` steps, by warm power iteration (``basis="svd"`` decomposes exactly,
+    at many times the cost). ``transport`` says what becomes of the moments at a refresh: ``keep`` them as the reference
+    does, ``rotate`` them into the new basis, or ``reset`` them. ``lazy`` refreshes less often where the subspace stands
+    still (Q-GaLore, arXiv 2407.08296). The paper's learning rate is 0.01, which is multiplied by ``scale`` for
+    projected matrices.
+    """
+    rule = Projected(
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale,
+        basis=basis_named(basis),
+        side=side,
+        transport=transport,
+        lazy=Lazy() if lazy else None,
+    )
+    return _method("galore", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def galore_8bit(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+    basis: BasisName = "power",
+    basis_storage: BasisStorage = "float32",
+    lazy: bool = False,
+    embeddings: Embeddings = "adamw8bit",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """8-bit GaLore (Zhao et al., arXiv 2403.03507, section 4.3): GaLore with AdamW's moments in block-wise int8.
+
+    ``basis_storage="int4"`` with ``lazy=True`` is Q-GaLore's state (arXiv 2407.08296), without its quantised weights.
+    """
+    rule = Projected(
+        inner=AdamW(storage="int8"),
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale,
+        basis=basis_named(basis),
+        basis_storage=basis_storage,
+        lazy=Lazy() if lazy else None,
+    )
+    return _method("galore_8bit", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def galore_adafactor(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+    basis: BasisName = "power",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """GaLore with Adafactor (Zhao et al., arXiv 2403.03507; Shazeer and Stern, arXiv 1804.04235) in the subspace."""
+    rule = Projected(inner=Adafactor(), rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis))
+    return _method("galore_adafactor", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def apollo(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    basis: BasisName = "gaussian",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """APOLLO (Zhu et al., arXiv 2412.05270): the raw gradient, each channel scaled as in a random subspace.
+
+    The subspace only estimates each channel's step length; the gradient is the direction.
+    """
+    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Rescale())
+    return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def apollo_mini(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 1,
+    refresh_every: int = 200,
+    scale: float = 128.0,
+    basis: BasisName = "gaussian",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one step length for the whole matrix, times √scale.
+
+    ``scale`` is under a root as in the authors' code, whose default of 128 it keeps.
+    """
+    rule = Projected(
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale**0.5,
+        basis=basis_named(basis),
+        lift=Rescale(scope="tensor"),
+    )
+    return _method("apollo_mini", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def fira(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 0.25,
+    basis: BasisName = "power",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """Fira (Chen et al., arXiv 2410.01623): GaLore, plus the gradient outside the subspace at the inside's step length.
+
+    ``scale`` multiplies both (the paper's α).
+    """
+    rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Residual())
+    return _method("fira", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+def _method(
+    name: str,
+    rule: Projected,
+    target_modules: Targets,
+    exclude_modules: Targets,
+    embeddings: Embeddings,
+    rest: Rest,
+    freeze: Targets,
+) -> Method:
+    rules = (Use(target_modules, rule, exclude_modules=exclude_modules), *embedding_rules(embeddings, rule))
+    return Method(name=name, rules=(*rules, Use("*", AdamW())), rest=rest, freeze=freeze)
+
+
+def embedding_rules(embeddings: Embeddings, rule: Projected) -> tuple[Use, ...]:
+    """The rule of embeddings and output layer; empty where that is the catch-all's AdamW.
+
+    Raises:
+        ValueError: an unknown choice.
+    """
+    chosen: dict[str, Rule | None] = {"adamw": None, "adamw8bit": AdamW(storage="int8"), "project": rule}
+    if embeddings not in chosen:
+        raise ValueError(f"embeddings={embeddings!r} is unknown; it is one of {', '.join(chosen)}")
+    found = chosen[embeddings]
+    return () if found is None else (Use("embeddings", found),)

@@ -1,0 +1,251 @@
+"""Full training, the controls, and the methods with low-rank weights: LoRA and its relatives, LTE, ReLoRA."""
+
+from __future__ import annotations
+
+from typing import Literal
+
+from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
+from lowrank.adapters.compression import Exchange
+from lowrank.adapters.merge import Weigh
+from lowrank.adapters.targets import Targets
+from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.schedule import Rewarm
+from lowrank.optim.rules import AdamW
+
+
+def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
+    """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
+    return Method(name="full", rest=rest, freeze=freeze)
+
+
+def frozen(
+    target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
+) -> Method:
+    """The control of every comparison: the targets frozen as they are, no adapter, everything else trained.
+
+    What an adapter method gains over this is due to its adapters. Not from a paper.
+    """
+    return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
+
+
+def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
+    """Linear probing (Alain and Bengio, arXiv 1610.01644): the output layer alone is trained, all else is frozen."""
+    return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
+
+
+def lora(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA (Hu et al., arXiv 2106.09685): W + (alpha/rank)·B A, on q and v as in the paper.
+
+    A starts Kaiming-uniform, B at zero.
+    """
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def rslora(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """Rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732): LoRA at scale alpha/√rank.
+
+    High ranks then learn as fast as low ones.
+    """
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout, rank_stabilised=True)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def dora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """DoRA (Liu et al., arXiv 2402.09353): the weight's magnitude and direction apart, LoRA on the direction."""
+    make = DoRA(LoRA(rank=rank, alpha=alpha, dropout=dropout))
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="dora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def pissa(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts from the leading singular vectors of W.
+
+    The scale is 1 by default (``alpha`` None means alpha = rank).
+    """
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout, init="pissa")
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def lora_plus(
+    target_modules: Targets = ("q", "v"),
+    *,
+    rank: int = 8,
+    alpha: float | None = 16,
+    ratio: float = 16.0,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA+ (Hayou et al., arXiv 2402.12354): LoRA with ``ratio`` times the learning rate for B (the paper's λ)."""
+    make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
+    return Method(
+        name="lora_plus",
+        adapt=(Adapt(target_modules, make, exclude_modules),),
+        rules=(Use(FACTOR_B, AdamW(), lr=ratio, decay=False), Use("*", AdamW())),
+        rest=rest,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def multihead_lora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 4,
+    heads: int = 4,
+    alpha: float | None = None,
+    init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """Multi-head LoRA (Huh et al., arXiv 2402.16828, section 3.2): W + (s/N) Σ_h B_h A_h, all heads on every batch.
+
+    The mean over N heads makes a step N times smaller than that of one LoRA of rank N·rank, so ``alpha`` defaults to
+    4·rank, as for ``lte``.
+    """
+    make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, init=init, dropout=dropout)
+    adapt = (Adapt(target_modules, make, exclude_modules),)
+    return Method(name="multihead_lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+
+def lte(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 4,
+    heads: int = 4,
+    alpha: float | None = None,
+    merge_every: int = 10,
+    keep: bool = True,
+    forget: float = 0.0,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    exchange: Exchange = "float32",
+    weigh: Weigh = "equal",
+    overlap: bool = False,
+    init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    rest_every: int | None = None,
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged regularly.
+
+    They merge every ``merge_every`` steps, reset-less by default (``keep=True``): the factors go on, and what they had
+    added at the merge is subtracted. The paper's ViT-S runs use 32 heads of rank 64 at T = 10, and it advises
+    heads·rank of at least the largest side; the small defaults here suit small models. ``alpha`` defaults to 4·rank, by
+    our own measurement; ``init="reference"`` (A times √(in/rank)) goes with the reference's alpha of 4096.
+
+    Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and ranks communicate only at
+    merges and, where the rest of the model trains locally, when it is averaged: every ``rest_every`` steps (by default
+    four merge intervals). ``exchange``: numbers travel as they are, or rounded to bfloat16 or int8; ``weigh``: ranks
+    weigh the same, or by what they have done since the last merge. With ``outer_lr`` or ``outer_momentum`` an outer
+    optimizer takes the step at merges (DiLoCo, arXiv 2311.08105: 0.7 and 0.9), and with ``overlap`` what is sent at one
+    merge arrives at the next, on one rank as on many. See ``Merge``.
+    """
+    make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
+    return Method(
+        name="lte",
+        adapt=(Adapt(target_modules, make, exclude_modules),),
+        merge=Merge(
+            merge_every,
+            keep=keep,
+            forget=forget,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+            exchange=exchange,
+            weigh=weigh,
+            overlap=overlap,
+        ),
+        rest=rest,
+        rest_every=rest_every,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def relora(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    alpha: float | None = 32,
+    merge_every: int = 1000,
+    forget: float = 0.9,
+    restart_warmup: int | None = None,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """ReLoRA (Lialin et al., arXiv 2307.05695): LoRA merged and restarted every ``merge_every`` steps.
+
+    At a restart the factors are drawn anew, a share ``forget`` of their moments is zeroed (where the first moment is
+    smallest), and the learning rate ramps up again over ``restart_warmup`` steps, by default a tenth of ``merge_every``
+    and at most 100. The paper's 5000 steps of full training before the first LoRA (its greatest single gain) are a run
+    of their own: ``--method full``, then ``--init-from`` that run.
+    """
+    warmup = min(100, merge_every // 10) if restart_warmup is None else restart_warmup
+    return Method(
+        name="relora",
+        adapt=(Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),),
+        merge=Merge(merge_every, keep=False, forget=forget),
+        lr=Rewarm(every=merge_every, warmup=warmup),
+        rest=rest,
+        ties=ties,
+        freeze=freeze,
+    )
+
+
+def _four_times(alpha: float | None, rank: int) -> float:
+    return 4.0 * rank if alpha is None else alpha

@@ -1,0 +1,393 @@
+"""Which parameters are adapted, frozen, or trained by which rule: the decisions behind ``plan.apply_``.
+
+Whether a parameter is trained is decided by the first of these that applies:
+
+1. it belongs to an adapter: yes; it is the weight under an adapter: no
+2. it was frozen before, or a ``freeze`` pattern covers it: no
+3. a ``Use`` other than the catch-all names it: yes
+4. otherwise by ``rest``: ``train``: yes; ``freeze``: no; ``auto``: yes if initialised at random, no if loaded
+
+A parameter counts as loaded when ``lowrank.mark_loaded_`` said so (the loaders of ``lowrank.models`` do) or
+transformers' ``from_pretrained`` filled it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from dataclasses import replace as replace_field
+from functools import partial
+from typing import Literal
+
+import torch
+from torch import nn
+
+from lowrank.adapters import Adapter, Site, targets
+from lowrank.adapters.head_gather import SplitAdapter
+from lowrank.adapters.layers import (
+    WHOLE,
+    AdaptedLayer,
+    adapted,
+    check_embedding,
+    is_conv1d,
+    matrix_of,
+    replace,
+)
+from lowrank.adapters.targets import Layer, as_list, name_matches
+from lowrank.distributed.workers import Division
+from lowrank.infra.loaded import loaded_parameters
+from lowrank.methods import Adapt, Method, Use
+from lowrank.optim.rules import Rule
+from lowrank.plan.table import notes_on_ranks
+
+ADAPTER = "adapter"  # why a factor trains
+Across = Literal["shared", "own", "local"]
+
+
+@dataclass(frozen=True)
+class Row:
+    """One parameter of the model under the plan: its rule, or why it does not train.
+
+    ``across`` says how several ranks train it: ``shared``: the same on all, its gradients are summed; ``own``: heads
+    that this worker alone trains; ``local``: each worker trains its own copy, which is averaged now and then.
+    """
+
+    name: str
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    use: Use | None
+    rule: Rule | None
+    why: str
+    across: Across = "shared"
+
+    @property
+    def numel(self) -> int:
+        return torch.Size(self.shape).numel()
+
+    @property
+    def is_factor(self) -> bool:
+        """Whether it belongs to an adapter."""
+        return self.why == ADAPTER
+
+
+class Binding:
+    """The work of ``apply_``: first everything is decided and checked, then ``place_adapters`` changes the model."""
+
+    def __init__(self, model: nn.Module, method: Method, seed: int, division: Division):
+        self.model, self.method, self.seed, self.division = model, method, seed, division
+        self.layers = targets.linear_layers(model)
+        self.names_of = _names_by_parameter(model)
+        self.frozen_before = {n for n, p in model.named_parameters() if not p.requires_grad}
+        self.loaded = loaded_parameters(model)
+        self.freeze = _expand_freeze(model, method.freeze)
+        self.tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
+        self.claims: dict[str, dict[str, Adapt]] = {}
+        self.adapters: dict[str, Adapter] = {}
+        self.under: set[int] = set()
+        self.factors: set[int] = set()
+        self.split: set[int] = set()  # factors of heads that are divided between workers
+        self.told: set[int] = set()
+        self.notes: list[str] = []
+        self.left: dict[str, str] = {}
+        self.undoing: list[Callable[[], None]] = []
+
+    def undo(self) -> None:
+        """Put the model back as it was before ``apply_``."""
+        for action in reversed(self.undoing):
+            action()
+
+    # --- adapters ------------------------------------------------------------------------------------------------
+
+    def place_adapters(self) -> None:
+        """Decide which layer gets which adapter, make them all (a rank may be refused here), only then put them in."""
+        if self.method.adapt and targets.is_linear(self.model):
+            raise ValueError("the model is one linear layer, which nothing holds: give nn.Sequential(model)")
+        for adapt in self.method.adapt:
+            self._claim(adapt)
+        by_name = {layer.name: layer for layer in self.layers}
+        claimed = [by_name[name] for name in self.claims]
+        self._settle_ties(claimed)
+        if self.method.adapt and not self.claims:
+            raise ValueError(
+                f"every layer that the method targets was left alone ({'; '.join(sorted(set(self.left.values())))}); "
+                "use ties='adapt' or ties='untie', or other target_modules"
+            )
+        made = {name: self._make(by_name[name]) for name in self.claims}
+        for name, adapters in made.items():
+            self._put(by_name[name], adapters)
+
+    def _claim(self, adapt: Adapt) -> None:
+        chosen = targets.select(self.layers, adapt.target_modules)
+        if not chosen:
+            raise targets.explain_no_match(self.model, self.layers, adapt.target_modules)
+        spared = set()
+        if adapt.exclude_modules:
+            out = targets.select(self.layers, adapt.exclude_modules)
+            if not out:
+                raise targets.explain_no_match(self.model, self.layers, adapt.exclude_modules, "exclude_modules")
+            spared = {(layer.name, part) for layer, part in out}
+        left = [(layer, part) for layer, part in chosen if not {(layer.name, part), (layer.name, WHOLE)} & spared]
+        if not left:
+            raise ValueError(
+                f"exclude_modules={adapt.exclude_modules!r} takes away all that "
+                f"target_modules={adapt.target_modules!r} matched"
+            )
+        targets.refuse_hidden(self.model, [layer for layer, _ in left])
+        before = sum(map(len, self.claims.values()))
+        for layer, part in left:
+            self._claim_part(layer, part, adapt, {p for n, p in spared if n == layer.name})
+        if sum(map(len, self.claims.values())) == before:
+            raise ValueError(
+                f"Adapt({adapt.target_modules!r}) gets nothing: earlier entries of adapt= (the first match wins) or "
+                "exclude_modules take all that it matches"
+            )
+
+    def _claim_part(self, layer: Layer, part: str, adapt: Adapt, spared: set[str]) -> None:
+        """Claim ``part`` of ``layer`` for ``adapt``, unless an earlier one has: the first match wins.
+
+        Where the whole layer is meant and some of its parts are taken or spared, its other parts are claimed.
+        """
+        taken = self.claims.get(layer.name, {})
+        if WHOLE in taken:
+            return
+        wanted = [part] if part != WHOLE or not (taken or spared) else [p for p, _ in layer.parts if p not in spared]
+        for p in wanted:
+            self.claims.setdefault(layer.name, {}).setdefault(p, adapt)
+
+    def _settle_ties(self, claimed: list[Layer]) -> None:
+        for layer in claimed:
+            weight = layer.module.weight
+            others = [n for n in self.names_of[id(weight)] if self._owner(n) is not layer.module]
+            if not others or layer.name not in self.claims:
+                continue
+            self.told.add(id(weight))
+            if self.method.ties == "leave":
+                self.left[layer.name] = f"{layer.name} is tied to {others[0]}"
+                self.notes.append(f"{layer.name} is tied to {', '.join(others)}: left alone (ties='leave')")
+                del self.claims[layer.name]
+            elif self.method.ties == "untie":
+                self._untie(layer, others)
+            else:
+                self._check_tied(layer, others)
+                for name in others:  # tied linear layers share the adapters of the first
+                    self.claims.pop(name.rpartition(".")[0], None)
+                self.notes.append(f"{layer.name} is tied to {', '.join(others)}: adapted as one matrix (ties='adapt')")
+
+    def _untie(self, layer: Layer, others: Sequence[str]) -> None:
+        assert isinstance(layer.module.weight, nn.Parameter)
+        old = layer.module.weight
+        self.undoing.append(lambda: setattr(layer.module, "weight", old))
+        layer.module.weight = nn.Parameter(old.detach().clone(), requires_grad=old.requires_grad)
+        layer.module.weight.__dict__.update(
+            {k: v for k, v in old.__dict__.items() if k.endswith(("_loaded", "_initialized"))}
+        )
+        config = getattr(self.model, "config", None)
+        if getattr(config, "tie_word_embeddings", False):
+            self.undoing.append(lambda: setattr(config, "tie_word_embeddings", True))
+            config.tie_word_embeddings = False  # type: ignore[union-attr]
+        self.names_of = _names_by_parameter(self.model)
+        self.notes.append(
+            f"{layer.name} was untied from {', '.join(others)}: {old.numel():,} more parameters (ties='untie')"
+        )
+
+    def _check_tied(self, layer: Layer, others: Sequence[str]) -> None:
+        if WHOLE not in self.claims[layer.name]:
+            raise ValueError(
+                f"{layer.name} is tied to {others[0]} and cannot be adapted by parts; target the whole layer"
+            )
+        for name in others:
+            module, transposed = self._owner(name), is_conv1d(layer.module)
+            if type(module) is nn.Embedding and not transposed:
+                check_embedding(module, name)
+            elif not targets.is_linear(module) or is_conv1d(module) != transposed:
+                raise ValueError(
+                    f"{layer.name} is tied to {name} of a {type(module).__name__}, which cannot share an adapter; "
+                    "use ties='leave' or ties='untie'"
+                )
+
+    def _owner(self, name: str) -> nn.Module:
+        return self.model.get_submodule(name.rpartition(".")[0])
+
+    def _make(self, layer: Layer) -> dict[str, Adapter]:
+        merge = self.method.merge
+        keep = merge is not None and merge.keep
+        matrix, made = matrix_of(layer.module).detach(), {}
+        for part, adapt in self.claims[layer.name].items():
+            W = matrix[layer.rows(part)]
+            site = Site(layer.label(part), W, self.seed, keep, self.division.worker, self.division.workers_count)
+            made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
+            if merge is not None:
+                merge.prepare_(made[part], W)
+            if made[part].split and self.division.workers_count > 1 and not isinstance(made[part], SplitAdapter):
+                raise ValueError(
+                    f"heads of {type(made[part]).__name__} on {layer.label(part)} split the batch, and cannot be "
+                    "divided between ranks as those of LoRA and Dense can: use split=False, or one process"
+                )
+        return made
+
+    def _put(self, layer: Layer, adapters: dict[str, Adapter]) -> None:
+        weight = layer.module.weight
+        for name in self.names_of[id(weight)]:
+            owner = name.rpartition(".")[0]
+            module = self.model.get_submodule(owner)
+            if isinstance(module, AdaptedLayer):
+                continue
+            self.undoing.append(partial(replace, self.model, owner, module))
+            replace(self.model, owner, adapted(module, adapters, {part: layer.rows(part) for part in adapters}))
+        self.under.add(id(weight))
+        for part, adapter in adapters.items():
+            self.adapters[layer.label(part)] = adapter
+            self.factors |= {id(p) for p in adapter.parameters()}
+            self.split |= {id(p) for p in adapter.parameters() if adapter.split}
+
+    # --- every parameter -----------------------------------------------------------------------------------------
+
+    def check_rest(self) -> None:
+        """Raise ValueError for what is seen without adapters: patterns of rules and ``freeze`` that match nothing."""
+        names = [n for n, _ in self.model.named_parameters(remove_duplicate=False)]
+        for pattern in self.freeze:
+            if pattern not in (*targets.GROUPS, targets.EMBEDDINGS) and not any(_covers(pattern, n) for n in names):
+                raise ValueError(f"freeze={pattern!r} matches no parameter; parameters are {', '.join(names[:4])}, …")
+        for use in self.method.rules:
+            for pattern in as_list(use.target_modules):
+                known = pattern == targets.EMBEDDINGS or (
+                    pattern in targets.GROUPS and targets.select(self.layers, pattern)
+                )
+                if not (known or ".adapters." in pattern or any(_covers(pattern, n) for n in names)):
+                    raise targets.explain_no_match(self.model, self.layers, pattern, "Use")
+
+    def rows(self) -> list[Row]:
+        self.names_of = _names_by_parameter(self.model)
+        self._check_patterns()
+        rows = [self._row(self.names_of[id(p)], p) for p in self.model.parameters()]
+        if all(row.rule is None for row in rows):
+            raise ValueError(
+                f"nothing would be trained: all {len(rows)} parameters are frozen (rest={self.method.rest!r}"
+                f"{', frozen before apply_' if self.frozen_before else ''}); use rest='train', other targets, or "
+                "model.requires_grad_(True)"
+            )
+        for key, names in self.names_of.items():
+            if len(names) > 1 and key not in self.told | self.factors:
+                self.notes.append(f"{names[0]} is also {', '.join(names[1:])} (tied): one parameter, counted once")
+        if self.method.rest == "auto":
+            random = sum(row.numel for row in rows if row.why == "initialised at random")
+            loaded = sum(row.numel for row in rows if row.why == "loaded")
+            self.notes.append(
+                f"rest='auto': {random:,} parameters initialised at random train, {loaded:,} loaded ones are frozen"
+            )
+        self.notes += notes_on_ranks(self.method, self.division, rows, self.adapters)
+        return rows
+
+    def _check_patterns(self) -> None:
+        """Raise ValueError for what only adapters in place show: rules and ``freeze`` patterns that cover nothing."""
+        plain = [n for key, names in self.names_of.items() if key not in self.factors for n in names]
+        every = [n for names in self.names_of.values() for n in names]
+        given = [("freeze", pattern, plain) for pattern in self.freeze]
+        for use in self.method.rules:
+            given += [("Use", pattern, every) for pattern in as_list(use.target_modules)]
+            given += [("exclude_modules", pattern, every) for pattern in _excluded(use)]
+        for what, pattern, names in given:
+            if pattern != targets.EMBEDDINGS and not any(self._covers(pattern, [name]) for name in names):
+                raise ValueError(
+                    f"{what}={pattern!r} covers no parameter of its own (a part of a fused projection has none, and "
+                    f"factors exist only where adapters are); parameters are {', '.join(names[:4])}, …"
+                )
+
+    def _row(self, names: list[str], p: nn.Parameter) -> Row:
+        use = next((u for u in self.method.rules if self._uses(u, names)), None)
+        trained, why = self._decide(names, p, use)
+        if not trained:
+            return Row(names[0], tuple(p.shape), p.dtype, None, None, why)
+        if use is None:
+            raise ValueError(
+                f"{names[0]} would be trained but no rule covers it; end the method's rules with Use('*', AdamW()), "
+                "or freeze it"
+            )
+        rule = _resolved(use.rule, p, stacked=id(p) in self.factors)
+        return Row(names[0], tuple(p.shape), p.dtype, use, rule, why, self._across(p, why))
+
+    def _across(self, p: nn.Parameter, why: str) -> Across:
+        """How several ranks train ``p`` (see ``Row.across``)."""
+        if self.division.in_step:
+            return "shared"
+        if id(p) in self.split:
+            return "own"
+        if why in (ADAPTER, "chosen"):
+            return "shared"
+        alone = self.method.rest == "local" or (self.method.rest == "auto" and self.method.splits)
+        return "local" if alone else "shared"
+
+    def _decide(self, names: list[str], p: nn.Parameter, use: Use | None) -> tuple[bool, str]:
+        if id(p) in self.factors:
+            return True, ADAPTER
+        if id(p) in self.under:
+            return False, "under an adapter"
+        if self.frozen_before & set(names):
+            return False, "frozen before"
+        if any(self._covers(pattern, names) for pattern in self.freeze):
+            return False, "freeze="
+        if use is not None and not use.is_catch_all:
+            return True, "chosen"
+        if self.method.rest != "auto":
+            return self.method.rest != "freeze", f"rest='{self.method.rest}'"
+        return (False, "loaded") if id(p) in self.loaded else (True, "initialised at random")
+
+    def _uses(self, use: Use, names: list[str]) -> bool:
+        chosen = any(self._covers(pattern, names) for pattern in as_list(use.target_modules))
+        return chosen and not any(self._covers(pattern, names) for pattern in _excluded(use))
+
+    def _covers(self, pattern: str, names: list[str]) -> bool:
+        """Whether ``pattern`` (a group or a name) means the parameter of these names, or its layer.
+
+        The layer of an adapter's parameter is the one that it adapts.
+        """
+        if pattern == targets.EMBEDDINGS:
+            return any(name.rpartition(".")[0] in self.tables for name in names) or self._covers("head", names)
+        if pattern not in targets.GROUPS:
+            return any(_covers(pattern, name) for name in names)
+        owners = {name.rpartition(".")[0] for name in names} | {name.partition(".adapters.")[0] for name in names}
+        parts = {name.partition(".adapters.")[2].partition(".")[0] for name in names}
+        return any(layer.name in owners and (pattern in layer.groups or pattern in parts) for layer in self.layers)
+
+
+# --- small helpers ---------------------------------------------------------------------------------------------------
+
+
+def _excluded(use: Use) -> list[str]:
+    return as_list(use.exclude_modules) if use.exclude_modules else []
+
+
+def _covers(pattern: str, name: str) -> bool:
+    """Whether ``pattern`` means the parameter ``name``, its module, or a module that holds it."""
+    pieces = name.split(".")
+    return any(name_matches(".".join(pieces[:end]), pattern) for end in range(1, len(pieces) + 1))
+
+
+def _names_by_parameter(model: nn.Module) -> dict[int, list[str]]:
+    names: dict[int, list[str]] = {}
+    for name, p in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(p), []).append(name)
+    return names
+
+
+def _expand_freeze(model: nn.Module, freeze: targets.Targets) -> list[str]:
+    """``freeze`` as a list, ``first:n`` replaced by the names of the first n blocks of the longest module list."""
+    patterns: list[str] = []
+    for pattern in as_list(freeze) if freeze else []:
+        if not pattern.startswith("first:"):
+            patterns.append(pattern)
+            continue
+        stacks = {n: m for n, m in model.named_modules() if isinstance(m, (nn.ModuleList, nn.Sequential)) and len(m)}
+        name = max(stacks, key=lambda n: len(stacks[n]), default=None)
+        count = pattern.removeprefix("first:")
+        if name is None or not count.isdigit() or not 1 <= int(count) <= len(stacks[name]):
+            blocks = len(stacks[name]) if name is not None else 0
+            raise ValueError(f"freeze={pattern!r} must be first:n with n from 1 to the model's {blocks} blocks")
+        patterns += [f"{name}.{i}" if name else str(i) for i in range(int(count))]
+    return patterns
+
+
+def _resolved(rule: Rule, p: nn.Parameter, *, stacked: bool) -> Rule:
+    """The rule that ``p`` really follows: a projected one gives way to its inner rule where it compresses nothing."""
+    resolve: Callable[..., Rule] | None = getattr(rule, "resolve", None)
+    return rule if resolve is None else resolve(p, stacked=stacked)

@@ -1,0 +1,272 @@
+"""Binds a method to a model, and shows what came of it.
+
+    plan = apply_(model, method)    in place; what would silently not happen is an error before anything is changed
+    print(plan)                     the table: layer, adapter, rule, what trains, and why not
+    opt = plan.optimizer(lr=…)      the one optimizer, with merges at their time
+
+``binding`` decides which parameter trains, and documents how.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import cached_property
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from lowrank.adapters import Adapter
+from lowrank.adapters.head_gather import SplitAdapter
+from lowrank.adapters.layers import adapted_layers
+from lowrank.distributed.collectives import Group
+from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.shards import Part, is_sharded, local
+from lowrank.distributed.workers import Division, divide
+from lowrank.infra.work import Work
+from lowrank.methods import Method
+from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.rules import wide
+from lowrank.optim.state import check_forgets
+from lowrank.plan.assignment import Across, Binding, Row
+from lowrank.plan.memory import Ledger, ledger, table
+from lowrank.plan.synchronisation import boundary_, meet_
+
+
+@dataclass
+class Plan:
+    """A model bound to a method.
+
+    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``division`` the processes that train it,
+    and which of them in step; ``left_out`` a worker's number for each time that it was left out of a merge or an
+    average because its numbers were not finite; ``parts`` what this rank holds of each sharded parameter, by name
+    (``sharding.shard_``).
+    """
+
+    model: nn.Module
+    method: Method
+    seed: int
+    rows: list[Row]
+    adapters: dict[str, Adapter]
+    notes: list[str] = field(default_factory=list)
+    division: Division = field(default_factory=Division)
+    left_out: list[int] = field(default_factory=list)
+    work: Work = field(default_factory=Work)
+    anchors: list[Tensor] = field(default_factory=list)
+    under_way: Callable[[], None] | None = None
+    parts: dict[str, Part] = field(default_factory=dict)
+
+    @property
+    def ranks(self) -> Ranks | None:
+        """All processes that train the model; None for one."""
+        return self.division.ranks
+
+    @property
+    def mates(self) -> Ranks | None:
+        """The ranks that train in step with this one; None where it trains alone."""
+        return self.division.mates
+
+    @property
+    def workers(self) -> Group | None:
+        """Those who train apart, of which this rank's worker is one; None where all ranks train in step."""
+        return self.division.workers
+
+    @cached_property
+    def shared(self) -> list[nn.Parameter]:
+        """Trained parameters whose gradients the ranks sum; empty in one process, as the next two are."""
+        return self._across("shared")
+
+    @cached_property
+    def own(self) -> list[nn.Parameter]:
+        """Heads that this worker alone trains."""
+        return self._across("own")
+
+    @cached_property
+    def own_adapters(self) -> list[SplitAdapter]:
+        """The adapter of each of ``own``."""
+        owner = {id(p): a for a in self.adapters.values() if isinstance(a, SplitAdapter) for p in a.parameters()}
+        return [owner[id(p)] for p in self.own]
+
+    @cached_property
+    def local(self) -> list[nn.Parameter]:
+        """Parameters that each worker trains by itself, averaged every ``method.rest_interval`` steps."""
+        return self._across("local")
+
+    def anchor_rest_(self) -> None:
+        """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
+        if self.method.merge is not None and self.method.merge.exchange != "float32":
+            self.anchors = [local(p).to(wide(p.dtype), copy=True) for p in self.local]
+
+    def _across(self, which: Across) -> list[nn.Parameter]:
+        parameters = dict(self.model.named_parameters())
+        chosen = [row.name for row in self.rows if row.rule is not None and row.across == which]
+        return [parameters[name] for name in chosen] if self.ranks is not None else []
+
+    @property
+    def parameters_total(self) -> int:
+        """Parameters of the model and its adapters; tied ones count once."""
+        return sum(row.numel for row in self.rows)
+
+    @property
+    def parameters_trained(self) -> int:
+        return sum(row.numel for row in self.rows if row.rule is not None)
+
+    @property
+    def ledger(self) -> Ledger:
+        """Bytes of weights, gradients, optimizer state and kept copies, before the first step."""
+        return ledger(self)
+
+    @property
+    def state_bytes(self) -> int:
+        """Bytes of optimizer state, exact."""
+        return self.ledger.state
+
+    @property
+    def kept_bytes(self) -> int:
+        """Bytes that adapters keep beside their trainable factors."""
+        return self.ledger.kept
+
+    def __str__(self) -> str:
+        return table(self)
+
+    def optimizer(
+        self,
+        lr: float = 1e-3,
+        weight_decay: float = 0.0,
+        *,
+        per_layer: bool = False,
+        accumulate: int = 1,
+        clip_per_layer: float | None = None,
+        scaler: torch.amp.GradScaler | None = None,
+        merge: Literal["auto", "manual"] = "auto",
+    ) -> Optimizer:
+        """The optimizer of this plan: every trained parameter in one group with its rule.
+
+        Args:
+            lr: learning rate; a ``Use`` may multiply it.
+            weight_decay: decoupled decay, for every trained parameter but adapter factors (unless a ``Use`` names
+                those).
+            per_layer, accumulate, clip_per_layer, scaler: see :class:`lowrank.optim.Optimizer`.
+            merge: ``"auto"``, where ``step()`` merges when it is due, or ``"manual"``, where you call
+                ``lowrank.merge_(plan, opt)``.
+
+        Raises:
+            ValueError: a negative or not finite ``lr`` or ``weight_decay``, or an unknown ``merge``.
+        """
+        if not 0 <= lr < float("inf") or not 0 <= weight_decay < float("inf"):
+            raise ValueError(f"lr={lr} and weight_decay={weight_decay} must be finite and not negative")
+        if self.method.merge is not None and 0 < self.method.merge.forget < 1:
+            for row in self.rows:
+                if row.is_factor and row.rule is not None:
+                    check_forgets(row.rule, torch.empty(row.shape, dtype=row.dtype, device="meta"), row.name)
+        if merge not in ("auto", "manual"):
+            raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
+        self.anchor_rest_()
+        self.work = Work(
+            self.method.merge.weigh if self.workers is not None and self.method.merge is not None else "equal"
+        )
+        optimizer: Optimizer
+
+        optimizer = Optimizer(
+            self._groups(lr, weight_decay),
+            per_layer=per_layer,
+            accumulate=accumulate,
+            clip_per_layer=clip_per_layer,
+            scaler=scaler,
+            schedule=self.method.lr,
+            boundary=lambda steps: boundary_(self, optimizer, steps, merge=merge == "auto"),
+            expect={p: name for name, adapter in self.adapters.items() for p in list(adapter.parameters())[:1]},
+            seed=self.seed,
+            mates=self.mates,
+            summed=self._summed(),
+            agreed=dict.fromkeys(self.own, self.workers) if self.workers is not None else {},
+        )
+        return optimizer
+
+    def _summed(self) -> dict[nn.Parameter, Group]:
+        """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts over the mates."""
+        division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.parts}
+        over: list[tuple[nn.Parameter, Group | None]]
+        over = [(p, division.peers if id(p) in parts else division.everyone) for p in self.shared]
+        over += [(p, None if id(p) in parts else division.mates) for p in (*self.own, *self.local)]
+        return {p: group for p, group in over if group is not None}
+
+    def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
+        parameters = dict(self.model.named_parameters())
+        groups: dict[tuple[Any, float, float], list[tuple[str, nn.Parameter]]] = {}
+        for row in self.rows:
+            if row.use is None:
+                continue
+            spared = not row.use.decay or (row.use.is_catch_all and row.is_factor)
+            key = (row.rule, row.use.lr, 0.0 if spared else weight_decay)
+            groups.setdefault(key, []).append((row.name, parameters[row.name]))
+        return [
+            {"params": params, "rule": rule, "lr": lr, "lr_ratio": ratio, "decay": decay}
+            for (rule, ratio, decay), params in groups.items()
+        ]
+
+
+def apply_(
+    model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None, workers: int | None = None
+) -> Plan:
+    """Bind ``method`` to ``model`` in place, and return the plan.
+
+    Args:
+        model: any module with linear layers; it is changed: layers get adapters, ``requires_grad`` is set.
+        method: from ``lowrank.methods``, or your own :class:`~lowrank.methods.Method`.
+        seed: of the factors' random streams.
+        ranks: the processes that train it together (``lowrank.distributed.process_group.joined``). Every rank divides
+            its loss by the global batch.
+        workers: how many of them train apart, each with its share of the heads that split the batch; the ranks of one
+            worker train in step (``infra.workers``). None: every rank is a worker. 1: all ranks train in step, as DDP
+            and FSDP do, and each has all heads. Unless every rank is a worker, ``lowrank.plan.fsdp.shard_(plan)`` may
+            follow, by which the ranks of a worker hold its model in parts.
+
+    Raises:
+        ValueError: targets that match no linear layer, a rank above a matrix, nothing left to train, a parameter
+            without a rule, ranks that cannot be divided so; in each case the model is as it was.
+    """
+    if next(adapted_layers(model), None) is not None:
+        raise ValueError("the model carries adapters already; lowrank.merge_and_unload(model) takes them off first")
+    if next(model.parameters(), None) is None:
+        raise ValueError("the model has no parameters")
+    _refuse_wrapped(model)
+    division = divide(ranks, workers)
+    binding = Binding(model, method, seed, division)
+    binding.check_rest()
+    try:
+        binding.place_adapters()
+        rows = binding.rows()
+    except Exception:
+        binding.undo()
+        raise
+    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, division)
+    parameters = dict(model.named_parameters())
+    for row in rows:
+        parameters[row.name].requires_grad_(row.rule is not None)
+    return plan
+
+
+def _refuse_wrapped(model: nn.Module) -> None:
+    """A plan is made of the plain model: what wraps or shards it comes after."""
+    sharded = next((name for name, p in model.named_parameters() if is_sharded(p)), None)
+    if sharded is not None:
+        raise ValueError(
+            f"{sharded} is sharded already (fully_shard), so that adapters and rules cannot be chosen by its shape: "
+            "first apply_(model, method, ranks=ranks, workers=1), then lowrank.plan.fsdp.shard_(plan)"
+        )
+    kind = type(model).__name__
+    if kind in ("DistributedDataParallel", "FullyShardedDataParallel"):
+        raise ValueError(
+            f"the model is wrapped in {kind}, which would sum gradients that the optimizer sums itself: give "
+            "model.module before it was wrapped, with ranks= of lowrank.distributed.process_group.joined"
+        )
+
+
+def merge_(plan: Plan, opt: Optimizer | None = None) -> None:
+    """Fold the adapters into the weights now; with ``opt``, its state forgets as the method's ``Merge.forget`` says.
+
+    An optimizer made with ``merge="auto"`` does this by itself when a merge is due. Of several ranks all must call it.
+    """
+    meet_(plan, opt, merging=True, averaging=False)

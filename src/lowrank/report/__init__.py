@@ -1,0 +1,1 @@
+"""Tables, curves and pages of finished runs, and the comparison that makes them."""

@@ -1,0 +1,198 @@
+"""Many runs of one recipe: methods × learning rates × seeds, only the missing ones executed.
+
+A variant is a method with settings of its own, written `lte`, `lte:merge_every=1` or `lora:rank=16:lr=3e-3`. Runs are
+recognised by their fingerprint, so that a comparison that was interrupted, or is asked for again with one method more,
+does the rest only. A run that fails is reported at the end and does not stop the others.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+from lowrank.infra import checkpoint
+from lowrank.infra.convert import settable
+from lowrank.report.table import is_finished
+from lowrank.run.overrides import Catalogue, catalogue, options, override, resolve
+from lowrank.run.run import Run, fingerprint
+from lowrank.run.validation import validate
+
+Train = Callable[..., Mapping[str, Any]]
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, kw_only=True)
+class Variant:
+    """A method and its settings, in the words of the command line: {"method.rank": "16", "lr": "3e-3"}."""
+
+    method: str
+    settings: Mapping[str, object] = field(default_factory=dict)
+
+    def __str__(self) -> str:
+        parts = [f"{name.removeprefix('method.')}={value}" for name, value in self.settings.items()]
+        return ":".join([self.method, *parts])
+
+
+@dataclass(frozen=True, kw_only=True)
+class Planned:
+    """A run that a comparison consists of, and what to call it."""
+
+    name: str
+    run: Run
+
+
+@dataclass(frozen=True, kw_only=True)
+class Outcome:
+    """What became of a planned run: its folder, whether it was executed just now, the error's text if it failed."""
+
+    name: str
+    folder: Path
+    executed: bool
+    error: str | None = None
+
+
+def parse_variant(text: str, offer: Catalogue | None = None) -> Variant:
+    """`lora:rank=16:lr=3e-3`: arguments of the method, or options of the run where the method has none of that name.
+
+    Raises:
+        ValueError: it is not written like that; unknown names are found by `planned`.
+    """
+    offer = offer or catalogue()
+    method, *parts = re.split(r":(?=[\w.-]+=)", text)
+    known = settable(offer.method[method]) if method in offer.method else {}
+    settings: dict[str, object] = {}
+    for part in parts:
+        name, _, value = part.partition("=")
+        name = name.replace("-", "_")
+        of_the_run = "." in name or (name in options() and name not in known)
+        settings[name if of_the_run else f"method.{name}"] = value
+    if ":" in method:
+        raise ValueError(f"{text!r}: a colon is followed by name=value, as in lora:rank=16:lr=3e-3")
+    return Variant(method=method, settings=settings)
+
+
+def planned(
+    base: Run,
+    variants: Sequence[Variant],
+    *,
+    seeds: Sequence[int] = (),
+    rates: Sequence[float] = (),
+    changes: Mapping[str, object] | None = None,
+    offer: Catalogue | None = None,
+) -> list[Planned]:
+    """Every run of a comparison, checked: one seed of all variants before the next.
+
+    Args:
+        base: the recipe's run.
+        variants: methods with their settings.
+        seeds: by default the recipe's one.
+        rates: learning rates to try for every variant; by default each variant's own.
+        changes: settings for all; an argument of a method ("method.rank") reaches the variants that have it.
+
+    Raises:
+        ValueError: an unknown or contradictory setting in any of them, or an argument that no method has.
+    """
+    offer = offer or catalogue()
+    changes = changes or {}
+    _refuse_unreached(variants, changes, offer)
+    runs = []
+    for seed in seeds or (base.seed,):
+        for variant in variants:
+            for rate in rates or (None,):
+                run = _one(base, variant, changes, offer)
+                extra: dict[str, object] = {"seed": seed} | ({} if rate is None else {"lr": rate})
+                run = resolve(override(run, extra, offer), offer)
+                validate(run, offer)
+                name = f"{variant}{'' if rate is None else f':lr={rate:g}'} seed {seed}"
+                runs.append(Planned(name=name, run=run))
+    return runs
+
+
+def execute(runs: Sequence[Planned], out: Path, train: Train, *, say: Say = print) -> list[Outcome]:
+    """Train what is missing under `out`, each run in a folder of its own.
+
+    Args:
+        runs: from `planned`.
+        out: holds one folder a run; complete ones are recognised by fingerprint, whatever they are called.
+        train: `lowrank.train.loop.train`.
+        say: where to announce what happens.
+    """
+    done = {mark: folder for folder, mark in _fingerprints(out) if is_finished(folder)}
+    begun = {mark: folder for folder, mark in _fingerprints(out) if checkpoint.saved(folder / "checkpoints")}
+    outcomes = []
+    for number, each in enumerate(runs, start=1):
+        mark = fingerprint(each.run)
+        if mark in done:
+            say(f"[{number}/{len(runs)}] {each.name}: already in {done[mark]}")
+            outcomes.append(Outcome(name=each.name, folder=done[mark], executed=False))
+            continue
+        folder = begun.get(mark) or _free(out, each.name)
+        say(f"[{number}/{len(runs)}] {each.name} -> {folder}")
+        outcomes.append(_attempt(each, folder, train, resume=mark in begun))
+        if outcomes[-1].error is None:
+            done[mark] = folder
+        else:
+            say(f"failed: {outcomes[-1].error}")
+    return outcomes
+
+
+def _attempt(each: Planned, folder: Path, train: Train, *, resume: bool) -> Outcome:
+    """Train one run; what goes wrong in it is its own, and the others go on.
+
+    Raises:
+        KeyboardInterrupt: the run was stopped from outside, and so the comparison is.
+    """
+    try:
+        summary = train(each.run, folder, resume=resume)
+    except Exception as error:
+        return Outcome(name=each.name, folder=folder, executed=True, error=f"{type(error).__name__}: {error}")
+    if summary.get("interrupted"):
+        raise KeyboardInterrupt
+    return Outcome(name=each.name, folder=folder, executed=True)
+
+
+def _one(base: Run, variant: Variant, changes: Mapping[str, object], offer: Catalogue) -> Run:
+    """The base under a variant: method first, then what all share, then the variant's own."""
+    run = override(base, {"method": variant.method}, offer)
+    known = settable(offer.method[variant.method])
+    shared = {name: value for name, value in changes.items() if _argument(name) is None or _argument(name) in known}
+    return override(override(run, shared, offer), variant.settings, offer)
+
+
+def _refuse_unreached(variants: Sequence[Variant], changes: Mapping[str, object], offer: Catalogue) -> None:
+    known = [offer.method[each.method] for each in variants if each.method in offer.method]
+    reached = {name for method in known for name in settable(method)}
+    for name in changes:
+        argument = _argument(name)
+        if argument is not None and argument not in reached:
+            methods = ", ".join(each.method for each in variants)
+            raise ValueError(f"--{name}: none of {methods} has an argument {argument!r}")
+
+
+def _argument(name: str) -> str | None:
+    kind, dot, argument = name.replace("-", "_").partition(".")
+    return argument if kind == "method" and dot else None
+
+
+def _fingerprints(out: Path) -> list[tuple[Path, str]]:
+    """Folders of runs under `out` with their fingerprints; what cannot be read is no run of ours."""
+    found = []
+    for path in sorted(out.glob("*/run.json")):
+        try:
+            found.append((path.parent, fingerprint(Run.read(path))))
+        except (ValueError, TypeError):
+            continue
+    return found
+
+
+def _free(out: Path, name: str) -> Path:
+    """A folder named after the run that does not exist yet."""
+    slug = re.sub(r"[^\w.=-]+", "_", name).strip("_")
+    folder, number = out / slug, 1
+    while folder.exists():
+        number += 1
+        folder = out / f"{slug}_{number}"
+    return folder

@@ -1,0 +1,166 @@
+"""From a run as data to the things it names: data, model, plan. Training, evaluation and export all start here.
+
+    open_session   the session of a Run: what it will train
+    restore        the session of a run's folder: what it has trained
+
+Nothing here trains.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import nn
+
+from lowrank.adapters import merge_and_unload
+from lowrank.data import DATA
+from lowrank.data.images.source import ImageData
+from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.workers import nodes
+from lowrank.infra import checkpoint
+from lowrank.methods import METHODS
+from lowrank.models import MODELS
+from lowrank.plan.fsdp import shard_
+from lowrank.plan.plan import Plan, apply_
+from lowrank.run.run import Run
+from lowrank.run.task import Task, task_of
+
+FACTS = "images.json"  # beside run.json: classes, and how images are read
+
+
+@dataclass
+class Session:
+    """A run made real: ``model`` carries the adapters of ``plan`` and lies on ``device``."""
+
+    run: Run
+    task: Task
+    data: Any
+    model: nn.Module
+    plan: Plan
+    device: torch.device
+    autocast: Callable[[], AbstractContextManager[object]]
+    needs_scaler: bool
+
+
+def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, ranks: Ranks | None = None) -> Session:
+    """Make a run's data, model and plan.
+
+    Args:
+        run: what to make.
+        init_from: a run's folder or a checkpoint: its merged weights are the model's start (ReLoRA's warm start, say).
+        data: the run's data where it has been made already.
+        ranks: the processes that train it together.
+    """
+    device = pick_device(run.device)
+    autocast, needs_scaler = precision(run.precision, device)
+    data = DATA[run.data.name](**run.data.args) if data is None else data
+    torch.manual_seed(run.seed)
+    model = MODELS[run.model.name](data, **run.model.args)
+    if isinstance(data, ImageData):
+        data = data.for_model(model)
+    if init_from is not None:
+        load_plain_(model, init_from)
+    if run.precision == "bf16-weights":
+        model = model.to(torch.bfloat16)
+    model = model.to(device)
+    method = METHODS[run.method.name](**run.method.args)
+    plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
+    if run.engine == "fsdp" and plan.mates is not None:
+        shard_(plan)
+    return Session(run, task_of(run.task), data, model, plan, device, autocast, needs_scaler)
+
+
+def _workers(run: Run) -> int | None:
+    """How many workers the ranks of a run make; None: each is one."""
+    if run.engine == "auto":
+        return None
+    if run.workers == "nodes":
+        return nodes()
+    return run.workers or 1
+
+
+def restore(
+    folder: Path, which: Literal["best", "latest"] = "best", *, device: str = "auto", data: Any = None
+) -> tuple[Session, int]:
+    """(session, step) of a run's folder, or of one of its checkpoints: the trained weights, in evaluation mode.
+
+    Raises:
+        FileNotFoundError: the folder holds no run.
+        CheckpointError: it holds no sound checkpoint.
+    """
+    root = run_folder(folder)
+    run = Run.read(root / "run.json")
+    found = folder if folder != root else pick_checkpoint(root, which)
+    session = open_session(run if device == "auto" else _on(run, device), data=data)
+    saved = checkpoint.load(found)
+    session.model.load_state_dict(saved.tensors)
+    session.model.eval()
+    return session, saved.step
+
+
+def facts_of_images(folder: Path) -> ImageData | None:
+    """What a run on images wrote down about its data, so that its model can be used where the data is not."""
+    file = run_folder(folder) / FACTS
+    return ImageData.without_images(json.loads(file.read_text())) if file.is_file() else None
+
+
+def run_folder(folder: Path) -> Path:
+    """The folder of the run: ``folder`` itself, or the run that the checkpoint ``folder`` belongs to."""
+    for candidate in (folder, *folder.parents[:2]):
+        if (candidate / "run.json").is_file():
+            return candidate
+    raise FileNotFoundError(f"{folder} is no run's folder: it has no run.json")
+
+
+def pick_checkpoint(root: Path, which: Literal["best", "latest"]) -> Path:
+    """The checkpoint of a run that was best by validation, or the latest; the latest too where none was evaluated."""
+    best = checkpoint.best(root / "checkpoints") if which == "best" else None
+    return best or checkpoint.latest(root / "checkpoints")
+
+
+def load_plain_(model: nn.Module, source: Path) -> None:
+    """Start ``model`` from the merged weights of a run's folder, or one of its checkpoints.
+
+    Raises:
+        ValueError: the other run's model has other parameters or shapes; the first few are named.
+    """
+    session, _ = restore(source, device="cpu", data=facts_of_images(source))
+    state = merge_and_unload(session.model).state_dict()
+    ours = model.state_dict()
+    wrong = [k for k in ours if k not in state or state[k].shape != ours[k].shape] + [k for k in state if k not in ours]
+    if wrong:
+        raise ValueError(
+            f"the weights of {source} do not fit the model: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
+        )
+    model.load_state_dict(state)
+
+
+def pick_device(name: str) -> torch.device:
+    """``auto`` is the GPU where there is one."""
+    if name == "cuda" and not torch.cuda.is_available():
+        raise ValueError("--device cuda: no CUDA device is available; use --device cpu or auto")
+    return torch.device("cuda" if name in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
+
+
+def precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractContextManager[object]], bool]:
+    """(the autocast context, whether a GradScaler is needed) for a precision by name.
+
+    bfloat16 on a GPU below compute capability 8 becomes float16.
+    """
+    if name in ("fp32", "bf16-weights"):
+        return nullcontext, False
+    old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
+    dtype = torch.float16 if name == "fp16" or old else torch.bfloat16
+    return lambda: torch.autocast(device.type, dtype=dtype), dtype is torch.float16
+
+
+def _on(run: Run, device: str) -> Run:
+    from dataclasses import replace
+
+    return replace(run, device=device)  # type: ignore[arg-type]

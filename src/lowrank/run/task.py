@@ -1,0 +1,72 @@
+"""What is learnt: how a task turns a batch into a loss, and predictions into metrics.
+
+The loop and the evaluator use a task only through :class:`Task`, so that text and images share both.
+"""
+
+from __future__ import annotations
+
+import importlib
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+Batch = dict[str, Tensor]
+
+
+class Tally(Protocol):
+    """Collects what an evaluation sees, batch by batch."""
+
+    def add(self, model: nn.Module, batch: Batch) -> None: ...
+
+    def absorb(self, other: Any) -> None:
+        """Count what another tally of the same task has seen as well."""
+        ...
+
+    def result(self) -> dict[str, float]: ...
+
+
+class Task(Protocol):
+    """What the loop and the evaluator need of a task.
+
+    Attributes:
+        unit: what throughput counts, such as "tokens".
+        metric: the validation metric that decides which checkpoint is best.
+        lower: whether less of it is better.
+        shown: the metrics that an evaluation prints.
+        judged: whether the best checkpoint is scored on the test split when the run ends.
+    """
+
+    unit: str
+    metric: str
+    lower: bool
+    shown: tuple[str, ...]
+    judged: bool
+
+    def count(self, batch: Batch) -> int:
+        """How many predictions the loss of this batch sums over."""
+        ...
+
+    def size(self, batch: Batch) -> int:
+        """How many units (tokens, images) the batch holds."""
+        ...
+
+    def loss(self, model: nn.Module, batch: Batch) -> Tensor:
+        """The sum of the loss over the batch, a float32 scalar."""
+        ...
+
+    def tally(self) -> Tally: ...
+
+
+TASKS = {"text": "lowrank.evaluate.text_task:TextTask", "images": "lowrank.evaluate.image_task:ImageTask"}
+
+
+def task_of(name: str) -> Task:
+    """The task by a run's ``task``."""
+    module, _, kind = TASKS[name].partition(":")
+    task: Task = getattr(importlib.import_module(module), kind)()
+    return task
+
+
+def to_device(batch: Batch, device: torch.device) -> Batch:
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in batch.items()}

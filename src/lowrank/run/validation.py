@@ -1,0 +1,221 @@
+"""What is refused before any work: settings that contradict each other or cannot be meant.
+
+Whether each setting exists and has the right kind is seen where it is set (`lowrank.settings`); here they are looked at
+together. Every message names the option, the values and the remedy.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from importlib.util import find_spec
+from pathlib import Path
+from typing import Any
+
+from lowrank.run.overrides import Catalogue, catalogue, resolve
+from lowrank.run.run import Run
+
+# What a resumed run may do differently: nothing of it is in the checkpoint.
+_MAY_CHANGE = (
+    "--recipe",
+    "--per-method",
+    "--steps",
+    "--epochs",
+    "--stop-at",
+    "--eval-every",
+    "--eval-batches",
+    "--log-every",
+    "--checkpoint-every",
+    "--keep",
+    "--tensorboard",
+    "--wandb",
+    "--device",
+    "--engine",
+    "--workers",
+    "--compile",
+    "--data.workers",
+)
+
+
+def validate(run: Run, offer: Catalogue | None = None) -> None:
+    """Refuse a run that could not do what it says.
+
+    Raises:
+        ValueError: with every objection, one a line.
+    """
+    offer = offer or catalogue()
+    run = resolve(run, offer)
+    objections = [
+        *_lengths(run),
+        *_rates(run),
+        *_batches(run),
+        *_clipping(run),
+        *_intervals(run),
+        *_context(run),
+        *_task(run),
+        *_packages(run),
+        *_engine(run),
+    ]
+    try:
+        offer.method[run.method.name](**run.method.args)
+    except ValueError as error:
+        objections.append(f"--method {run.method.name}: {error}")
+    if objections:
+        raise ValueError("\n".join(objections))
+
+
+def refuse_occupied(out: Path) -> None:
+    """Refuse to write a new run where one already is.
+
+    Raises:
+        FileExistsError: the folder holds a run; the message names the ways out.
+    """
+    if (out / "run.json").exists() or (out / "log.jsonl").exists():
+        raise FileExistsError(
+            f"{out} already holds a run: go on with it by --resume {out} (torchrun's restarts: --elastic), or "
+            "choose another --out"
+        )
+
+
+def refuse_changed(old: Run, new: Run) -> None:
+    """Refuse to resume under settings that the checkpoint was not made with.
+
+    Lengths, evaluation, logging and the device may change; what the model is, what it sees and how it learns may not.
+
+    Raises:
+        ValueError: naming each setting with its old and its new value.
+    """
+    changed = [
+        f"{name} ({before} -> {after})"
+        for name, before, after in _pairs(old.to_json(), new.to_json())
+        if before != after and name not in _MAY_CHANGE and not (new.own_data and name == "--data.source")
+    ]
+    if changed:
+        raise ValueError(
+            f"resuming goes on with the same run, and this would change {', '.join(changed)}: "
+            "leave that out, or start a new run with another --out"
+        )
+
+
+def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
+    """Settings of two runs side by side, a call's name and each of its arguments by themselves."""
+    for name, before in old.items():
+        after = new[name]
+        if name not in ("model", "data", "method"):
+            yield f"--{name.replace('_', '-')}", before, after
+            continue
+        yield f"--{name}", before["name"], after["name"]
+        if before["name"] == after["name"]:
+            for argument in {**before["args"], **after["args"]}:
+                yield f"--{name}.{argument}", before["args"].get(argument), after["args"].get(argument)
+
+
+def _lengths(run: Run) -> Iterator[str]:
+    if (run.steps is None) == (run.epochs is None):
+        yield "a run needs --steps or --epochs, and not both"
+    if run.steps is not None and run.steps < 1:
+        yield f"--steps {run.steps}: at least 1 step is needed"
+    if run.epochs is not None and run.epochs <= 0:
+        yield f"--epochs {run.epochs:g} must be above 0"
+    if run.stop_at is not None and not 1 <= run.stop_at <= (run.steps or run.stop_at):
+        beyond = f" and at most --steps {run.steps}" if run.steps else ""
+        yield f"--stop-at {run.stop_at} must be at least 1{beyond}"
+    if run.warmup < 0:
+        yield f"--warmup {run.warmup:g} must not be negative"
+    elif run.warmup > 1 and run.warmup != int(run.warmup):
+        yield f"--warmup {run.warmup:g} is neither a share of the steps (below 1) nor a whole number of steps"
+    elif run.steps is not None and run.warmup_steps(run.steps) > run.steps:
+        yield f"--warmup {run.warmup:g} is longer than the run, --steps {run.steps}"
+
+
+def _rates(run: Run) -> Iterator[str]:
+    if run.lr <= 0:
+        yield f"--lr {run.lr:g} must be above 0"
+    if not 0 <= run.min_lr_ratio <= 1:
+        yield f"--min-lr-ratio {run.min_lr_ratio:g} must lie between 0 and 1"
+    if run.weight_decay < 0:
+        yield f"--weight-decay {run.weight_decay:g} must not be negative"
+
+
+def _batches(run: Run) -> Iterator[str]:
+    for name in ("batch_size", "grad_accum", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep"):
+        value = getattr(run, name)
+        if value is not None and value < 1:
+            yield f"--{name.replace('_', '-')} {value}: at least 1 is needed"
+    if run.seed < 0:
+        yield f"--seed {run.seed} must not be negative"
+    heads = _number(run.method.args.get("heads"))
+    if heads is not None and heads > run.batch_size and "merge_every" in run.method.args:
+        yield (
+            f"--method.heads {heads:g} split a batch of --batch-size {run.batch_size}: some would never see anything; "
+            f"use at most {run.batch_size} heads or a batch of at least {heads:g}"
+        )
+
+
+def _clipping(run: Run) -> Iterator[str]:
+    for name in ("max_grad_norm", "clip_per_layer"):
+        value = getattr(run, name)
+        if value is not None and value <= 0:
+            yield f"--{name.replace('_', '-')} {value:g} must be above 0, or none"
+    if run.per_layer and run.max_grad_norm is not None:
+        yield (
+            f"--per-layer steps before all gradients are known, so --max-grad-norm {run.max_grad_norm:g} cannot "
+            f"be had: clip each parameter instead, --max-grad-norm none --clip-per-layer {run.max_grad_norm:g}"
+        )
+
+
+def _intervals(run: Run) -> Iterator[str]:
+    merge_every = _number(run.method.args.get("merge_every"))
+    if run.steps is not None and merge_every is not None and merge_every > run.steps:
+        yield (
+            f"--method.merge_every {merge_every:g} is longer than the run, --steps {run.steps}: "
+            f"nothing would ever merge; use at most {run.steps}"
+        )
+
+
+def _context(run: Run) -> Iterator[str]:
+    wanted, most = _number(run.data.args.get("context")), _number(run.model.args.get("context"))
+    if wanted is not None and most is not None and wanted > most:
+        yield f"--data.context {wanted:g} is beyond the model's: add --model.context {wanted:g}"
+
+
+def _task(run: Run) -> Iterator[str]:
+    from lowrank.models import TASK_OF
+
+    if TASK_OF.get(run.model.name, run.task) != run.task:
+        fitting = ", ".join(name for name, task in TASK_OF.items() if task == run.task)
+        yield f"--model {run.model.name} is for {TASK_OF[run.model.name]}, and the run is on {run.task}: use {fitting}"
+
+
+def _packages(run: Run) -> Iterator[str]:
+    for package in ("tensorboard", "wandb"):
+        if getattr(run, package) and find_spec(package) is None:
+            yield f"--{package} needs the package {package}: pip install {package}, or leave the option out"
+
+
+def _engine(run: Run) -> Iterator[str]:
+    if run.workers is not None and run.engine == "auto":
+        yield (
+            f"--workers {run.workers}: with --engine auto every rank is a worker; use --engine ddp or fsdp, or "
+            "--workers none"
+        )
+    if isinstance(run.workers, int) and run.workers < 1:
+        yield f"--workers {run.workers} must be at least 1, or nodes"
+    one = run.engine != "auto" and run.workers in (None, 1)
+    if run.engine == "fsdp" and run.own_data and one:
+        yield (
+            "--own-data gives each rank batches of its own number, and --engine fsdp computes every batch on all ranks "
+            "at once: use --engine auto or ddp, or --workers nodes, where the ranks of a node read the same"
+        )
+    if run.engine == "fsdp" and run.compile:
+        yield "--compile with --engine fsdp has not been tried: leave one out"
+    apart = {"rest": ("local",), "exchange": ("bfloat16", "int8"), "weigh": ("tokens", "seconds", "steps")}
+    for name, values in apart.items():
+        if one and (value := run.method.args.get(name)) in values:
+            yield (
+                f"--method.{name} {value} is for workers that train apart, and --engine {run.engine} keeps all ranks "
+                "in step: use --engine auto or several --workers, or leave it out"
+            )
+
+
+def _number(value: Any) -> float | None:
+    return value if isinstance(value, (int, float)) and not isinstance(value, bool) else None

@@ -1,0 +1,426 @@
+"""How we train: the one loop, from top to bottom.
+
+    for step: learning rate → micro-batches (loss summed, divided by the step's predictions) → clip
+              → step (merges when due) → log → evaluate on the merged weights → checkpoint
+
+Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``lowrank.team``). They
+evaluate together, each some of the batches; the first rank of each node writes the run's folder (``lowrank.elastic``),
+rank 0 prints. When one is asked to stop, all do, after the next step at which they communicate.
+
+A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
+``run.steps`` is the schedule's horizon and ``run.stop_at`` ends early without changing it. Everything that the next
+step depends on is in a checkpoint (weights, optimizer, random generators, step), and batches are a function of the
+step, so a resumed run is bitwise the run that was never stopped, on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import statistics
+import threading
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank import __version__
+from lowrank.data.images.source import ImageData
+from lowrank.distributed.process_group import Ranks, joined
+from lowrank.evaluate.evaluator import evaluate
+from lowrank.infra import checkpoint
+from lowrank.infra.environment import environment
+from lowrank.infra.log import Writer, open_writers, read_log
+from lowrank.infra.progress import Progress
+from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
+from lowrank.methods.schedule import Envelope
+from lowrank.plan.synchronisation import whole
+from lowrank.run.run import Run
+from lowrank.run.session import FACTS, Session, open_session, pick_device
+from lowrank.run.task import Batch, to_device
+from lowrank.train.checkpointing import NotFinite, Saver, not_finite
+from lowrank.train.coordinator import Team
+from lowrank.train.elastic import keeps, newest
+from lowrank.train.prefetch import Prefetch
+
+__all__ = ["NotFinite", "train"]
+
+
+def train(
+    run: Run,
+    out: Path,
+    *,
+    resume: bool = False,
+    elastic: bool = False,
+    init_from: Path | None = None,
+    quiet: bool = False,
+) -> dict[str, Any]:
+    """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
+
+    Args:
+        run: what to train.
+        out: gets run.json, env.json, log.jsonl, checkpoints/ and summary.json.
+        resume: go on from the latest checkpoint in ``out``; ``run`` is then the same run, perhaps with other ``steps``
+            or ``stop_at``.
+        elastic: go on from the newest good checkpoint that any node has of this run, or start it where there is none:
+            the same call again and again, until the run has come to its end.
+        init_from: start from the merged weights of another run's folder or checkpoint.
+        quiet: no progress line.
+
+    Raises:
+        NotFinite: the loss is not finite. The checkpoints saved before are kept.
+        FileExistsError: ``out`` holds a run already and neither ``resume`` nor ``elastic`` is asked for.
+        CheckpointError: nothing to resume from, or the disk is full.
+        RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
+    """
+    if not (resume or elastic) and (out / "run.json").exists():
+        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
+    with joined(pick_device(run.device)) as ranks:
+        return _train(run, out, resume, init_from, quiet, elastic, ranks)
+
+
+def _train(
+    run: Run, out: Path, resume: bool, init_from: Path | None, quiet: bool, elastic: bool, ranks: Ranks | None
+) -> dict[str, Any]:
+    """``train`` among its ranks; nothing of the model outlives this call, and so the group of processes may end."""
+    keeper = keeps(out, ranks)
+    found, notes = newest(out, ranks, keeper=keeper) if elastic else (None, [])
+    if resume:
+        found = checkpoint.latest(out / "checkpoints")
+    saved = None if found is None else checkpoint.load(found)
+    session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
+    loop = _Loop(session, out, quiet=quiet, keeper=keeper)
+    if saved is not None:
+        loop.restore(saved, ended=elastic)
+    loop.team.agree(__version__, loop.step, session.data)
+    if saved is not None:
+        loop.saver.restore_random(saved)
+        del saved  # which holds all that was read
+    if keeper:
+        _describe(session, out)
+    loop.saver.prepare()
+    loop.team.begin()
+    with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
+        loop.run_until(loop.end, stopping)
+        loop.judge()
+    summary = loop.summary(interrupted=stopping.is_set())
+    if keeper:
+        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+    if stopping.is_set():
+        loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
+    return summary
+
+
+def _describe(session: Session, out: Path) -> None:
+    """What the run is and what it runs on, into its folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    session.run.write(out / "run.json")
+    if isinstance(session.data, ImageData):
+        (out / FACTS).write_text(json.dumps(session.data.to_json(), indent=2) + "\n")
+    (out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+
+
+class _Loop:
+    """The state of a training run between two steps, and what moves it on."""
+
+    def __init__(self, session: Session, out: Path, *, quiet: bool, keeper: bool = True):
+        run = session.run
+        self.keeper = keeper  # of the run's folder
+        self.session, self.out, self.team = session, out, Team(session.plan, run)
+        self.quiet = quiet or not self.team.first
+        self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
+        self.steps = run.steps or run.horizon(self.source.batches_per_epoch)
+        self.end = min(run.stop_at or self.steps, self.steps)
+        self.eval_every = run.eval_every or max(1, math.ceil(self.source.batches_per_epoch / run.grad_accum))
+        self.batches = Prefetch(self.source.batch, end=self.end * run.grad_accum)
+        self._check_merge()
+        self.envelope = Envelope(
+            steps=self.steps, warmup=run.warmup_steps(self.steps), min_ratio=run.min_lr_ratio, shape=run.schedule
+        )
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.needs_scaler)
+        self.optimizer = session.plan.optimizer(
+            run.lr,
+            run.weight_decay,
+            per_layer=run.per_layer,
+            accumulate=run.grad_accum,
+            clip_per_layer=run.clip_per_layer,
+            scaler=self.scaler if run.per_layer else None,
+        )
+        self.team.check(self.optimizer, needs_scaler=session.needs_scaler)
+        if self.team.ranks is not None and not run.per_layer and not session.plan.parts:
+            self.optimizer.sum_during_backward(run.grad_accum, whole=run.max_grad_norm is not None)
+        self.forward: Any = torch.compile(session.model) if run.compile else session.model
+        self.step = 0
+        self.best: float | None = None
+        self.latest_metrics: dict[str, float] = {}
+        self.test_metrics: dict[str, float] = {}
+        self.writers: list[Writer] = []
+        self.progress = Progress(self.end, quiet=True)
+        root = out / "checkpoints"
+        self.saver = Saver(run, session.plan, self.optimizer, self.scaler, self.team, root, keeper=keeper)
+        self.clock = StepClock()
+
+    def _check_merge(self) -> None:
+        merge = self.session.plan.method.merge
+        if merge is not None and merge.merge_every > self.steps:
+            raise ValueError(
+                f"merge_every={merge.merge_every} is longer than the run of {self.steps} steps: nothing would ever "
+                f"merge; use at most {self.steps}"
+            )
+        if merge is not None and merge.overlap and 2 * merge.merge_every > self.steps:
+            raise ValueError(
+                f"overlap=True merges at step {2 * merge.merge_every} what was sent at step {merge.merge_every}, and "
+                f"the run has {self.steps} steps: use merge_every of at most {self.steps // 2}, or overlap=False"
+            )
+
+    # --- the loop ------------------------------------------------------------------------------------------------
+
+    def run_until(self, end: int, stopping: threading.Event) -> None:
+        """Step until ``end`` or until asked to stop; evaluated and saved at the end in either case."""
+        self.session.model.train()
+        reset_peak(self.session.device)
+        self.clock = StepClock()
+        stop = stopping.is_set() and not self.team.ranks
+        while self.step < end and not stop:
+            record = self._one_step()
+            self.step += 1
+            record["loss"], stop = self.team.after_step(record, stopping.is_set(), self.step)
+            self._log(record)
+            last = self.step == end
+            evaluating = last or self.step % self.eval_every == 0
+            saving = last or self.step % self.session.run.checkpoint_every == 0
+            if evaluating or saving:
+                with self.clock.paused(), whole(self.session.plan, self.optimizer):
+                    improved = evaluating and self._evaluate()
+                    if improved or saving:
+                        self._save(best=improved)
+        if self.saver.last != self.step and self.step:
+            with whole(self.session.plan, self.optimizer):
+                self._save(best=False)
+        if stop:
+            stopping.set()
+            self.progress.note(f"stopped at step {self.step}, saved; go on with: lowrank train --resume {self.out}")
+
+    def _one_step(self) -> dict[str, Any]:
+        """Forward, backward and step; returns the record of it, the loss as a tensor."""
+        run, optimizer, began = self.session.run, self.optimizer, time.perf_counter()
+        lr = run.lr * self.envelope(self.step)
+        factor = self.session.plan.method.lr(optimizer.steps)
+        for group in optimizer.param_groups:
+            group["lr"] = lr
+        batches = [self.batches(self.step * run.grad_accum + k) for k in range(run.grad_accum)]
+        waited = time.perf_counter() - began
+        loss = self._backward(batches)
+        grad_norm = self._clip()
+        if run.per_layer or not self.scaler.is_enabled():
+            optimizer.step()
+        else:
+            self.scaler.step(optimizer)
+            self.scaler.update()
+        optimizer.zero_grad(set_to_none=True)
+        self.clock.tick(waited)
+        return {
+            "loss": loss,
+            "lr": lr * factor,
+            "grad_norm": grad_norm,
+            "size": sum(self.session.task.size(batch) for batch in batches) * self.team.whole_rows(batches),
+        }
+
+    def _backward(self, batches: list[Batch]) -> Tensor:
+        """Gradients of the mean loss over the predictions of all micro-batches; returns that mean."""
+        task, device = self.session.task, self.session.device
+        predictions = self.team.divisor(batches, task)
+        total = torch.zeros((), device=device)
+        for batch in batches:
+            with self.session.autocast():
+                loss = task.loss(self.forward, to_device(batch, device)) / predictions
+            self.scaler.scale(loss).backward()
+            total += loss.detach()
+        return total
+
+    def _clip(self) -> Tensor | None:
+        """Clip the global norm where asked, and return it; None with per-layer updates, where it is never known."""
+        run = self.session.run
+        if run.per_layer:
+            return None
+        if self.scaler.is_enabled():
+            self.scaler.unscale_(self.optimizer)
+        self.optimizer.synchronise_(whole=run.max_grad_norm is not None)
+        gradients = self.optimizer.gradients()
+        norm = self.team.norm(self.optimizer, gradients)
+        if run.max_grad_norm is not None and norm is not None:
+            self.team.clip_(gradients, run.max_grad_norm, norm)
+        return norm
+
+    # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
+
+    @contextmanager
+    def recording(self, notes: Sequence[str] = (), *, after: int | None) -> Iterator[None]:
+        """Open log, writers and progress line, which begins with ``notes``; close them whatever happens."""
+        run, first = self.session.run, self.team.first
+        if self.keeper:
+            others = {"tensorboard": run.tensorboard and first, "wandb": run.wandb and first}
+            self.writers = open_writers(self.out, run.to_json(), **others, after=after)
+        unit = self.session.task.unit
+        self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
+        for note in [*self.team.notes(), *notes]:
+            self.progress.note(note)
+        try:
+            yield
+        finally:
+            self.batches.close()
+            self.progress.close()
+            for writer in self.writers:
+                writer.close()
+
+    def _log(self, made: dict[str, Any]) -> None:
+        run = self.session.run
+        if self.step % run.log_every and self.step != self.end:
+            return
+        loss = float(made["loss"])  # waits for the device: the clock then shows whole steps
+        seconds, waited = self.clock.read()
+        if not math.isfinite(loss) and (self.team.ranks is None or self.team.together):
+            self._stop_not_finite(loss)  # a rank that steps alone is left out of the next merge, and begins anew
+        rate, peak = made["size"] / seconds, peak_bytes(self.session.device)
+        record = {
+            "step": self.step,
+            "loss": loss,
+            "lr": made["lr"],
+            "grad_norm": None if made["grad_norm"] is None else float(made["grad_norm"]),
+            f"{self.session.task.unit}_per_second": rate,
+            "step_seconds": seconds,
+            "wait_seconds": waited,
+            "peak_bytes": peak,
+            **self.team.traffic(),
+        }
+        self._write({name: value for name, value in record.items() if value is not None})
+        metric = self.session.task.metric
+        shown = self.latest_metrics.get(f"val_{metric}")
+        extra = "" if shown is None else f"val {metric} {shown:.4g}"
+        if self.team.ranks is not None:
+            extra = f"sent {self.team.sent}  {extra}".rstrip()
+        self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
+
+    def _write(self, record: dict[str, Any]) -> None:
+        for writer in self.writers:
+            writer.write(record)
+
+    def _stop_not_finite(self, loss: float) -> None:
+        self._write({"step": self.step, "loss": loss})
+        raise not_finite(f"the loss became {loss}", self.step, self.saver.root)
+
+    def _evaluate(self) -> bool:
+        """Evaluate on the validation split; whether it is the best so far."""
+        session = self.session
+        batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
+        where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
+        where["sharing"] = self.team.sharing
+        metrics = evaluate(session.model, batches, session.task, **where)
+        self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
+        self._write({"step": self.step, **self.latest_metrics})
+        if shown := [f"val {name} {metrics[name]:.4f}" for name in session.task.shown]:
+            epoch = self.step * session.run.grad_accum / self.source.batches_per_epoch
+            self.progress.note(f"epoch {epoch:.3g}  step {self.step}  " + "  ".join(shown))
+        value = metrics[session.task.metric]
+        better = self.best is None or (value < self.best if session.task.lower else value > self.best)
+        if better and math.isfinite(value):
+            self.best = value
+            return True
+        return False
+
+    def judge(self) -> None:
+        """Where the task asks for it: the best checkpoint on the test split, when the run has come to its end."""
+        task = self.session.task
+        if not task.judged or self.step < self.end:
+            return
+        from lowrank.evaluate.judging import judge
+
+        with whole(self.session.plan, self.optimizer):
+            if not self.team.first:
+                return
+            session = self.session
+            if session.plan.parts:  # the others do not score, so rank 0 takes a whole model
+                session = open_session(session.run, data=session.data)
+            metrics = judge(session, self.out)
+        self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
+        if metrics:
+            self._write({"step": self.step, **self.test_metrics})
+            shown = "  ".join(f"test {name} {metrics[name]:.4f}" for name in task.shown)
+            self.progress.note(f"best checkpoint  {shown}  (report in {self.out / 'clinic'})")
+
+    def _save(self, *, best: bool) -> None:
+        self.saver.save(self.step, self.latest_metrics, self.best, is_best=best)
+
+    def restore(self, saved: checkpoint.Checkpoint, *, ended: bool = False) -> None:
+        """Go back to a checkpoint: weights, optimizer, step; also to a run's end where ``ended``.
+
+        Raises:
+            ValueError: it is of another method or step count, or its state does not fit.
+        """
+        if saved.step > self.end or (saved.step == self.end and not ended):
+            raise ValueError(
+                f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
+                "go on"
+            )
+        self.saver.restore(saved)
+        self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
+        self.step = saved.step
+
+    def summary(self, *, interrupted: bool) -> dict[str, Any]:
+        """What the run came to: the last metrics, the best, and what it cost."""
+        run, plan, task = self.session.run, self.session.plan, self.session.task
+        log = read_log(self.out / "log.jsonl") if self.keeper else []
+        records = [r for r in log if "step_seconds" in r]
+        seconds = statistics.median(r["step_seconds"] for r in records) if records else None
+        rate_name = f"{task.unit}_per_second"
+        return {
+            "recipe": run.recipe,
+            "method": run.method.name,
+            "seed": run.seed,
+            "steps": self.step,
+            "interrupted": interrupted,
+            **self.latest_metrics,
+            **self.test_metrics,
+            f"best_val_{task.metric}": self.best,
+            "parameters_trained": plan.parameters_trained,
+            "parameters_total": plan.parameters_total,
+            "state_bytes": plan.state_bytes,
+            "kept_bytes": plan.kept_bytes,
+            "step_seconds": seconds,
+            rate_name: statistics.median(r[rate_name] for r in records) if records else None,
+            "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
+            "seconds": _seconds(records),
+            **self.team.summary(records),
+        }
+
+
+def _seconds(records: list[dict[str, Any]]) -> float:
+    """Seconds of training, evaluations and checkpoints apart: each record holds the mean of the steps before it."""
+    steps = [0, *(record["step"] for record in records)]
+    return sum(r["step_seconds"] * (r["step"] - before) for before, r in zip(steps, records, strict=False))
+
+
+@contextmanager
+def _signals() -> Iterator[threading.Event]:
+    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once. Only the main thread can have handlers."""
+    stopping = threading.Event()
+    if threading.current_thread() is not threading.main_thread():
+        yield stopping
+        return
+
+    def ask(number: int, frame: object) -> None:
+        if stopping.is_set():
+            raise KeyboardInterrupt
+        stopping.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield stopping
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)

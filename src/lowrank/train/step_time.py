@@ -1,0 +1,111 @@
+"""What a run takes on several ranks over a link: what one rank computes, measured here, and what it then sends."""
+
+from __future__ import annotations
+
+import math
+import time
+from dataclasses import replace
+
+import torch
+
+from lowrank.plan.communication import Forecast, forecast
+from lowrank.plan.network import Link, Outlook, Part
+from lowrank.run.run import Call, Run
+from lowrank.run.session import Session
+from lowrank.run.task import to_device
+
+
+def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook:
+    """What ``link`` makes of a session's run on ``ranks`` ranks, where one rank computes ``compute`` seconds a step.
+
+    Raises:
+        ValueError: fewer than two ranks, or fewer heads or rows than ranks.
+    """
+    _refuse(session.run, ranks)
+    run, method = session.run, session.plan.method
+    found = forecast(session.plan, ranks, whole=run.max_grad_norm is not None and not run.per_layer)
+    merging = found.merge_every is not None
+    follows = 0 if merging and method.rest_every is not None else (4 if merging else 1)
+    parts = [
+        _part("merge", found.merge_every or 1, found.merge, 1, found, link),
+        _part("basis that heads share", found.basis_every, found.basis, 0, found, link),
+        _part("average of the rest", found.rest_every, found.average, follows, found, link),
+        _part("gradients", 1, found.gradients_between, 0, found, link),
+        _part("gradients, refresh", found.refresh_every, found.gradients - found.gradients_between, 0, found, link),
+    ]
+    return Outlook(
+        link=link,
+        ranks=ranks,
+        compute=compute,
+        parts=[part for part in parts if part.sent],
+        interval="merge_every" if merging else "rest_every" if found.average else None,
+        ddp_bytes=found.ddp,
+        ddp_communication=link.seconds(found.ddp, ranks),
+    )
+
+
+def rank_of(run: Run, ranks: int) -> Run:
+    """The run of one process that does what the busiest of ``ranks`` ranks does: its rows and its heads.
+
+    Raises:
+        ValueError: as ``outlook``.
+    """
+    _refuse(run, ranks)
+    args = dict(run.method.args)
+    if isinstance(heads := args.get("heads"), int) and "merge_every" in args:
+        args["heads"] = math.ceil(heads / ranks)
+    return replace(run, batch_size=math.ceil(run.batch_size / ranks), method=Call(name=run.method.name, args=args))
+
+
+def measured(session: Session, steps: int = 3) -> float:
+    """Seconds of a step of a session here, on arbitrary tokens or its first images: the median, after one to warm up.
+
+    Raises:
+        ValueError: images that are not here.
+    """
+    run, task, device = session.run, session.task, session.device
+    batch = to_device(_any_batch(session), device)
+    optimizer = session.plan.optimizer(run.lr, run.weight_decay, per_layer=run.per_layer, accumulate=run.grad_accum)
+    session.model.train()
+    seconds = []
+    for _ in range(steps + 1):
+        began = time.perf_counter()
+        for _ in range(run.grad_accum):
+            with session.autocast():
+                loss = task.loss(session.model, batch) / task.count(batch) / run.grad_accum
+            loss.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        seconds.append(time.perf_counter() - began)
+    return sorted(seconds[1:])[steps // 2]
+
+
+def _part(what: str, every: int, sent: int, scales: int, found: Forecast, link: Link) -> Part:
+    return Part(what=what, every=every, sent=sent, seconds=link.seconds(sent, found.ranks), scales=scales)
+
+
+def _refuse(run: Run, ranks: int) -> None:
+    if ranks < 2:
+        raise ValueError(f"--ranks {ranks}: at least 2 are needed for a link to matter")
+    heads, few = run.method.args.get("heads"), []
+    if isinstance(heads, int) and "merge_every" in run.method.args and heads < ranks:
+        few.append((f"{heads} heads", f"--method.heads {ranks}"))
+    if run.batch_size < ranks:
+        few.append((f"a batch of {run.batch_size}", f"--batch-size {ranks}"))
+    if few:
+        what, remedy = (" and ".join(texts) for texts in zip(*few, strict=True))
+        raise ValueError(f"{what} cannot be divided between {ranks} ranks: give {remedy}, or more")
+
+
+def _any_batch(session: Session) -> dict[str, torch.Tensor]:
+    run, data = session.run, session.data
+    if run.task == "text":
+        vocabulary = session.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
+        ids = torch.randint(0, vocabulary, (run.batch_size, data.context + 1))
+        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
+    if not data.set.splits:
+        raise ValueError("the images are not here, so a step cannot be measured: give --step-seconds")
+    batch: dict[str, torch.Tensor] = data.train(run.batch_size, run.seed).batch(0)
+    return batch
