@@ -49,7 +49,7 @@ def talking(ranks: Ranks) -> Result:
     before = torch.tensor([ranks.traffic.sent, ranks.traffic.between])
     tensors = [torch.arange(n, dtype=torch.float64) + 10 * workers.rank for n in (1, 3, 4)]
     gathered = workers.gather(tensors)
-    later = workers.gather_later(tensors)
+    later = workers.start_gather(tensors)
     workers.sum_(tensors)
     objects = workers.gather_objects({"worker": workers.rank})
     told = torch.full((2,), float(ranks.rank))

@@ -24,7 +24,7 @@ import lowrank
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import Ranks, joined
 from lowrank.distributed.sharded_checkpoint import save_in_parts
-from lowrank.distributed.shards import local
+from lowrank.distributed.shards import to_local
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.methods import Use
@@ -117,7 +117,7 @@ def trained(
     state, moments = whole_model_state(plan), whole_optimizer_state(plan, opt)["state"]
     held = {"state_bytes": plan.state_bytes, "really": opt.state_bytes(), "notes": plan.notes, "table": str(plan)}
     held |= {"weights": plan.ledger.weights, "forecast": forecast(plan, ranks.count) if ranks else None}
-    dims = {name: part.dim for name, part in plan.parts.items()}
+    dims = {name: part.dim for name, part in plan.shards.items()}
     return {"state": state, "moments": moments, "said": said, "held": held, "dims": dims}
 
 
@@ -148,7 +148,7 @@ def _reloaded(
                 (
                     saved.tensors,
                     saved.optimizer["state"],
-                    {n: local(p).clone() for n, p in fresh.model.named_parameters()},
+                    {n: to_local(p).clone() for n, p in fresh.model.named_parameters()},
                 )
             )
         if ranks is not None:

@@ -26,7 +26,7 @@ from lowrank.distributed.collectives import Traffic, share
 from lowrank.distributed.process_group import Ranks, RanksDisagree, joined
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
-from lowrank.plan.synchronisation import whole
+from lowrank.plan.synchronisation import consolidated_model
 from lowrank.train.gathered import whole_optimizer_state
 from lowrank.train.gathered_parts import whole_model_state
 
@@ -75,7 +75,7 @@ def trained(
         said.append((after.collectives - before.collectives, after.sent - before.sent))
         between.append(after.between - before.between)
         local.append(plain_weights(plan))
-    with whole(plan, opt):
+    with consolidated_model(plan, opt):
         state = {name: t.clone() for name, t in whole_model_state(plan).items()}
         moments = whole_optimizer_state(plan, opt)
         x, _ = batch(99)
@@ -121,7 +121,7 @@ def plain_weights(plan: lowrank.Plan) -> dict[str, torch.Tensor]:
 
 
 def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:
-    with whole(plan, opt), torch.no_grad():
+    with consolidated_model(plan, opt), torch.no_grad():
         output = plan.model.eval()(batch(99)[0])
     plan.model.train()
     return output
@@ -191,7 +191,7 @@ def talking_later(ranks: Ranks | None) -> Result:
     if ranks.rank == 1:
         time.sleep(1.0)
         began = time.perf_counter()
-    summing, gathering = ranks.sum_later([mine]), ranks.gather_later([torch.full((1,), float(ranks.rank))])
+    summing, gathering = ranks.start_sum([mine]), ranks.start_gather([torch.full((1,), float(ranks.rank))])
     started = time.perf_counter()
     summing()
     gathered = gathering()[0]

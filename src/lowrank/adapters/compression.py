@@ -68,7 +68,7 @@ def decode(sent: Sequence[Tensor], exchange: Exchange, shape: tuple[int, ...], d
     return sent[0].to(dtype)
 
 
-def add_up_later(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
+def start_add_up(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
     """Start to replace each tensor by its sum over the group, rounded as ``exchange`` says where that is fewer bytes;
     the function returned waits and writes the sums.
 
@@ -79,10 +79,10 @@ def add_up_later(tensors: Sequence[Tensor], group: Group, exchange: Exchange, ti
         < ring_sum_bytes(t.numel() * t.element_size(), group.count)
         for t in tensors
     ]
-    whole = group.sum_later([t for t, small in zip(tensors, rounds, strict=True) if not small])
+    whole = group.start_sum([t for t, small in zip(tensors, rounds, strict=True) if not small])
     small = [t for t, is_small in zip(tensors, rounds, strict=True) if is_small]
     coded = [encode(t, exchange, tick * group.count + group.rank) for t in small]
-    arriving = [group.gather_later(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
+    arriving = [group.start_gather(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
 
     def finish() -> None:
         whole()
@@ -96,5 +96,5 @@ def add_up_later(tensors: Sequence[Tensor], group: Group, exchange: Exchange, ti
 
 
 def add_up_(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> None:
-    """``add_up_later``, waited for."""
-    add_up_later(tensors, group, exchange, tick)()
+    """``start_add_up``, waited for."""
+    start_add_up(tensors, group, exchange, tick)()

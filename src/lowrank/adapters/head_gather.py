@@ -59,17 +59,17 @@ def gather_heads(
     ``tensors`` has one mapping, by name, for each of ``adapters``. Shares may differ by one head: what is sent is
     padded to the largest.
     """
-    return gather_heads_later(tensors, adapters, workers)()
+    return start_gather_heads(tensors, adapters, workers)()
 
 
-def gather_heads_later(
+def start_gather_heads(
     tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], workers: Group
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """Start ``gather_heads`` and go on; the function returned waits for it."""
     flat = [(entry, name, t) for entry, named in enumerate(tensors) for name, t in named.items()]
     flat.sort(key=lambda item: str(item[2].dtype))  # neighbours of one dtype travel together
     padded = [_padded(t, largest_share(adapters[entry].all_heads, workers.count)) for entry, _, t in flat]
-    arrive = workers.gather_later(padded)
+    arrive = workers.start_gather(padded)
 
     def finish() -> list[dict[str, Tensor]]:
         found: list[dict[str, Tensor]] = [{} for _ in tensors]

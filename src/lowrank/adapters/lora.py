@@ -236,7 +236,7 @@ class LoRAAdapter(Additive):
         self.sent += 1
 
     @property
-    def is_under_way(self) -> bool:
+    def is_in_flight(self) -> bool:
         """Whether factors were sent that have not been merged yet."""
         return "sent" in self._buffers and int(self.sent) > int(self.merges)
 

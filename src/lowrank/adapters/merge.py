@@ -27,7 +27,7 @@ from lowrank.adapters.compression import Exchange
 from lowrank.adapters.layers import adapted_layers, fold_, replace
 from lowrank.adapters.lora import LoRAAdapter
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import is_sharded, whole_parameter
+from lowrank.distributed.shards import is_sharded, unsharded_parameter
 from lowrank.linalg.rounding import wide
 
 Weigh = Literal["equal", "tokens", "steps", "seconds"]
@@ -139,7 +139,7 @@ def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Ranks |
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue
-        with whole_parameter(layer, "weight", ranks):
+        with unsharded_parameter(layer, "weight", ranks):
             fold_(layer, done, merge)
 
 

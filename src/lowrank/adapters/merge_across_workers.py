@@ -36,15 +36,15 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.compression import Exchange, add_up_later, decode, encode
+from lowrank.adapters.compression import Exchange, decode, encode, start_add_up
 from lowrank.adapters.dense import DenseAdapter
-from lowrank.adapters.head_gather import KEPT, SplitAdapter, gather_heads_later, holding, split_adapters
+from lowrank.adapters.head_gather import KEPT, SplitAdapter, holding, split_adapters, start_gather_heads
 from lowrank.adapters.layers import adapted_layers, fold_, write_merged_
 from lowrank.adapters.lora import LoRAAdapter
 from lowrank.adapters.merge import Merge
 from lowrank.distributed.collectives import Group, share
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import whole_parameter
+from lowrank.distributed.shards import unsharded_parameter
 from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
 
@@ -74,7 +74,7 @@ def merge_across_(model: nn.Module, workers: Group, merge: Merge, terms: Terms |
     Raises:
         FloatingPointError: no worker is left to take part.
     """
-    send(model, workers, merge, terms)()
+    start_merge(model, workers, merge, terms)()
 
 
 def remember_(model: nn.Module) -> None:
@@ -84,13 +84,15 @@ def remember_(model: nn.Module) -> None:
         adapter.remember_()
 
 
-def under_way(model: nn.Module) -> bool:
+def in_flight(model: nn.Module) -> bool:
     """Whether something was sent that has not arrived."""
-    return any(isinstance(a, LoRAAdapter) and a.is_under_way for a in split_adapters(model))
+    return any(isinstance(a, LoRAAdapter) and a.is_in_flight for a in split_adapters(model))
 
 
 @torch.no_grad()
-def send(model: nn.Module, workers: Group | None, merge: Merge, terms: Terms | None = None) -> Callable[[], None]:
+def start_merge(
+    model: nn.Module, workers: Group | None, merge: Merge, terms: Terms | None = None
+) -> Callable[[], None]:
     """Start a merge over the heads of all workers and go on; the function returned waits for what the others have sent
     and folds it in. What is sent are the heads as they are now, overlapped as they were remembered.
 
@@ -128,7 +130,7 @@ def _fold_(
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue
-        with whole_parameter(layer, "weight", terms.mates):
+        with unsharded_parameter(layer, "weight", terms.mates):
             for part, adapter, W in layer.pieces():
                 if id(adapter) in done or not isinstance(adapter, SplitAdapter) or not adapter.split:
                     continue
@@ -163,7 +165,7 @@ def _send_factors(
     if workers is None:
         return lambda: mine
     if exchange == "float32":
-        return gather_heads_later(mine, adapters, workers)
+        return start_gather_heads(mine, adapters, workers)
     known = [_known_factors(a, workers, terms.left_out) for a in adapters]
     coded: list[dict[str, Tensor]] = []
     for adapter, factors, bases in zip(adapters, mine, known, strict=True):
@@ -171,7 +173,7 @@ def _send_factors(
         changed = {name: t - bases[name][own] for name, t in factors.items()}
         sent = {name: encode(x, exchange, tick * workers.count + workers.rank) for name, x in changed.items()}
         coded.append({f"{name} {i}": t for name, parts in sent.items() for i, t in enumerate(parts)})
-    arrive = gather_heads_later(coded, adapters, workers)
+    arrive = start_gather_heads(coded, adapters, workers)
     return lambda: [_decoded(bases, parts, exchange) for bases, parts in zip(known, arrive(), strict=True)]
 
 
@@ -217,7 +219,7 @@ def _send_changes(
         mine = adapter.heads if weights is None else weights[workers.rank]
         change = _change(adapter, merge) * (0 if workers.rank in terms.left_out else mine)
         inside.append(spans[adapter].project(change) if adapter in spans else change)
-    arrive = add_up_later(inside, workers, merge.exchange, int(adapters[0].merges) if adapters else 0)
+    arrive = start_add_up(inside, workers, merge.exchange, int(adapters[0].merges) if adapters else 0)
 
     def finish() -> dict[SplitAdapter, Tensor]:
         arrive()

@@ -96,9 +96,9 @@ class Group(ABC):
         Sums are float32 or wider, whatever the tensors are. Each number is summed in one place and then passed on, so
         that all members hold the same bits.
         """
-        self.sum_later(tensors)()
+        self.start_sum(tensors)()
 
-    def sum_later(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
+    def start_sum(self, tensors: Sequence[Tensor]) -> Callable[[], None]:
         """Start ``sum_`` and go on; the function returned waits for it and writes the sums. What the tensors are in the
         meantime does not matter."""
         started = []
@@ -116,9 +116,9 @@ class Group(ABC):
 
     def gather(self, tensors: Sequence[Tensor]) -> list[Tensor]:
         """For each tensor everyone's, (R, ...); all members give the same shapes and dtypes, in the same order."""
-        return self.gather_later(tensors)()
+        return self.start_gather(tensors)()
 
-    def gather_later(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
+    def start_gather(self, tensors: Sequence[Tensor]) -> Callable[[], list[Tensor]]:
         """Start ``gather`` and go on; the function returned waits for it."""
         started = [
             (bucket, self._collect(torch.cat([t.detach().reshape(-1) for t in bucket]))) for bucket in buckets(tensors)

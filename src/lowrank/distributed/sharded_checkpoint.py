@@ -25,7 +25,7 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import Cut
+from lowrank.distributed.shards import ShardSpec
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
 from lowrank.infra.checkpoint_files import FORMAT, STATE, measure, sync, write_json, write_manifest
@@ -139,7 +139,7 @@ def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Ex
 
 
 def read_parts(
-    saved: Checkpoint, kind: Kind, names: Sequence[str], cuts: Mapping[str, Cut], ranks: Ranks
+    saved: Checkpoint, kind: Kind, names: Sequence[str], cuts: Mapping[str, ShardSpec], ranks: Ranks
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint, written in parts or not: of those in ``cuts`` this rank's pieces, others whole. All
     ``ranks`` must call it with the same names.
@@ -174,5 +174,5 @@ def read_parts(
     found = unpack({name: t for name, t in targets.items() if name not in pieces}, notes)
     for name in cut_of.keys() - pieces:
         cut = cut_of[name]
-        pieces[name] = cut.part.cut(found[name], cut.dim)
+        pieces[name] = cut.part.narrow(found[name], cut.dim)
     return {name: pieces[first[name]] if first[name] in pieces else found[first[name]] for name in names}

@@ -1,9 +1,9 @@
 """Parameters of which every rank holds a part (FSDP2's ``fully_shard``: DTensors on a mesh of one dimension).
 
-    part = part_of(p, ranks)       which part of p this rank holds; None where it holds the whole
-    part.cut(whole)                this rank's part of a tensor of that shape
+    part = shard_of(p, ranks)       which part of p this rank holds; None where it holds the whole
+    part.narrow(whole)                this rank's part of a tensor of that shape
     part.gather(mine)              everyone's parts together
-    whole_parameter(module, …)     for a moment one parameter of a module is whole, to be changed in place
+    unsharded_parameter(module, …)     for a moment one parameter of a module is whole, to be changed in place
 
 A dimension of n numbers is cut into R pieces of ⌈n/R⌉, the last one what is left, as ``torch.chunk`` does. All
 that is said here goes through ``Ranks``, which counts it.
@@ -24,7 +24,7 @@ from lowrank.distributed.process_group import Ranks
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
+class Shard:
     """This rank's part of a parameter of ``shape``, which is cut along ``dim``."""
 
     shape: tuple[int, ...]
@@ -46,7 +46,7 @@ class Part:
     def _piece(self, size: int) -> int:
         return largest_piece(size, self.ranks.count)
 
-    def cut(self, whole: Tensor, dim: int | None = None) -> Tensor:
+    def narrow(self, whole: Tensor, dim: int | None = None) -> Tensor:
         """This rank's part of ``whole``, a view; it is cut along ``dim`` where that differs."""
         dim = self.dim if dim is None else dim
         return whole.narrow(dim, self.start, self.local_shape[self.dim])
@@ -67,10 +67,10 @@ class Part:
 
 
 @dataclass(frozen=True)
-class Cut:
+class ShardSpec:
     """A tensor of ``shape`` of which each rank holds a piece along ``dim``, cut as ``part`` is."""
 
-    part: Part
+    part: Shard
     dim: int
     shape: tuple[int, ...]
 
@@ -82,9 +82,10 @@ class Cut:
 
     def spread(self, mine: Tensor) -> Tensor:
         """The whole as torch sees it, a DTensor, of which ``mine`` is this rank's piece."""
-        from torch.distributed.tensor import DTensor, Shard
+        from torch.distributed.tensor import DTensor
+        from torch.distributed.tensor import Shard as Placement
 
-        placed: Any = [Shard(self.dim)]
+        placed: Any = [Placement(self.dim)]
         stride = torch.empty(self.shape, device="meta").stride()
         whole: Tensor = DTensor.from_local(
             mine, self.part.ranks.mesh, placed, run_check=False, shape=torch.Size(self.shape), stride=stride
@@ -111,13 +112,13 @@ def is_sharded(tensor: Tensor) -> bool:
     return hasattr(tensor, "device_mesh")
 
 
-def local(tensor: Tensor) -> Tensor:
+def to_local(tensor: Tensor) -> Tensor:
     """What this process holds of a tensor: for most the tensor itself; without its history."""
     held: Any = tensor.detach()
     return held.to_local() if is_sharded(tensor) else held
 
 
-def part_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Part | None:
+def shard_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Shard | None:
     """Which part of ``p`` this rank holds, or None where ``p`` is an ordinary tensor.
 
     Raises:
@@ -140,7 +141,7 @@ def part_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Part
             f"{name} {tuple(p.shape)} is cut along dimension {placement.dim}, which leaves a rank of {ranks.count} "
             f"without any of it: {remedy}"
         )
-    return Part(tuple(p.shape), placement.dim, ranks)
+    return Shard(tuple(p.shape), placement.dim, ranks)
 
 
 def reshard_(model: nn.Module) -> None:
@@ -151,20 +152,20 @@ def reshard_(model: nn.Module) -> None:
 
 
 @contextmanager
-def whole_parameter(module: nn.Module, name: str, ranks: Ranks | None) -> Iterator[None]:
+def unsharded_parameter(module: nn.Module, name: str, ranks: Ranks | None) -> Iterator[None]:
     """Meanwhile the module's own parameter ``name`` is whole, to be changed in place by all ranks alike.
 
     Each rank keeps its part of what has become of it. Where it is not sharded nothing happens.
     """
     own = module._parameters[name]
-    part = None if own is None else part_of(own, ranks, name)
+    part = None if own is None else shard_of(own, ranks, name)
     if own is None or part is None:
         yield
         return
-    whole = nn.Parameter(part.gather(local(own)), requires_grad=False)
+    whole = nn.Parameter(part.gather(to_local(own)), requires_grad=False)
     module._parameters[name] = whole
     try:
         yield
-        local(own).copy_(part.cut(whole.detach()))
+        to_local(own).copy_(part.narrow(whole.detach()))
     finally:
         module._parameters[name] = own

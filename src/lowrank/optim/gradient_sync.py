@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.distributed.collectives import Group
-from lowrank.distributed.shards import Part, local
+from lowrank.distributed.shards import Shard, to_local
 from lowrank.optim.refresh import Refresh, together
 from lowrank.optim.rules import Rule, wide
 
@@ -30,10 +30,10 @@ def dense(g: Tensor | None) -> Tensor:
     assert g is not None
     if g.is_sparse:
         raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
-    return local(g)
+    return to_local(g)
 
 
-def clipped(g: Tensor, limit: float, part: Part | None) -> Tensor:
+def clipped(g: Tensor, limit: float, part: Shard | None) -> Tensor:
     """The gradient, float32 or wider, scaled so that its norm is at most ``limit``; of a ``part`` the whole's norm."""
     g = g.to(wide(g.dtype))
     norm = torch.linalg.vector_norm(g)
@@ -58,7 +58,7 @@ def start_sum(group: Group, params: Sequence[nn.Parameter], fold: Fold) -> Finis
         if (folded := fold(p, g)) is not None:
             small[p], p.grad = folded, None
         sent.append(small.get(p, g))
-    arrive = group.sum_later([present, *sent])
+    arrive = group.start_sum([present, *sent])
 
     def finish(held: dict[nn.Parameter, Tensor]) -> None:
         arrive()

@@ -39,7 +39,7 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import Part, local, part_of
+from lowrank.distributed.shards import Shard, shard_of, to_local
 from lowrank.infra.seeds import generator
 from lowrank.linalg.rounding import round_into_
 from lowrank.linalg.subspace import Subspace
@@ -124,7 +124,7 @@ class Optimizer(torch.optim.Optimizer):
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._mates = mates
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
-        self._parts: dict[nn.Parameter, Part | None] = {}
+        self._parts: dict[nn.Parameter, Shard | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
         self._synchronised = False
         self._early: EarlySums | None = None
@@ -147,7 +147,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
                 name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
-                self._parts[p] = part_of(p, self._mates, name)
+                self._parts[p] = shard_of(p, self._mates, name)
                 self._rules[p] = on_part(group["rule"], self._parts[p], name)
         except ValueError:
             self.param_groups.pop()
@@ -182,7 +182,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _start_state(self, p: nn.Parameter, index: int, group: dict[str, Any]) -> None:
         rule: Any = self._rules[p]
-        self.state[p] = rule.init(local(p))
+        self.state[p] = rule.init(to_local(p))
         if hasattr(rule, "place_"):
             rule.place_(self.state[p], index)
 
@@ -272,7 +272,7 @@ class Optimizer(torch.optim.Optimizer):
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """What this rank holds of every gradient that there is, to be changed in place."""
         parameters = [p for group in self.param_groups for p in group["params"]]
-        return {p: local(p.grad) for p in parameters if p.grad is not None}
+        return {p: to_local(p.grad) for p in parameters if p.grad is not None}
 
     def _step_group(self, group: dict[str, Any]) -> None:
         for p in [p for p in group["params"] if p in self._folded]:
@@ -285,7 +285,7 @@ class Optimizer(torch.optim.Optimizer):
         plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is group["rule"]]
         if plain:
             grads, states = [dense(p.grad) for p in plain], [self.state[p] for p in plain]
-            apply_([local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
+            apply_([to_local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
         done = set(map(id, plain))
         for p in ready:
             if id(p) not in done:
@@ -304,7 +304,7 @@ class Optimizer(torch.optim.Optimizer):
         )
 
     def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
-        mine, part = local(p), self._parts[p]
+        mine, part = to_local(p), self._parts[p]
         if p.dtype not in NARROW:
             return change_(mine)
         target = mine.float()
@@ -429,7 +429,7 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             rule: Any = self._rules[p]
             if share == 1.0 and hasattr(rule, "restart_"):
-                rule.restart_(self.state[p], local(p))
+                rule.restart_(self.state[p], to_local(p))
                 rule.place_(self.state[p], self._place[p][0])
             elif share == 1.0:
                 self._start_state(p, *self._place[p])

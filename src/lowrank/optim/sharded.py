@@ -9,8 +9,9 @@
     others         (Adafactor's means, Tucker's modes) need the whole parameter: refused
 
 Stacks of matrices and matrices are cut along rows or columns; a tensor read as one matrix (out, …) along its first
-dimension. ``whole_state`` and ``own_state`` go from parts to what one process would have, and back. int8 moments are
-kept in blocks of the part: where those are not blocks of the whole, they are coded anew on the way, half a code off.
+dimension. ``consolidated_state`` and ``local_state`` go from parts to what one process would have, and back. int8
+moments are kept in blocks of the part: where those are not blocks of the whole, they are coded anew on the way, half a
+code off.
 
 Shapes as in ``projected``; with m rows of which mₗ are here, G (mₗ, cols).
 """
@@ -23,7 +24,7 @@ from typing import Any, cast
 
 from torch import Tensor
 
-from lowrank.distributed.shards import Cut, Part
+from lowrank.distributed.shards import Shard, ShardSpec
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.geometry import inside_shape, sides_of
 from lowrank.optim.projected import Projected
@@ -31,7 +32,7 @@ from lowrank.optim.rules import Rule, State
 from lowrank.optim.state import leaves
 
 
-def on_part(rule: Rule, part: Part | None, name: str) -> Rule:
+def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
     """The rule as it acts on this rank's part of a parameter; itself where the parameter is whole.
 
     Raises:
@@ -62,7 +63,7 @@ def on_part(rule: Rule, part: Part | None, name: str) -> Rule:
     return ProjectedPart(**{f.name: getattr(rule, f.name) for f in fields(Projected)}, part=part)
 
 
-def crosses(rule: Rule, part: Part, name: str) -> bool:
+def crosses(rule: Rule, part: Shard, name: str) -> bool:
     """Whether the rule projects the side along which the parameter is cut, so that R is a sum over the ranks."""
     return bool(getattr(on_part(rule, part, name), "crosses", False))
 
@@ -71,7 +72,7 @@ def crosses(rule: Rule, part: Part, name: str) -> bool:
 class ProjectedPart(Projected):
     """``Projected`` on a part: shapes are those of the whole, products those of the part. Final."""
 
-    part: Part = field(repr=False, compare=False)
+    part: Shard = field(repr=False, compare=False)
 
     @property
     def _whole_shape(self) -> tuple[int, ...]:
@@ -121,14 +122,14 @@ class ProjectedPart(Projected):
         sides: dict[str, Any] = {"left": whole.left, "right": whole.right}
         cut = "left" if self._dim == -2 else "right"
         if sides[cut] is not None:
-            sides[cut] = self.part.cut(sides[cut], -2)
+            sides[cut] = self.part.narrow(sides[cut], -2)
         return replace(whole, **sides, total=self.part.total, crosses=self.crosses)
 
 
 # --- parts and wholes of a state -------------------------------------------------------------------------------------
 
 
-def whole_state(rule: Rule, part: Part, state: State, like: Tensor) -> State:
+def consolidated_state(rule: Rule, part: Shard, state: State, like: Tensor) -> State:
     """What one process would hold for the whole parameter; ``like`` is the part here. Every rank must call it.
 
     Args:
@@ -137,24 +138,24 @@ def whole_state(rule: Rule, part: Part, state: State, like: Tensor) -> State:
     return _converted(rule, part, state, like, to_whole=True)
 
 
-def own_state(rule: Rule, part: Part, whole: State, like: Tensor) -> State:
+def local_state(rule: Rule, part: Shard, whole: State, like: Tensor) -> State:
     """Of the state of a whole parameter what this rank holds."""
     return _converted(rule, part, whole, like, to_whole=False)
 
 
-def cuts_of(rule: Rule, part: Part, state: State, like: Tensor) -> dict[str, Cut] | None:
+def shard_specs(rule: Rule, part: Shard, state: State, like: Tensor) -> dict[str, ShardSpec] | None:
     """How tensors of this rank's state are cut, by their dotted paths; those that are whole are not in it.
 
     None for a state in 8 bits, whose blocks are of the part: no cut of the whole's.
     """
     here = on_part(rule, part, "the parameter")
     if not isinstance(here, ProjectedPart):
-        moment, cut, moments = tuple(like.shape), Cut(part, part.dim, part.shape), leaves(state)
+        moment, cut, moments = tuple(like.shape), ShardSpec(part, part.dim, part.shape), leaves(state)
     elif here.crosses:
         return {}
     else:
         inside = inside_shape(here._whole_shape, here.side, here.rank)
-        moment, cut = here.inside_shape_here(), Cut(part, len(inside) + here._dim, inside)
+        moment, cut = here.inside_shape_here(), ShardSpec(part, len(inside) + here._dim, inside)
         moments = leaves(cast(State, state["inner"]), "inner.")
     found = dict(moments)
     if any(path.endswith(".codes") for path in found):
@@ -162,9 +163,9 @@ def cuts_of(rule: Rule, part: Part, state: State, like: Tensor) -> dict[str, Cut
     return {path: cut for path, tensor in found.items() if tuple(tensor.shape) == moment}
 
 
-def _converted(rule: Rule, part: Part, source: State, like: Tensor, *, to_whole: bool) -> State:
+def _converted(rule: Rule, part: Shard, source: State, like: Tensor, *, to_whole: bool) -> State:
     here = on_part(rule, part, "the parameter")
-    change = part.gather if to_whole else part.cut
+    change = part.gather if to_whole else part.narrow
     if not isinstance(here, ProjectedPart):
         whole_like = like.new_empty(()).expand(part.shape)
         before, after = (like, whole_like) if to_whole else (whole_like, like)

@@ -25,7 +25,7 @@ from lowrank.adapters import Adapter, LoRAAdapter
 from lowrank.adapters.compression import Exchange, rounded_bytes
 from lowrank.adapters.lora import factor_bytes, factors_are_fewer
 from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
-from lowrank.distributed.shards import Part, largest_piece
+from lowrank.distributed.shards import Shard, largest_piece
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
 from lowrank.optim.sharded import crosses, on_part
@@ -125,7 +125,7 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     """
     mesh = _mesh(plan, ranks)
     trained = [row for row in plan.rows if row.rule is not None]
-    pieces = {row.name: _piece(row, plan.parts[row.name], mesh.mates) for row in trained if row.name in plan.parts}
+    pieces = {row.name: _piece(row, plan.shards[row.name], mesh.mates) for row in trained if row.name in plan.shards}
     shared = [row for row in trained if row.across == "shared" and row.name not in pieces]
     rules = {row.rule.refresh_every for row in shared if isinstance(row.rule, Projected)}
     plain = [row for row in plan.rows if not row.is_factor]
@@ -170,7 +170,7 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         gradients_between=between.between,
     )
     found = replace(found, between_workers=far.per_step)
-    return _with_shards(found, plan, mesh, micro_batches, whole=whole) if plan.parts else found
+    return _with_shards(found, plan, mesh, micro_batches, whole=whole) if plan.shards else found
 
 
 def _mesh(plan: Plan, ranks: int) -> _Mesh:
@@ -184,7 +184,7 @@ def _mesh(plan: Plan, ranks: int) -> _Mesh:
 def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *, whole: bool) -> Forecast:
     """The forecast with what is said of sharded parameters."""
     inside, mates = names_in_blocks(plan.model), mesh.mates
-    rows = [(row, plan.parts[row.name]) for row in plan.rows if row.name in plan.parts]
+    rows = [(row, plan.shards[row.name]) for row in plan.rows if row.name in plan.shards]
     pieces = {row.name: _piece(row, part, mates) for row, part in rows}
     gathered = sum(pieces[row.name] * row.dtype.itemsize * (1 + (row.name in inside)) for row, _ in rows)
     summed = sum(pieces[row.name] * _width(row.dtype) for row, _ in rows if row.rule is not None)
@@ -199,7 +199,7 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     merge = plan.method.merge
     shared = [row for row, _ in rows if row.across == "shared" and row.rule is not None]
     to_peers = ring_sum_bytes(sum(pieces[row.name] * _width(row.dtype) for row in shared), mesh.workers)
-    as_parts = sum(_part_between(row, plan.parts[row.name], pieces[row.name]) for row in shared)
+    as_parts = sum(_part_between(row, plan.shards[row.name], pieces[row.name]) for row in shared)
     small = to_peers if whole else ring_sum_bytes(as_parts, mesh.workers)
     across = ring_sum_bytes(crossing, mates)
     return replace(
@@ -214,7 +214,7 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     )
 
 
-def _piece(row: Row, part: Part, ranks: int) -> int:
+def _piece(row: Row, part: Shard, ranks: int) -> int:
     """Numbers that each rank holds of the parameter, the padding of uneven rows included."""
     size = row.shape[part.dim]
     return row.numel // size * largest_piece(size, ranks)
@@ -266,7 +266,7 @@ def _bytes_between(row: Row) -> int:
     return _bytes(row)
 
 
-def _part_between(row: Row, part: Part, piece: int) -> int:
+def _part_between(row: Row, part: Shard, piece: int) -> int:
     """The same for the part of it here."""
     if isinstance(row.rule, Projected) and not row.rule.lift.needs_gradient:
         rule: Any = on_part(row.rule, part, row.name)

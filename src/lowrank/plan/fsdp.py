@@ -31,7 +31,7 @@ from torch import Tensor, nn
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import ring_gather_bytes
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import Part, all_hold_some, local
+from lowrank.distributed.shards import Shard, all_hold_some, to_local
 from lowrank.infra.fingerprints import digest
 from lowrank.optim.projected import Projected
 from lowrank.optim.sharded import crosses, on_part
@@ -65,10 +65,10 @@ def shard_(plan: Plan) -> None:
     _fully_shard_(plan.model, {p for p in parameters.values() if id(p) not in dims}, dims, ranks)
     for _, layer in adapted_layers(plan.model):
         layer.original()  # the layer it replaced lets go of the whole weight
-    plan.parts |= parts
+    plan.shards |= parts
     for cached in ("shared", "own", "local"):
         plan.__dict__.pop(cached, None)
-    held = sum(local(p).nbytes for p in plan.model.parameters())
+    held = sum(to_local(p).nbytes for p in plan.model.parameters())
     whole = sum(p.nbytes for p in parameters.values())
     plan.notes.append(
         f"sharded over {ranks.count} ranks (FSDP2): this one holds {megabytes(held)} of {megabytes(whole)} of weights"
@@ -115,7 +115,7 @@ def _check(plan: Plan) -> tuple[Ranks, Ranks]:
             "every rank is a worker that trains apart, and FSDP shards the model of ranks that train in step: "
             "apply_(model, method, ranks=ranks, workers=1), or fewer workers than ranks"
         )
-    if plan.parts:
+    if plan.shards:
         raise ValueError("the plan's model is sharded already")
     parameters = dict(plan.model.named_parameters())
     trained = {row.name: row.dtype for row in plan.rows if row.rule is not None and not row.is_factor}
@@ -127,7 +127,7 @@ def _check(plan: Plan) -> tuple[Ranks, Ranks]:
     return plan.ranks, plan.mates
 
 
-def _cut(row: Row, ranks: Ranks) -> Part | None:
+def _cut(row: Row, ranks: Ranks) -> Shard | None:
     """Along which dimension the row's parameter is cut; None where it stays whole."""
     if row.is_factor or not row.shape:
         return None
@@ -137,11 +137,11 @@ def _cut(row: Row, ranks: Ranks) -> Part | None:
         dims = dims[-2:] if matrix else dims[:1]
         if matrix:
             rule = row.rule
-            dims.sort(key=lambda dim: crosses(rule, Part(row.shape, dim, ranks), row.name))
+            dims.sort(key=lambda dim: crosses(rule, Shard(row.shape, dim, ranks), row.name))
     for dim in dims:
         size = row.shape[dim]
         if all_hold_some(size, ranks.count) and (dim == 0 or size % ranks.count == 0):
-            return Part(row.shape, dim, ranks)
+            return Shard(row.shape, dim, ranks)
     return None
 
 

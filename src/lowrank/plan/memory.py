@@ -70,7 +70,7 @@ def ledger(plan: Plan) -> Ledger:
 
 def _held(row: Row, plan: Plan) -> Row:
     """The row of what this process holds of the parameter."""
-    part = plan.parts.get(row.name)
+    part = plan.shards.get(row.name)
     if part is None:
         return row
     rule = None if row.rule is None else on_part(row.rule, part, row.name)
@@ -175,7 +175,7 @@ def _adapter_lines(plan: Plan) -> list[str]:
 
 def _ledger_lines(plan: Plan) -> list[str]:
     sheet = plan.ledger
-    where = "memory of this rank" if plan.parts else "memory"
+    where = "memory of this rank" if plan.shards else "memory"
     return [
         f"{where}: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)}"
         f" + kept {megabytes(sheet.kept)}"

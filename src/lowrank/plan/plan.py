@@ -22,7 +22,7 @@ from lowrank.adapters.head_gather import SplitAdapter
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import Part, is_sharded, local
+from lowrank.distributed.shards import Shard, is_sharded, to_local
 from lowrank.distributed.workers import Division, divide
 from lowrank.infra.work import Work
 from lowrank.methods import Method
@@ -54,8 +54,8 @@ class Plan:
     left_out: list[int] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     anchors: list[Tensor] = field(default_factory=list)
-    under_way: Callable[[], None] | None = None
-    parts: dict[str, Part] = field(default_factory=dict)
+    in_flight: Callable[[], None] | None = None
+    shards: dict[str, Shard] = field(default_factory=dict)
 
     @property
     def ranks(self) -> Ranks | None:
@@ -96,7 +96,7 @@ class Plan:
     def anchor_rest_(self) -> None:
         """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
         if self.method.merge is not None and self.method.merge.exchange != "float32":
-            self.anchors = [local(p).to(wide(p.dtype), copy=True) for p in self.local]
+            self.anchors = [to_local(p).to(wide(p.dtype), copy=True) for p in self.local]
 
     def _across(self, which: Across) -> list[nn.Parameter]:
         parameters = dict(self.model.named_parameters())
@@ -186,7 +186,7 @@ class Plan:
 
     def _summed(self) -> dict[nn.Parameter, Group]:
         """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts over the mates."""
-        division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.parts}
+        division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.shards}
         over: list[tuple[nn.Parameter, Group | None]]
         over = [(p, division.peers if id(p) in parts else division.everyone) for p in self.shared]
         over += [(p, None if id(p) in parts else division.mates) for p in (*self.own, *self.local)]

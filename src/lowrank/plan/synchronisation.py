@@ -9,8 +9,8 @@
 
 A worker is a rank, or several ranks in step (``infra.workers``).
 
-``whole`` gives every rank the model that all of them make together, for evaluation and for checkpoints; there heads and
-workers weigh the same, whatever they will weigh in the next merge.
+``consolidated_model`` gives every rank the model that all of them make together, for evaluation and for checkpoints;
+there heads and workers weigh the same, whatever they will weigh in the next merge.
 """
 
 from __future__ import annotations
@@ -28,9 +28,9 @@ from lowrank.adapters.compression import add_up_
 from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.head_gather import SplitAdapter, split_adapters, whole_heads
 from lowrank.adapters.merge import merge_adapters_
-from lowrank.adapters.merge_across_workers import Terms, merge_across_, remember_, send, under_way
+from lowrank.adapters.merge_across_workers import Terms, in_flight, merge_across_, remember_, start_merge
 from lowrank.distributed.collectives import Group
-from lowrank.distributed.shards import is_sharded, local, reshard_
+from lowrank.distributed.shards import is_sharded, reshard_, to_local
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.optimizer import Optimizer
 
@@ -56,7 +56,7 @@ def boundary_(plan: Plan, opt: Optimizer, steps: int, *, merge: bool = True) -> 
 def meet_(plan: Plan, opt: Optimizer | None, *, merging: bool, averaging: bool) -> None:
     """Merge, average, or both, now; every rank must call it."""
     if merging:
-        arrive_(plan)
+        wait_(plan)
     roll = heal_(plan, opt)
     if merging:
         _merge_(plan, opt, roll)
@@ -93,7 +93,7 @@ def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
     reshard_(plan.model)
     if merge is not None and merge.overlap:
         remember_(plan.model)
-        plan.under_way = None if plan.workers is None else send(plan.model, plan.workers, merge, terms)
+        plan.in_flight = None if plan.workers is None else start_merge(plan.model, plan.workers, merge, terms)
     elif plan.workers is not None and plan.own and merge is not None:
         merge_across_(plan.model, plan.workers, merge, terms)
     else:
@@ -103,15 +103,15 @@ def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
         opt.forget([p for adapter in plan.adapters.values() for p in adapter.parameters()], forget)
 
 
-def arrive_(plan: Plan) -> None:
+def wait_(plan: Plan) -> None:
     """Fold in what was sent at the last merge, if that is still under way; of several ranks all must call it."""
     merge = plan.method.merge
-    if merge is None or not merge.overlap or not under_way(plan.model):
+    if merge is None or not merge.overlap or not in_flight(plan.model):
         return
     reshard_(plan.model)
     # In one process, and after a resume, nobody is sending what has been remembered.
-    arrive = plan.under_way or send(plan.model, plan.workers, merge, Terms(mates=plan.mates))
-    plan.under_way = None
+    arrive = plan.in_flight or start_merge(plan.model, plan.workers, merge, Terms(mates=plan.mates))
+    plan.in_flight = None
     arrive()
 
 
@@ -132,7 +132,7 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
     workers, mine = plan.workers, [*plan.own, *plan.local]
     if workers is None or not mine:
         return Roll()
-    bad = 1.0 - torch.stack([local(p).isfinite().all() for p in mine]).all().float()[None]
+    bad = 1.0 - torch.stack([to_local(p).isfinite().all() for p in mine]).all().float()[None]
     if plan.work.kind != "equal":
         bad = torch.tensor([float(bad), *plan.work.since.values()], dtype=torch.float64, device=bad.device)
     if plan.mates is not None:  # what is not finite may be in another one's part; and they have worked together
@@ -145,7 +145,7 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
             f"the trained numbers of every {member} are not finite: resume from the last checkpoint with a lower --lr"
         )
     if sick:
-        arrive_(plan)  # before heads begin anew that have something under way
+        wait_(plan)  # before heads begin anew that have something under way
     if workers.rank in sick:
         for adapter in split_adapters(plan.model):
             adapter.restart_()
@@ -172,7 +172,7 @@ def average_rest_(plan: Plan, roll: Roll, tick: int = 0) -> None:
     if plan.workers is None:
         return
     reshard_(plan.model)
-    rest, (mine, all_of_it) = [local(p) for p in plan.local], _part(plan.workers, roll)
+    rest, (mine, all_of_it) = [to_local(p) for p in plan.local], _part(plan.workers, roll)
     merge = plan.method.merge
     if not plan.anchors or merge is None:
         _average_(plan, rest, mine, all_of_it)
@@ -222,7 +222,7 @@ def _by_group(plan: Plan, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[
 
 
 @contextmanager
-def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
+def consolidated_model(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
     """A context in which the model is what all ranks make together: all heads, the mean of the rest.
 
     In one process it is so anyway, and nothing is done.
@@ -238,7 +238,7 @@ def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
         average_rest_(plan, roll)
         plan.work.met("average")
     reshard_(plan.model)
-    rest = [local(p) for p in plan.local]
+    rest = [to_local(p) for p in plan.local]
     own = [tensor.clone() for tensor in rest]
     with whole_heads(plan.model, plan.workers):
         try:
@@ -250,3 +250,6 @@ def whole(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
             with torch.no_grad():
                 for tensor, before in zip(rest, own, strict=True):
                     tensor.copy_(before)
+
+
+whole = consolidated_model  # its name before 0.2

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 
 from lowrank.distributed.sharded_checkpoint import save_in_parts
-from lowrank.distributed.shards import local
+from lowrank.distributed.shards import to_local
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_tensors import random_state, set_random_state_
 from lowrank.optim.optimizer import Optimizer
@@ -65,7 +65,7 @@ class Saver:
         self.keeping = keeping(self.root.parent, self.plan, keeper=self.keeper)
 
     def save(self, step: int, metrics: dict[str, float], best: float | None, *, is_best: bool) -> None:
-        """Save the run after ``step`` steps, inside ``boundary.whole``; once a step.
+        """Save the run after ``step`` steps, inside ``consolidated_model``; once a step.
 
         Raises:
             NotFinite: a weight is not finite: the checkpoints of before are what one can go back to.
@@ -99,8 +99,8 @@ class Saver:
 
     def _check_weights(self, step: int) -> None:
         named = self.plan.model.named_parameters()
-        bad = next((name for name, p in named if not bool(local(p).isfinite().all())), None)
-        if self.plan.parts:  # what is not finite may be in another rank's part
+        bad = next((name for name, p in named if not bool(to_local(p).isfinite().all())), None)
+        if self.plan.shards:  # what is not finite may be in another rank's part
             bad = next((name for name in self.team.everyones(bad) if name is not None), None)
         if bad is not None:
             raise not_finite(f"{bad} became NaN or infinite", step, self.root)

@@ -100,7 +100,7 @@ class Team:
         if self.plan.division.is_mesh:
             told += f", of it {short_bytes(found.between_workers)} to other workers"
         told += f"; DDP would send {short_bytes(found.ddp)}"
-        folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.parts for row in self.plan.rows)
+        folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.shards for row in self.plan.rows)
         clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
         return [*self.plan.notes, *why_not, told, *([why] if clipped else [])]
@@ -194,7 +194,7 @@ class Team:
         if optimizer.holds_projections:
             return None
         apart = {*self.plan.own, *self.plan.local} if self.together else set()
-        if not (apart or self.plan.parts):
+        if not (apart or self.plan.shards):
             return torch.nn.utils.get_total_norm(list(gradients.values()))
 
         def square(*, sharded: bool, own: bool) -> float:
@@ -212,7 +212,7 @@ class Team:
 
     def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
         """Scale the gradients so that their ``norm`` is at most ``limit``."""
-        if not self.plan.parts:
+        if not self.plan.shards:
             torch.nn.utils.clip_grads_with_norm_(list(gradients), limit, norm)
             return
         factor = (limit / (norm + 1e-6)).clamp(max=1.0)

@@ -48,7 +48,7 @@ def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
     The ranks that hold a model in parts write them side by side where one of them is a keeper and all see its folder.
     All checkpoints of a step are written alike, so that ranks can tell that they are the same.
     """
-    if not plan.parts or plan.mates is None or plan.ranks is None:
+    if not plan.shards or plan.mates is None or plan.ranks is None:
         return "whole" if keeper else "help"
     everyone = plan.ranks.gather_objects(keeper)
     keepers = [rank for rank in plan.mates.numbers if everyone[rank]]

@@ -1,6 +1,6 @@
 """Checkpoints of several ranks: what one process with all heads would have saved, so that any number can resume.
 
-    save    inside ``boundary.whole``: the model's own ``state_dict``, and here the optimizer's, all heads gathered
+    save    inside ``consolidated_model``: the model's own ``state_dict``, and here the optimizer's, all heads gathered
     load    each rank takes its heads out of it; one process takes it as it is
 
 Of a rest that trains locally the weights saved are the workers' mean and the optimizer's state is that of the first
@@ -50,7 +50,7 @@ def check_state(plan: Plan, opt: Optimizer) -> None:
 def whole_optimizer_state(plan: Plan, opt: Optimizer, keeping: Keeping = "whole") -> dict[str, Any]:
     """``opt.state_dict()`` of one process with all heads. Every rank must call it; of the state of sharded parameters
     each gets what ``keeping`` says."""
-    parts = whole_parts(plan, opt, keeping) if plan.parts else {}
+    parts = whole_parts(plan, opt, keeping) if plan.shards else {}
     heads = _all_heads(plan, opt)
     if keeping in ("help", "nothing"):
         return {}
@@ -82,7 +82,7 @@ def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:
     def own(name: str, tensor: Tensor) -> Tensor:
         return own_part(*split[name], tensor) if name in split else tensor
 
-    if plan.parts and plan.ranks is not None:
+    if plan.shards and plan.ranks is not None:
         plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
         load_model_parts_(plan, saved, own)
     else:
@@ -91,7 +91,7 @@ def load_model_(plan: Plan, saved: checkpoint.Checkpoint) -> None:
 
 def own_optimizer_state(plan: Plan, opt: Optimizer, saved: checkpoint.Checkpoint) -> dict[str, Any]:
     """What this rank's optimizer holds of a checkpoint's optimizer state."""
-    own: dict[str, Any] = own_optimizer_parts(plan, opt, saved) if plan.parts else saved.optimizer
+    own: dict[str, Any] = own_optimizer_parts(plan, opt, saved) if plan.shards else saved.optimizer
     if plan.own:
         states = find_saved(own, opt.param_groups)
         for p, adapter in zip(plan.own, plan.own_adapters, strict=True):

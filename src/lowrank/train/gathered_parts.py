@@ -20,12 +20,12 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.distributed.sharded_checkpoint import read_parts
-from lowrank.distributed.shards import Cut, Part, local, part_of, reshard_
+from lowrank.distributed.shards import Shard, ShardSpec, reshard_, shard_of, to_local
 from lowrank.infra.checkpoint import Checkpoint
 from lowrank.infra.checkpoint_tensors import unflatten
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
-from lowrank.optim.sharded import cuts_of, own_state, whole_state
+from lowrank.optim.sharded import consolidated_state, local_state, shard_specs
 from lowrank.optim.state import find_saved, mapped
 from lowrank.plan.plan import Plan
 
@@ -39,7 +39,7 @@ def whole_model_state(plan: Plan, keeping: Keeping = "whole") -> dict[str, Tenso
 
     ``keeping``: "whole" and "help" go together on the ranks of a worker; "parts" gives DTensors.
     """
-    if not plan.parts:
+    if not plan.shards:
         return plan.model.state_dict() if keeping == "whole" else {}
     reshard_(plan.model)
     state: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
@@ -48,8 +48,8 @@ def whole_model_state(plan: Plan, keeping: Keeping = "whole") -> dict[str, Tenso
     wholes: dict[int, Tensor] = {}  # tied names get one tensor
     for held in state.values():
         if id(held) not in wholes:
-            part = part_of(held, plan.mates)
-            whole = held.detach() if part is None else part.gather(local(held))
+            part = shard_of(held, plan.mates)
+            whole = held.detach() if part is None else part.gather(to_local(held))
             wholes[id(held)] = whole.cpu() if keeping == "whole" else held
     return {name: wholes[id(held)] for name, held in state.items()} if keeping == "whole" else {}
 
@@ -61,11 +61,11 @@ def whole_parts(plan: Plan, opt: Optimizer, keeping: Keeping) -> dict[int, State
     found: dict[int, State] = {}
     for index, p, rule, part in _sharded(plan, opt) if keeping != "nothing" else ():
         mine = opt.state[p]
-        cuts = cuts_of(rule, part, mine, local(p)) if keeping == "parts" else None
+        cuts = shard_specs(rule, part, mine, to_local(p)) if keeping == "parts" else None
         if cuts is not None:
             found[index] = mapped(mine, lambda path, t, cuts=cuts: _spread(t, cuts.get(path)))  # type: ignore[misc]
             continue
-        whole = whole_state(rule, part, mine, local(p))
+        whole = consolidated_state(rule, part, mine, to_local(p))
         if keeping == "parts" and part.ranks.rank != index % part.ranks.count:
             found[index] = mapped(whole, lambda _, t: t.to("meta"))  # another rank writes it
         elif keeping != "help":
@@ -83,13 +83,13 @@ def load_model_parts_(plan: Plan, saved: Checkpoint, own: Callable[[str, Tensor]
     assert plan.mates is not None
     reshard_(plan.model)
     held = dict(plan.model.named_parameters(remove_duplicate=False))
-    parts = {name: part for name, p in held.items() if (part := part_of(p, plan.mates, name)) is not None}
+    parts = {name: part for name, p in held.items() if (part := shard_of(p, plan.mates, name)) is not None}
     names = saved.names("model")
-    cuts = {name: Cut(part, part.dim, part.shape) for name, part in parts.items() if name in names}
+    cuts = {name: ShardSpec(part, part.dim, part.shape) for name, part in parts.items() if name in names}
     read = read_parts(saved, "model", names, cuts, plan.mates)
     state = {name: tensor if name in cuts else own(name, tensor) for name, tensor in read.items()}
     for name in cuts:
-        local(held[name]).copy_(state[name])
+        to_local(held[name]).copy_(state[name])
         state[name] = held[name].detach()
     plan.model.load_state_dict(state)
 
@@ -103,10 +103,10 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
     assert plan.mates is not None
     tree = saved.state["tree"]["optimizer"]
     paths = find_saved(unflatten(tree, _Itself()), opt.param_groups)
-    cuts: dict[str, Cut] = {}
-    coded: list[tuple[nn.Parameter, Rule, Part]] = []
+    cuts: dict[str, ShardSpec] = {}
+    coded: list[tuple[nn.Parameter, Rule, Shard]] = []
     for _, p, rule, part in _sharded(plan, opt):
-        found = cuts_of(rule, part, opt.state[p], local(p))
+        found = shard_specs(rule, part, opt.state[p], to_local(p))
         if found is None:
             coded.append((p, rule, part))
         else:
@@ -116,17 +116,17 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
     states = find_saved(own, opt.param_groups)
     for p, rule, part in coded:
         state = states[p][1]
-        state.update(own_state(rule, part, state, torch.empty_like(local(p), device="cpu")))
+        state.update(local_state(rule, part, state, torch.empty_like(to_local(p), device="cpu")))
     return own
 
 
-def _sharded(plan: Plan, opt: Optimizer) -> Iterator[tuple[int, nn.Parameter, Rule, Part]]:
+def _sharded(plan: Plan, opt: Optimizer) -> Iterator[tuple[int, nn.Parameter, Rule, Shard]]:
     """(number in the optimizer, parameter, its rule, its part) of every sharded parameter that trains."""
     index = 0
     for group in opt.param_groups:
         for name, p in zip(group["param_names"], group["params"], strict=True):
-            if name in plan.parts:
-                yield index, p, group["rule"], plan.parts[name]
+            if name in plan.shards:
+                yield index, p, group["rule"], plan.shards[name]
             index += 1
 
 
@@ -144,5 +144,5 @@ def _at(nest: Any, path: str) -> Any:
     return nest
 
 
-def _spread(mine: Tensor, cut: Cut | None) -> Tensor:
+def _spread(mine: Tensor, cut: ShardSpec | None) -> Tensor:
     return mine if cut is None else cut.spread(mine.contiguous())

@@ -39,7 +39,7 @@ from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
 from lowrank.methods.schedule import Envelope
-from lowrank.plan.synchronisation import whole
+from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
 from lowrank.run.session import FACTS, Session, open_session, pick_device
 from lowrank.run.task import Batch, to_device
@@ -152,7 +152,7 @@ class _Loop:
             scaler=self.scaler if run.per_layer else None,
         )
         self.team.check(self.optimizer, needs_scaler=session.needs_scaler)
-        if self.team.ranks is not None and not run.per_layer and not session.plan.parts:
+        if self.team.ranks is not None and not run.per_layer and not session.plan.shards:
             self.optimizer.sum_during_backward(run.grad_accum, whole=run.max_grad_norm is not None)
         self.forward: Any = torch.compile(session.model) if run.compile else session.model
         self.step = 0
@@ -195,12 +195,12 @@ class _Loop:
             evaluating = last or self.step % self.eval_every == 0
             saving = last or self.step % self.session.run.checkpoint_every == 0
             if evaluating or saving:
-                with self.clock.paused(), whole(self.session.plan, self.optimizer):
+                with self.clock.paused(), consolidated_model(self.session.plan, self.optimizer):
                     improved = evaluating and self._evaluate()
                     if improved or saving:
                         self._save(best=improved)
         if self.saver.last != self.step and self.step:
-            with whole(self.session.plan, self.optimizer):
+            with consolidated_model(self.session.plan, self.optimizer):
                 self._save(best=False)
         if stop:
             stopping.set()
@@ -340,11 +340,11 @@ class _Loop:
             return
         from lowrank.evaluate.judging import judge
 
-        with whole(self.session.plan, self.optimizer):
+        with consolidated_model(self.session.plan, self.optimizer):
             if not self.team.first:
                 return
             session = self.session
-            if session.plan.parts:  # the others do not score, so rank 0 takes a whole model
+            if session.plan.shards:  # the others do not score, so rank 0 takes a whole model
                 session = open_session(session.run, data=session.data)
             metrics = judge(session, self.out)
         self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
