@@ -31,6 +31,16 @@ def test_promised_names(name: str) -> None:
     assert METHODS[name]().name == name
 
 
+def test_the_catalogue_is_in_the_order_in_which_it_is_written() -> None:
+    assert list(METHODS) == ["full", "frozen", *METHODS_PROMISED[1:]]
+
+
+@pytest.mark.parametrize("name", METHODS)
+def test_the_family_is_that_of_the_value(name: str) -> None:
+    assert lowrank.methods.family_of(name) == METHODS[name]().family
+    assert lowrank.methods.family_of(lambda: METHODS[name]()) == METHODS[name]().family
+
+
 @pytest.mark.parametrize("name", METHODS)
 def test_documented_and_checked(name: str) -> None:
     """A citation in the docstring, a first line for the catalogue, named options only, each with a default."""

@@ -21,10 +21,9 @@ where the defaults differ. Arguments mean the same everywhere:
 """
 
 import inspect
-from collections.abc import Callable
 
-from lowrank.methods.combined import lte_galore
-from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+# The order of these imports is that of the catalogue.
+# isort: off
 from lowrank.methods.low_rank_weights import (
     dora,
     frozen,
@@ -38,29 +37,11 @@ from lowrank.methods.low_rank_weights import (
     relora,
     rslora,
 )
-from lowrank.methods.method import Adapt, Method, Use
+from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+from lowrank.methods.combined import lte_galore
+from lowrank.methods.method import METHODS, Adapt, Family, Method, Use, family_of, registered
 
-_ALL: tuple[Callable[..., Method], ...] = (
-    full,
-    frozen,
-    linear_probe,
-    lora,
-    rslora,
-    dora,
-    pissa,
-    lora_plus,
-    multihead_lora,
-    lte,
-    relora,
-    galore,
-    galore_8bit,
-    galore_adafactor,
-    apollo,
-    apollo_mini,
-    fira,
-    lte_galore,
-)
-METHODS: dict[str, Callable[..., Method]] = {function.__name__: function for function in _ALL}
+# isort: on
 
 
 def summary(name: str) -> str:
@@ -71,11 +52,13 @@ def summary(name: str) -> str:
 __all__ = [
     "METHODS",
     "Adapt",
+    "Family",
     "Method",
     "Use",
     "apollo",
     "apollo_mini",
     "dora",
+    "family_of",
     "fira",
     "frozen",
     "full",
@@ -89,6 +72,7 @@ __all__ = [
     "lte_galore",
     "multihead_lora",
     "pissa",
+    "registered",
     "relora",
     "rslora",
     "summary",

@@ -26,13 +26,14 @@ from lowrank.adapters.compression import Exchange
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.methods.low_rank_gradients import BasisName, Embeddings, basis_named, embedding_rules
-from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use, registered
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import AdamW, Rule
 
 Kind = Literal["mixed", "explorers"]
 
 
+@registered("both")
 def lte_galore(
     kind: Kind = "mixed",
     *,

@@ -14,7 +14,7 @@ from typing import Literal
 from lowrank.adapters.targets import Targets
 from lowrank.infra.convert import nearest
 from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
-from lowrank.methods.method import Method, Rest, Use
+from lowrank.methods.method import Method, Rest, Use, registered
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.lifts import Rescale, Residual
 from lowrank.optim.projected import Projected, ProjectedSide, Transport
@@ -34,6 +34,7 @@ def basis_named(name: str) -> Basis:
     return _BASES[name]
 
 
+@registered("projected")
 def galore(
     target_modules: Targets = "all-linear",
     *,
@@ -69,6 +70,7 @@ def galore(
     return _method("galore", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
+@registered("projected")
 def galore_8bit(
     target_modules: Targets = "all-linear",
     *,
@@ -99,6 +101,7 @@ def galore_8bit(
     return _method("galore_8bit", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
+@registered("projected")
 def galore_adafactor(
     target_modules: Targets = "all-linear",
     *,
@@ -116,6 +119,7 @@ def galore_adafactor(
     return _method("galore_adafactor", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
+@registered("projected")
 def apollo(
     target_modules: Targets = "all-linear",
     *,
@@ -136,6 +140,7 @@ def apollo(
     return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
+@registered("projected")
 def apollo_mini(
     target_modules: Targets = "all-linear",
     *,
@@ -162,6 +167,7 @@ def apollo_mini(
     return _method("apollo_mini", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
+@registered("projected")
 def fira(
     target_modules: Targets = "all-linear",
     *,

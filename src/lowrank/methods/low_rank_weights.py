@@ -8,16 +8,18 @@ from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
 from lowrank.adapters.compression import Exchange
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
-from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use, registered
 from lowrank.methods.schedule import Rewarm
 from lowrank.optim.rules import AdamW
 
 
+@registered("none")
 def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
     """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
     return Method(name="full", rest=rest, freeze=freeze)
 
 
+@registered("none")
 def frozen(
     target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
 ) -> Method:
@@ -28,11 +30,13 @@ def frozen(
     return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
 
 
+@registered("none")
 def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
     """Linear probing (Alain and Bengio, arXiv 1610.01644): the output layer alone is trained, all else is frozen."""
     return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
 
 
+@registered("adapter")
 def lora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -53,6 +57,7 @@ def lora(
     return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
+@registered("adapter")
 def rslora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -73,6 +78,7 @@ def rslora(
     return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
+@registered("adapter")
 def dora(
     target_modules: Targets = "all-linear",
     *,
@@ -90,6 +96,7 @@ def dora(
     return Method(name="dora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
+@registered("adapter")
 def pissa(
     target_modules: Targets = "all-linear",
     *,
@@ -110,6 +117,7 @@ def pissa(
     return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
+@registered("adapter")
 def lora_plus(
     target_modules: Targets = ("q", "v"),
     *,
@@ -134,6 +142,7 @@ def lora_plus(
     )
 
 
+@registered("adapter")
 def multihead_lora(
     target_modules: Targets = "all-linear",
     *,
@@ -157,6 +166,7 @@ def multihead_lora(
     return Method(name="multihead_lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
+@registered("adapter")
 def lte(
     target_modules: Targets = "all-linear",
     *,
@@ -214,6 +224,7 @@ def lte(
     )
 
 
+@registered("adapter")
 def relora(
     target_modules: Targets = "all-linear",
     *,

@@ -8,15 +8,17 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, get_args
+from typing import Literal, TypeVar, get_args
 
-from lowrank.adapters import Adapter, Merge, Site
+from lowrank.adapters import Adapter, Merge, Site, Unchanged
 from lowrank.adapters.targets import Targets, as_list
 from lowrank.methods.schedule import Schedule, constant
+from lowrank.optim.projected import Projected
 from lowrank.optim.rules import AdamW, Rule
 
 Rest = Literal["auto", "train", "freeze", "local"]
 Ties = Literal["adapt", "leave", "untie"]
+Family = Literal["adapter", "projected", "both", "none"]
 FACTORS = ("*.adapters.*",)
 FACTOR_B = ("*.adapters.*.B",)
 
@@ -103,6 +105,15 @@ class Method:
             raise ValueError("merge= folds adapters into the weights, and this method has no adapters (adapt=())")
 
     @property
+    def family(self) -> Family:
+        """Whether weights, gradients, both or neither are of low rank: adapters, projected rules."""
+        adapts = any(not isinstance(adapt.make, Unchanged) for adapt in self.adapt)
+        projects = any(isinstance(use.rule, Projected) for use in self.rules)
+        if adapts:
+            return "both" if projects else "adapter"
+        return "projected" if projects else "none"
+
+    @property
     def rest_interval(self) -> int:
         """Steps between two averages of a rest that trains locally."""
         if self.rest_every is not None:
@@ -113,3 +124,32 @@ class Method:
     def splits(self) -> bool:
         """Whether some adapters have heads that split the batch, which several ranks divide between them."""
         return any(getattr(adapt.make, "split", False) for adapt in self.adapt)
+
+
+Make = Callable[..., Method]
+AnyMake = TypeVar("AnyMake", bound=Make)
+METHODS: dict[str, Make] = {}  # by name, in the order of the catalogue
+_FAMILIES: dict[Make, Family] = {}
+
+
+def registered(family: Family) -> Callable[[AnyMake], AnyMake]:
+    """A decorator: the function makes a method of the catalogue, under its own name, of this family.
+
+    The family is said and not derived, so that it can be read without making a method.
+    """
+
+    def register(function: AnyMake) -> AnyMake:
+        METHODS[function.__name__], _FAMILIES[function] = function, family
+        return function
+
+    return register
+
+
+def family_of(method: str | Make) -> Family:
+    """The family of a method of the catalogue, by name, or of a function that makes one.
+
+    Raises:
+        KeyError: a name that is not in ``METHODS``.
+    """
+    function = METHODS[method] if isinstance(method, str) else method
+    return _FAMILIES[function] if function in _FAMILIES else function().family
