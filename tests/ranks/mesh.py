@@ -19,7 +19,7 @@ from tests.ranks.worker import Result, lte
 import lowrank
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import Ranks, joined
-from lowrank.distributed.workers import divide
+from lowrank.distributed.workers import process_layout
 
 WORKERS = 2
 NAMES = [  # of those with one head a worker: with more, each rank's rows are split otherwise than two ranks' are
@@ -41,11 +41,11 @@ def scenario(name: str) -> Any:
 
 
 def talking(ranks: Ranks) -> Result:
-    """Workers that speak as one: sums and gatherings of sizes that do and do not go round the mates."""
-    division = divide(ranks, WORKERS)
-    workers, mates = division.workers, division.mates
+    """Workers that speak as one: sums and gatherings of sizes that do and do not go round the ranks of one."""
+    layout = process_layout(ranks, WORKERS)
+    workers, intra_worker = layout.workers, layout.intra_worker
     assert workers is not None
-    assert mates is not None
+    assert intra_worker is not None
     before = torch.tensor([ranks.traffic.sent, ranks.traffic.between])
     tensors = [torch.arange(n, dtype=torch.float64) + 10 * workers.rank for n in (1, 3, 4)]
     gathered = workers.gather(tensors)
@@ -53,10 +53,15 @@ def talking(ranks: Ranks) -> Result:
     workers.sum_(tensors)
     objects = workers.gather_objects({"worker": workers.rank})
     told = torch.full((2,), float(ranks.rank))
-    mates.broadcast_([told], 1)
+    intra_worker.broadcast_([told], 1)
     after = torch.tensor([ranks.traffic.sent, ranks.traffic.between])
     return {
-        "place": (workers.rank, mates.rank, [*mates.numbers], [*(division.peers.numbers if division.peers else ())]),
+        "place": (
+            workers.rank,
+            intra_worker.rank,
+            [*intra_worker.numbers],
+            [*(layout.cross_worker.numbers if layout.cross_worker else ())],
+        ),
         "gathered": gathered,
         "later": later(),
         "sums": tensors,
@@ -71,7 +76,7 @@ def refused(ranks: Ranks) -> Result:
     messages = {}
     for name, workers in {"three": 3, "none": 0}.items():
         try:
-            divide(ranks, workers)
+            process_layout(ranks, workers)
         except ValueError as error:
             messages[name] = str(error)
     try:

@@ -67,7 +67,7 @@ def test_nothing_goes_to_another_worker_between_meetings(name: str, mesh: list[d
     meets = {"full-local": []}.get(name, [2, 5, 8])
     basis = [0, 3, 6] if name.startswith("explorers") else []
     assert [sent > 0 for sent in between] == [step in (*meets, *basis) for step in range(len(between))]
-    assert all(sent > 0 for _, sent in mesh[0][name]["own"]["said"])  # to the mates, in every step
+    assert all(sent > 0 for _, sent in mesh[0][name]["own"]["said"])  # within the worker, in every step
 
 
 @pytest.mark.parametrize("name", ["lte", "lte-reset", "lte-local", "lte-train", "lte-outer", "full", "galore", *WHOLE])

@@ -1,6 +1,6 @@
 """Merges over several workers, and merges that are under way while training goes on.
 
-A worker is one process, or several in step that speak as one (``infra.workers``); if these hold the weights in parts,
+A worker is one process, or several in step that act as one (``workers``); if these hold the weights in parts,
 one adapted matrix at a time is whole on each while it is merged.
 
 Between merges, nothing travels. At a merge W ← W + (1/N) Σ_h Δ_h over the N heads of all workers, where a matrix
@@ -59,13 +59,13 @@ class Terms:
         left_out: workers whose heads do not count.
         weights: what each worker weighs, shared evenly by its heads; None: every head weighs the same.
         spans: of dense heads the subspace, the same on all workers, that their changes lie in.
-        mates: the processes of this worker that may hold the weights in parts.
+        intra_worker: the processes of this worker that may hold the weights in parts.
     """
 
     left_out: Collection[int] = ()
     weights: Sequence[float] | None = None
     spans: Mapping[SplitAdapter, Subspace] = field(default_factory=dict)
-    mates: Ranks | None = None
+    intra_worker: Ranks | None = None
 
 
 def merge_across_(model: nn.Module, workers: Group, merge: Merge, terms: Terms | None = None) -> None:
@@ -130,7 +130,7 @@ def _fold_(
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue
-        with unsharded_parameter(layer, "weight", terms.mates):
+        with unsharded_parameter(layer, "weight", terms.intra_worker):
             for part, adapter, W in layer.pieces():
                 if id(adapter) in done or not isinstance(adapter, SplitAdapter) or not adapter.split:
                     continue

@@ -1,17 +1,17 @@
 """Who trains apart, and who in step: the ranks divided into workers.
 
-A worker is one rank or several consecutive ones. The ranks of one worker, mates, train one copy of the model in step
-(data parallel, whole or sharded); workers train apart and meet now and then. Of six ranks in two workers:
+A worker is one rank or several consecutive ones. The ranks of one worker train one copy of the model in step (data
+parallel, whole or sharded); workers train apart and synchronise now and then. Of six ranks in two workers:
 
-    worker 0: ranks 0 1 2      mates of rank 1: 0 1 2      peers of rank 1: 1 4
-    worker 1: ranks 3 4 5      mates of rank 4: 3 4 5      peers of rank 4: 1 4
+    worker 0: ranks 0 1 2      intra-worker group of rank 1: 0 1 2      cross-worker group of rank 1: 1 4
+    worker 1: ranks 3 4 5      intra-worker group of rank 4: 3 4 5      cross-worker group of rank 4: 1 4
 
-That is a mesh of two dimensions: fast links between mates (a node), slow ones between peers (nodes). ``Workers`` lets
-workers speak as if each were one rank. What a worker says is the same on all its mates, so each mate carries only its
-share of it to its peers, and mates then put the shares together: between workers every number travels once, over all
-the connections that there are.
+That is a device mesh of two dimensions: fast links inside a worker (a node), slow ones across workers (nodes).
+``Workers`` is a group in which each worker acts as one rank. What a worker sends is the same on all its ranks, so each
+of them carries only its share of it across, and the shares are put together inside the worker: between workers every
+number travels once, over all the connections that there are.
 
-Shape legend: W workers of L mates each.
+Shape legend: W workers of L ranks each.
 """
 
 from __future__ import annotations
@@ -28,75 +28,75 @@ from lowrank.distributed.process_group import Ranks, world_size
 
 
 class Workers(Group):
-    """The workers as if each were one rank; what is given to it must be the same on all mates. Final."""
+    """The workers as if each were one rank; what is given to it must be the same on all ranks of a worker. Final."""
 
-    def __init__(self, mates: Ranks, peers: Ranks):
-        self.mates, self.peers = mates, peers
-        self.rank, self.count = peers.rank, peers.count
-        self.device, self.traffic = mates.device, mates.traffic
+    def __init__(self, intra_worker: Ranks, cross_worker: Ranks):
+        self.intra_worker, self.cross_worker = intra_worker, cross_worker
+        self.rank, self.count = cross_worker.rank, cross_worker.count
+        self.device, self.traffic = intra_worker.device, intra_worker.traffic
 
     def _add_up(self, flat: Tensor) -> Callable[[], None]:
         mine = self._share_of(flat)
-        arrive = self.peers._add_up(mine)
+        arrive = self.cross_worker._add_up(mine)
 
         def finish() -> None:
             arrive()
-            flat.copy_(self.mates._collect(mine)().flatten()[: flat.numel()])
+            flat.copy_(self.intra_worker._collect(mine)().flatten()[: flat.numel()])
 
         return finish
 
     def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
-        arrive = self.peers._collect(self._share_of(flat))
+        arrive = self.cross_worker._collect(self._share_of(flat))
 
         def finish() -> Tensor:
-            shares = self.mates._collect(arrive().flatten())()  # (L, W · share)
-            whole = shares.view(self.mates.count, self.count, -1).transpose(0, 1).reshape(self.count, -1)
+            shares = self.intra_worker._collect(arrive().flatten())()  # (L, W · share)
+            whole = shares.view(self.intra_worker.count, self.count, -1).transpose(0, 1).reshape(self.count, -1)
             return whole[:, : flat.numel()]
 
         return finish
 
     def _share_of(self, flat: Tensor) -> Tensor:
-        """What this mate carries of ``flat``: one of L equal pieces, the last ones padded."""
-        size = largest_share(flat.numel(), self.mates.count)
-        padded = F.pad(flat, (0, size * self.mates.count - flat.numel()))
-        return padded[self.mates.rank * size :][:size].clone()
+        """What this rank carries of ``flat``: one of L equal pieces, the last ones padded."""
+        size = largest_share(flat.numel(), self.intra_worker.count)
+        padded = F.pad(flat, (0, size * self.intra_worker.count - flat.numel()))
+        return padded[self.intra_worker.rank * size :][:size].clone()
 
 
-class Everyone(Group):
-    """All ranks, who add up by two levels: first mates, then workers as one each. So a sum crosses the slow links once,
-    in shares, where a ring of all ranks would carry all of it over each. Final."""
+class WorldGroup(Group):
+    """All ranks, who add up by two levels: first inside each worker, then across workers. So a sum crosses the slow
+    links once, in shares, where a ring of all ranks would carry all of it over each. Final."""
 
-    def __init__(self, ranks: Ranks, mates: Ranks, workers: Workers):
-        self.mates, self.workers = mates, workers
+    def __init__(self, ranks: Ranks, intra_worker: Ranks, workers: Workers):
+        self.intra_worker, self.workers = intra_worker, workers
         self.rank, self.count, self.device, self.traffic = ranks.rank, ranks.count, ranks.device, ranks.traffic
 
     def _add_up(self, flat: Tensor) -> Callable[[], None]:
-        self.mates._add_up(flat)()
+        self.intra_worker._add_up(flat)()
         return self.workers._add_up(flat)
 
     def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
-        arrive = self.workers._collect(self.mates._collect(flat)().flatten())
+        arrive = self.workers._collect(self.intra_worker._collect(flat)().flatten())
         return lambda: arrive().reshape(self.count, flat.numel())
 
 
 @dataclass(frozen=True)
-class Division:
+class ProcessLayout:
     """How the ranks of a run are divided (module docstring); everything is None in one process.
 
     Args:
         ranks: all of them.
         workers: those who train apart, of which each speaks as one; None where all ranks are one worker.
-        mates: the ranks of this worker; None where it is the only one.
-        peers: the ranks at the same place in all workers; None where there is one worker.
-        everyone: all ranks as a group that adds up by the shortest way.
+        intra_worker: the ranks of this worker; None where it is the only one.
+        cross_worker: the ranks at the same place in all workers; None where there is one worker.
+        world: all ranks as a group that adds up by the shortest way.
         in_step: all ranks are one worker, as was asked for, whether or not there are several.
     """
 
     ranks: Ranks | None = None
     workers: Group | None = None
-    mates: Ranks | None = None
-    peers: Ranks | None = None
-    everyone: Group | None = None
+    intra_worker: Ranks | None = None
+    cross_worker: Ranks | None = None
+    world: Group | None = None
     in_step: bool = False
 
     @property
@@ -112,15 +112,15 @@ class Division:
     @property
     def is_mesh(self) -> bool:
         """Whether there are several workers of several ranks."""
-        return self.mates is not None and self.workers is not None
+        return self.intra_worker is not None and self.workers is not None
 
     @property
-    def mates_count(self) -> int:
+    def ranks_per_worker(self) -> int:
         """Ranks in this worker."""
-        return 1 if self.mates is None else self.mates.count
+        return 1 if self.intra_worker is None else self.intra_worker.count
 
 
-def divide(ranks: Ranks | None, workers: int | None) -> Division:
+def process_layout(ranks: Ranks | None, workers: int | None) -> ProcessLayout:
     """The ranks divided into so many workers of equal size; None: every rank is one. All ranks must call it.
 
     Raises:
@@ -129,11 +129,11 @@ def divide(ranks: Ranks | None, workers: int | None) -> Division:
     if workers is not None and workers < 1:
         raise ValueError(f"workers={workers} must be at least 1")
     if ranks is None:
-        return Division(in_step=workers == 1)
+        return ProcessLayout(in_step=workers == 1)
     if workers == 1:
-        return Division(ranks, mates=ranks, everyone=ranks, in_step=True)
+        return ProcessLayout(ranks, intra_worker=ranks, world=ranks, in_step=True)
     if workers is None or workers == ranks.count:
-        return Division(ranks, workers=ranks, peers=ranks, everyone=ranks)
+        return ProcessLayout(ranks, workers=ranks, cross_worker=ranks, world=ranks)
     if ranks.count % workers:
         fitting = [n for n in range(1, ranks.count + 1) if ranks.count % n == 0]
         raise ValueError(
@@ -141,10 +141,10 @@ def divide(ranks: Ranks | None, workers: int | None) -> Division:
             f"{', '.join(map(str, fitting))}"
         )
     size = ranks.count // workers
-    mates = ranks.divided([range(first, first + size) for first in range(0, ranks.count, size)], between=False)
-    peers = ranks.divided([range(place, ranks.count, size) for place in range(size)], between=True)
-    together = Workers(mates, peers)
-    return Division(ranks, together, mates, peers, Everyone(ranks, mates, together))
+    intra_worker = ranks.divided([range(first, first + size) for first in range(0, ranks.count, size)], between=False)
+    cross_worker = ranks.divided([range(place, ranks.count, size) for place in range(size)], between=True)
+    together = Workers(intra_worker, cross_worker)
+    return ProcessLayout(ranks, together, intra_worker, cross_worker, WorldGroup(ranks, intra_worker, together))
 
 
 def nodes() -> int:

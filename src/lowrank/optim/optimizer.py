@@ -80,7 +80,7 @@ class Optimizer(torch.optim.Optimizer):
         expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
-        mates: the ranks that train in step with this one, which may hold parameters in parts between them.
+        intra_worker: the ranks that train in step with this one, which may hold parameters in parts between them.
         summed: the ranks over which a parameter's gradient is summed before its step; none for who trains it alone, or
             where FSDP has done it.
         agreed: with whom the heads in a parameter share a basis, where they share one.
@@ -102,11 +102,11 @@ class Optimizer(torch.optim.Optimizer):
         boundary: Callable[[int], None] | None = None,
         expect: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
-        mates: Ranks | None = None,
+        intra_worker: Ranks | None = None,
         summed: Mapping[nn.Parameter, Group] | None = None,
         agreed: Mapping[nn.Parameter, Group] | None = None,
     ):
-        if (mates is not None or summed or agreed) and scaler is not None and scaler.is_enabled():
+        if (intra_worker is not None or summed or agreed) and scaler is not None and scaler.is_enabled():
             raise ValueError("float16 scales the loss of each rank by itself: use bfloat16 with several ranks")
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate} must be at least 1")
@@ -122,7 +122,7 @@ class Optimizer(torch.optim.Optimizer):
         self._folded: dict[nn.Parameter, Tensor] = {}
         self._stepped: set[nn.Parameter] = set()
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
-        self._mates = mates
+        self._intra_worker = intra_worker
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
         self._parts: dict[nn.Parameter, Shard | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
@@ -147,7 +147,7 @@ class Optimizer(torch.optim.Optimizer):
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
                 name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
-                self._parts[p] = shard_of(p, self._mates, name)
+                self._parts[p] = shard_of(p, self._intra_worker, name)
                 self._rules[p] = on_part(group["rule"], self._parts[p], name)
         except ValueError:
             self.param_groups.pop()

@@ -34,7 +34,7 @@ from lowrank.adapters.layers import (
     replace,
 )
 from lowrank.adapters.targets import Layer, as_list, name_matches
-from lowrank.distributed.workers import Division
+from lowrank.distributed.workers import ProcessLayout
 from lowrank.infra.loaded import loaded_parameters
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.rules import Rule
@@ -73,8 +73,8 @@ class Row:
 class Binding:
     """The work of ``apply_``: first everything is decided and checked, then ``place_adapters`` changes the model."""
 
-    def __init__(self, model: nn.Module, method: Method, seed: int, division: Division):
-        self.model, self.method, self.seed, self.division = model, method, seed, division
+    def __init__(self, model: nn.Module, method: Method, seed: int, layout: ProcessLayout):
+        self.model, self.method, self.seed, self.layout = model, method, seed, layout
         self.layers = targets.linear_layers(model)
         self.names_of = _names_by_parameter(model)
         self.frozen_before = {n for n, p in model.named_parameters() if not p.requires_grad}
@@ -214,11 +214,11 @@ class Binding:
         matrix, made = matrix_of(layer.module).detach(), {}
         for part, adapt in self.claims[layer.name].items():
             W = matrix[layer.rows(part)]
-            site = Site(layer.label(part), W, self.seed, keep, self.division.worker, self.division.workers_count)
+            site = Site(layer.label(part), W, self.seed, keep, self.layout.worker, self.layout.workers_count)
             made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)
-            if made[part].split and self.division.workers_count > 1 and not isinstance(made[part], SplitAdapter):
+            if made[part].split and self.layout.workers_count > 1 and not isinstance(made[part], SplitAdapter):
                 raise ValueError(
                     f"heads of {type(made[part]).__name__} on {layer.label(part)} split the batch, and cannot be "
                     "divided between ranks as those of LoRA and Dense can: use split=False, or one process"
@@ -275,7 +275,7 @@ class Binding:
             self.notes.append(
                 f"rest='auto': {random:,} parameters initialised at random train, {loaded:,} loaded ones are frozen"
             )
-        self.notes += notes_on_ranks(self.method, self.division, rows, self.adapters)
+        self.notes += notes_on_ranks(self.method, self.layout, rows, self.adapters)
         return rows
 
     def _check_patterns(self) -> None:
@@ -308,7 +308,7 @@ class Binding:
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
         """How several ranks train ``p`` (see ``Row.across``)."""
-        if self.division.in_step:
+        if self.layout.in_step:
             return "shared"
         if id(p) in self.split:
             return "own"

@@ -8,7 +8,7 @@
     sharded    FSDP's own, every micro-batch: weights gathered, in blocks twice, and sums of their gradients. A merge
                then gathers each adapted matrix, a refresh the gradient; R is said only where the cut side is projected
 
-All as ``infra.ranks`` counts it (a ring), in the numbers' own width, at least four bytes, or rounded at merges and
+All as its collectives count it (a ring), in the numbers' own width, at least four bytes, or rounded at merges and
 averages as ``Merge.exchange`` says. A few bytes of control come on top: ``merge_words`` at a merge or an average, and
 about fifty bytes at a step of the loop that sums gradients.
 """
@@ -75,26 +75,28 @@ class Forecast:
 
 @dataclass(frozen=True)
 class _Mesh:
-    """So many workers of so many mates: what travels where (``infra.workers``), but for the padding of shares."""
+    """So many workers of so many ranks: what travels where (``distributed.workers``), but for the padding of shares."""
 
     workers: int
-    mates: int
+    intra_worker: int
 
     def sums(self, size: int) -> _Sent:
-        """Of what mates have alike, summed over the workers."""
-        carried = -(-size // self.mates)
-        return _Sent(ring_sum_bytes(carried, self.workers), ring_gather_bytes(carried, self.mates))
+        """Of what the ranks of a worker have alike, summed over the workers."""
+        carried = -(-size // self.intra_worker)
+        return _Sent(ring_sum_bytes(carried, self.workers), ring_gather_bytes(carried, self.intra_worker))
 
-    def everyone(self, size: int) -> _Sent:
+    def world(self, size: int) -> _Sent:
         """A sum over all ranks."""
         if self.workers == 1:
-            return _Sent(0, ring_sum_bytes(size, self.mates))
-        return _Sent(0, ring_sum_bytes(size, self.mates)) + self.sums(size)
+            return _Sent(0, ring_sum_bytes(size, self.intra_worker))
+        return _Sent(0, ring_sum_bytes(size, self.intra_worker)) + self.sums(size)
 
     def gatherings(self, size: int) -> _Sent:
-        """Of ``size`` bytes that mates have alike, those of all workers."""
-        carried = -(-size // self.mates)
-        return _Sent(ring_gather_bytes(carried, self.workers), ring_gather_bytes(self.workers * carried, self.mates))
+        """Of ``size`` bytes that the ranks of a worker have alike, those of all workers."""
+        carried = -(-size // self.intra_worker)
+        return _Sent(
+            ring_gather_bytes(carried, self.workers), ring_gather_bytes(self.workers * carried, self.intra_worker)
+        )
 
     def exchanged(self, exchange: Exchange, shape: tuple[int, ...], width: int) -> _Sent:
         """A sum of such tensors, rounded where that is fewer bytes."""
@@ -105,7 +107,7 @@ class _Mesh:
 
 @dataclass(frozen=True)
 class _Sent:
-    """Bytes that one rank sends to other workers, and to its mates."""
+    """Bytes that one rank sends to other workers, and to the ranks of its own."""
 
     between: int = 0
     within: int = 0
@@ -125,13 +127,15 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     """
     mesh = _mesh(plan, ranks)
     trained = [row for row in plan.rows if row.rule is not None]
-    pieces = {row.name: _piece(row, plan.shards[row.name], mesh.mates) for row in trained if row.name in plan.shards}
+    pieces = {
+        row.name: _piece(row, plan.shards[row.name], mesh.intra_worker) for row in trained if row.name in plan.shards
+    }
     shared = [row for row in trained if row.across == "shared" and row.name not in pieces]
     rules = {row.rule.refresh_every for row in shared if isinstance(row.rule, Projected)}
     plain = [row for row in plan.rows if not row.is_factor]
     parameters = dict(plan.model.named_parameters())
     rule_of = {id(parameters[row.name]): row.rule for row in trained}
-    split = [a for a in {id(a): a for a in plan.adapters.values()}.values() if a.split and not plan.division.in_step]
+    split = [a for a in {id(a): a for a in plan.adapters.values()}.values() if a.split and not plan.layout.in_step]
     own, rest = ([row for row in trained if row.across == across] for across in ("own", "local"))
     under = sum(row.numel * _width(row.dtype) for row in plain if row.why == "under an adapter")
     merge, exchange = plan.method.merge, plan.method.merge.exchange if plan.method.merge is not None else "float32"
@@ -144,9 +148,9 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         _Mesh(mesh.workers, 1),
         exchange,
     )
-    in_worker = ring_sum_bytes(sum(_bytes(row) for row in (*own, *rest) if row.name not in pieces), mesh.mates)
-    gradients = mesh.everyone(sum(map(_bytes, shared)))
-    between = mesh.everyone(sum(map(_bytes if whole else _bytes_between, shared)))
+    in_worker = ring_sum_bytes(sum(_bytes(row) for row in (*own, *rest) if row.name not in pieces), mesh.intra_worker)
+    gradients = mesh.world(sum(map(_bytes, shared)))
+    between = mesh.world(sum(map(_bytes if whole else _bytes_between, shared)))
     found = Forecast(
         ranks=ranks,
         merge=merging.total,
@@ -175,17 +179,17 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
 
 def _mesh(plan: Plan, ranks: int) -> _Mesh:
     """How the ranks are divided; where the plan knows of one process, every rank would be a worker."""
-    if plan.division.in_step:
+    if plan.layout.in_step:
         return _Mesh(1, ranks)
-    mates = plan.division.mates_count
-    return _Mesh(ranks // mates, mates)
+    intra_worker = plan.layout.ranks_per_worker
+    return _Mesh(ranks // intra_worker, intra_worker)
 
 
 def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *, whole: bool) -> Forecast:
     """The forecast with what is said of sharded parameters."""
-    inside, mates = names_in_blocks(plan.model), mesh.mates
+    inside, intra_worker = names_in_blocks(plan.model), mesh.intra_worker
     rows = [(row, plan.shards[row.name]) for row in plan.rows if row.name in plan.shards]
-    pieces = {row.name: _piece(row, part, mates) for row, part in rows}
+    pieces = {row.name: _piece(row, part, intra_worker) for row, part in rows}
     gathered = sum(pieces[row.name] * row.dtype.itemsize * (1 + (row.name in inside)) for row, _ in rows)
     summed = sum(pieces[row.name] * _width(row.dtype) for row, _ in rows if row.rule is not None)
     projected = [(row, row.rule, part) for row, part in rows if isinstance(row.rule, Projected)]
@@ -201,15 +205,15 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     to_peers = ring_sum_bytes(sum(pieces[row.name] * _width(row.dtype) for row in shared), mesh.workers)
     as_parts = sum(_part_between(row, plan.shards[row.name], pieces[row.name]) for row in shared)
     small = to_peers if whole else ring_sum_bytes(as_parts, mesh.workers)
-    across = ring_sum_bytes(crossing, mates)
+    across = ring_sum_bytes(crossing, intra_worker)
     return replace(
         found,
-        merge=0 if merge is None else found.merge + ring_gather_bytes(merged, mates),
+        merge=0 if merge is None else found.merge + ring_gather_bytes(merged, intra_worker),
         merge_every=None if merge is None else merge.merge_every,
-        gradients=found.gradients + to_peers + across + ring_gather_bytes(refreshed, mates),
+        gradients=found.gradients + to_peers + across + ring_gather_bytes(refreshed, intra_worker),
         gradients_between=found.gradients_between + small + across,
         refresh_every=min((rule.refresh_every for _, rule, _ in projected), default=found.refresh_every),
-        sharded=ring_gather_bytes(gathered + summed, mates) * micro_batches,
+        sharded=ring_gather_bytes(gathered + summed, intra_worker) * micro_batches,
         between_workers=found.between_workers + small,
     )
 

@@ -4,7 +4,7 @@
     shard_(plan)                     torch's ``fully_shard`` on each block and on the root
     opt = plan.optimizer(lr=…)       state for the part here; what each rule makes of parts: ``optim.sharded``
 
-With several workers (``infra.workers``) each has a model of its own, in parts over its ranks: the mesh of two
+With several workers (``distributed.workers``) each has a model of its own, in parts over its ranks: the mesh of two
 dimensions on which LTE or local training runs between nodes and FSDP inside them.
 
 Which way a weight is cut: a projected matrix along the side that is not projected, so that nothing of the projection
@@ -110,7 +110,7 @@ def _check(plan: Plan) -> tuple[Ranks, Ranks]:
     """(all ranks, those of this worker)."""
     if plan.ranks is None:
         raise ValueError("there is one process, and nothing to shard: start several with torchrun, and give ranks=")
-    if plan.mates is None:
+    if plan.intra_worker is None:
         raise ValueError(
             "every rank is a worker that trains apart, and FSDP shards the model of ranks that train in step: "
             "apply_(model, method, ranks=ranks, workers=1), or fewer workers than ranks"
@@ -124,7 +124,7 @@ def _check(plan: Plan) -> tuple[Ranks, Ranks]:
         raise ValueError(
             f"FSDP wants trained weights of one dtype; {odd} is {parameters[odd].dtype}: use model.to(dtype) first"
         )
-    return plan.ranks, plan.mates
+    return plan.ranks, plan.intra_worker
 
 
 def _cut(row: Row, ranks: Ranks) -> Shard | None:

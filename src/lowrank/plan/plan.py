@@ -23,7 +23,7 @@ from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import Ranks
 from lowrank.distributed.shards import Shard, is_sharded, to_local
-from lowrank.distributed.workers import Division, divide
+from lowrank.distributed.workers import ProcessLayout, process_layout
 from lowrank.infra.work import Work
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
@@ -38,7 +38,7 @@ from lowrank.plan.synchronisation import boundary_, meet_
 class Plan:
     """A model bound to a method.
 
-    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``division`` the processes that train it,
+    ``rows`` holds every parameter once; ``notes`` what a reader should know; ``layout`` the processes that train it,
     and which of them in step; ``left_out`` a worker's number for each time that it was left out of a merge or an
     average because its numbers were not finite; ``parts`` what this rank holds of each sharded parameter, by name
     (``sharding.shard_``).
@@ -50,7 +50,7 @@ class Plan:
     rows: list[Row]
     adapters: dict[str, Adapter]
     notes: list[str] = field(default_factory=list)
-    division: Division = field(default_factory=Division)
+    layout: ProcessLayout = field(default_factory=ProcessLayout)
     left_out: list[int] = field(default_factory=list)
     work: Work = field(default_factory=Work)
     anchors: list[Tensor] = field(default_factory=list)
@@ -60,17 +60,17 @@ class Plan:
     @property
     def ranks(self) -> Ranks | None:
         """All processes that train the model; None for one."""
-        return self.division.ranks
+        return self.layout.ranks
 
     @property
-    def mates(self) -> Ranks | None:
+    def intra_worker(self) -> Ranks | None:
         """The ranks that train in step with this one; None where it trains alone."""
-        return self.division.mates
+        return self.layout.intra_worker
 
     @property
     def workers(self) -> Group | None:
         """Those who train apart, of which this rank's worker is one; None where all ranks train in step."""
-        return self.division.workers
+        return self.layout.workers
 
     @cached_property
     def shared(self) -> list[nn.Parameter]:
@@ -178,18 +178,18 @@ class Plan:
             boundary=lambda steps: boundary_(self, optimizer, steps, merge=merge == "auto"),
             expect={p: name for name, adapter in self.adapters.items() for p in list(adapter.parameters())[:1]},
             seed=self.seed,
-            mates=self.mates,
+            intra_worker=self.intra_worker,
             summed=self._summed(),
             agreed=dict.fromkeys(self.own, self.workers) if self.workers is not None else {},
         )
         return optimizer
 
     def _summed(self) -> dict[nn.Parameter, Group]:
-        """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts over the mates."""
-        division, parts = self.division, {id(p) for n, p in self.model.named_parameters() if n in self.shards}
+        """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts within the worker."""
+        layout, parts = self.layout, {id(p) for n, p in self.model.named_parameters() if n in self.shards}
         over: list[tuple[nn.Parameter, Group | None]]
-        over = [(p, division.peers if id(p) in parts else division.everyone) for p in self.shared]
-        over += [(p, None if id(p) in parts else division.mates) for p in (*self.own, *self.local)]
+        over = [(p, layout.cross_worker if id(p) in parts else layout.world) for p in self.shared]
+        over += [(p, None if id(p) in parts else layout.intra_worker) for p in (*self.own, *self.local)]
         return {p: group for p, group in over if group is not None}
 
     def _groups(self, lr: float, weight_decay: float) -> list[dict[str, Any]]:
@@ -219,7 +219,7 @@ def apply_(
         ranks: the processes that train it together (``lowrank.distributed.process_group.joined``). Every rank divides
             its loss by the global batch.
         workers: how many of them train apart, each with its share of the heads that split the batch; the ranks of one
-            worker train in step (``infra.workers``). None: every rank is a worker. 1: all ranks train in step, as DDP
+            worker train in step. None: every rank is a worker. 1: all ranks train in step, as DDP
             and FSDP do, and each has all heads. Unless every rank is a worker, ``lowrank.plan.fsdp.shard_(plan)`` may
             follow, by which the ranks of a worker hold its model in parts.
 
@@ -232,8 +232,8 @@ def apply_(
     if next(model.parameters(), None) is None:
         raise ValueError("the model has no parameters")
     _refuse_wrapped(model)
-    division = divide(ranks, workers)
-    binding = Binding(model, method, seed, division)
+    layout = process_layout(ranks, workers)
+    binding = Binding(model, method, seed, layout)
     binding.check_rest()
     try:
         binding.place_adapters()
@@ -241,7 +241,7 @@ def apply_(
     except Exception:
         binding.undo()
         raise
-    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, division)
+    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, layout)
     parameters = dict(model.named_parameters())
     for row in rows:
         parameters[row.name].requires_grad_(row.rule is not None)

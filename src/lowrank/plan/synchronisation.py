@@ -7,7 +7,7 @@
                    goes by that. One whose numbers are not is left out, counted and reported; its heads and their state
                    are restarted, and its rest becomes the mean of the others'
 
-A worker is a rank, or several ranks in step (``infra.workers``).
+A worker is a rank, or several ranks in step (``distributed.workers``).
 
 ``consolidated_model`` gives every rank the model that all of them make together, for evaluation and for checkpoints;
 there heads and workers weigh the same, whatever they will weigh in the next merge.
@@ -89,7 +89,7 @@ def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
     merge, spans = plan.method.merge, {} if opt is None else _spans(plan, opt)
     if roll.merge is not None:
         _total(roll.merge)
-    terms = Terms(roll.left_out, roll.merge, spans, plan.mates)
+    terms = Terms(roll.left_out, roll.merge, spans, plan.intra_worker)
     reshard_(plan.model)
     if merge is not None and merge.overlap:
         remember_(plan.model)
@@ -97,7 +97,7 @@ def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
     elif plan.workers is not None and plan.own and merge is not None:
         merge_across_(plan.model, plan.workers, merge, terms)
     else:
-        merge_adapters_(plan.model, merge, plan.mates)
+        merge_adapters_(plan.model, merge, plan.intra_worker)
     forget = merge.forget if merge else 0.0
     if opt is not None and forget:
         opt.forget([p for adapter in plan.adapters.values() for p in adapter.parameters()], forget)
@@ -110,7 +110,7 @@ def wait_(plan: Plan) -> None:
         return
     reshard_(plan.model)
     # In one process, and after a resume, nobody is sending what has been remembered.
-    arrive = plan.in_flight or start_merge(plan.model, plan.workers, merge, Terms(mates=plan.mates))
+    arrive = plan.in_flight or start_merge(plan.model, plan.workers, merge, Terms(intra_worker=plan.intra_worker))
     plan.in_flight = None
     arrive()
 
@@ -135,11 +135,11 @@ def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
     bad = 1.0 - torch.stack([to_local(p).isfinite().all() for p in mine]).all().float()[None]
     if plan.work.kind != "equal":
         bad = torch.tensor([float(bad), *plan.work.since.values()], dtype=torch.float64, device=bad.device)
-    if plan.mates is not None:  # what is not finite may be in another one's part; and they have worked together
-        plan.mates.sum_([bad])
+    if plan.intra_worker is not None:  # what is not finite may be in another one's part; and they have worked together
+        plan.intra_worker.sum_([bad])
     everyone = workers.gather([bad])[0]
     sick = frozenset(everyone[:, 0].nonzero().flatten().tolist())
-    member = "rank" if plan.mates is None else "worker"
+    member = "rank" if plan.intra_worker is None else "worker"
     if len(sick) == workers.count:
         raise FloatingPointError(
             f"the trained numbers of every {member} are not finite: resume from the last checkpoint with a lower --lr"
@@ -212,10 +212,10 @@ def _average_(plan: Plan, rest: Sequence[Tensor], mine: float, all_of_it: float)
 
 
 def _by_group(plan: Plan, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
-    """With whom this rank adds up which of the tensors, which belong to ``plan.local``: its parts with its peers, who
-    hold the same parts of other workers' parameters; what mates hold alike with all workers."""
+    """With whom this rank adds up which of the tensors of ``plan.local``: shards with its cross-worker group, who hold
+    the same shards of other workers' parameters; what the ranks of a worker hold alike with all workers."""
     in_parts = [is_sharded(p) for p in plan.local]
-    for group, parts in ((plan.workers, False), (plan.division.peers, True)):
+    for group, parts in ((plan.workers, False), (plan.layout.cross_worker, True)):
         some = [tensor for tensor, is_part in zip(rest, in_parts, strict=True) if is_part == parts]
         if some and group is not None:
             yield group, some

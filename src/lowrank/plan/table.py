@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING
 
 from lowrank.adapters import Adapter
 from lowrank.distributed.collectives import share
-from lowrank.distributed.workers import Division
+from lowrank.distributed.workers import ProcessLayout
 from lowrank.methods import Method
 
 if TYPE_CHECKING:
@@ -15,18 +15,18 @@ if TYPE_CHECKING:
 
 
 def notes_on_ranks(
-    method: Method, division: Division, rows: Sequence[Row], adapters: Mapping[str, Adapter]
+    method: Method, layout: ProcessLayout, rows: Sequence[Row], adapters: Mapping[str, Adapter]
 ) -> list[str]:
     """Notes for the reader of a plan: which ranks train what, and when they communicate."""
-    if division.ranks is None:
+    if layout.ranks is None:
         return _notes_alone(method, "process")
     size = {a: sum(r.numel for r in rows if r.rule is not None and r.across == a) for a in ("shared", "own", "local")}
-    notes, member, count = [str(division.ranks)], "rank", division.workers_count
-    if division.mates is not None and not division.in_step:
+    notes, member, count = [str(layout.ranks)], "rank", layout.workers_count
+    if layout.intra_worker is not None and not layout.in_step:
         member = "worker"
-        notes.append(f"{count} workers train apart, each of {division.mates_count} ranks that train in step")
+        notes.append(f"{count} workers train apart, each of {layout.ranks_per_worker} ranks that train in step")
     for heads in sorted({a.all_heads for a in adapters.values() if a.split}):
-        if division.in_step:
+        if layout.in_step:
             notes.append(f"every rank has all {heads} heads, and splits its rows of the batch between them")
             continue
         counts = [len(share(heads, place, count)) for place in range(count)]
@@ -38,9 +38,9 @@ def notes_on_ranks(
         if member == "worker":
             silent = "in between their gradients stay inside the worker"
         notes.append(f"{size['own']:,} numbers are this {member}'s own heads, {every}; {silent}")
-    if method.merge is not None and method.merge.exchange != "float32" and not division.in_step:
+    if method.merge is not None and method.merge.exchange != "float32" and not layout.in_step:
         notes.append(f"merges and averages travel as {method.merge.exchange}, where that is fewer bytes")
-    if method.merge is not None and method.merge.weigh != "equal" and not division.in_step:
+    if method.merge is not None and method.merge.weigh != "equal" and not layout.in_step:
         notes.append(f"in merges and averages {member}s weigh by {method.merge.weigh} since the last")
     if size["local"]:
         default = "the default here, " if method.rest == "auto" else ""
@@ -48,7 +48,7 @@ def notes_on_ranks(
             f"{size['local']:,} parameters train on each {member} by itself, averaged every {method.rest_interval} "
             f"steps ({default}rest='local')"
         )
-    if division.in_step:
+    if layout.in_step:
         notes += _notes_alone(method, "worker")
     if size["shared"]:
         notes.append(f"the gradients of {size['shared']:,} parameters are summed over the ranks every step")

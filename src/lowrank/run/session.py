@@ -71,7 +71,7 @@ def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, r
     model = model.to(device)
     method = METHODS[run.method.name](**run.method.args)
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
-    if run.engine == "fsdp" and plan.mates is not None:
+    if run.engine == "fsdp" and plan.intra_worker is not None:
         shard_(plan)
     return Session(run, task_of(run.task), data, model, plan, device, autocast, needs_scaler)
 

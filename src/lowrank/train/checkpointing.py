@@ -92,8 +92,8 @@ class Saver:
         }
         what = (self.root, step, model, optimizer, meta)
         options: dict[str, Any] = {"keep": self.run.keep, "best": is_best}
-        if self.keeping == "parts" and self.plan.mates is not None:
-            save_in_parts(*what, ranks=self.plan.mates, writes=self.keeper, **options)
+        if self.keeping == "parts" and self.plan.intra_worker is not None:
+            save_in_parts(*what, ranks=self.plan.intra_worker, writes=self.keeper, **options)
         else:
             checkpoint.save(*what, **options)
 

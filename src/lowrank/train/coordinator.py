@@ -45,7 +45,7 @@ class Team:
     def __init__(self, plan: Plan, run: Run):
         self.plan, self.run = plan, run
         self.ranks: Ranks | None = plan.ranks
-        self.stepping = plan.ranks if plan.shared else plan.mates  # who make every step together, if several do
+        self.stepping = plan.ranks if plan.shared else plan.intra_worker  # who make every step together, if several do
         self.first = self.ranks is None or self.ranks.rank == 0
         self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
         self._told = Traffic()
@@ -65,10 +65,10 @@ class Team:
         if self.run.own_data:
             _check_own_data(self.run)
         check_state(self.plan, optimizer)
-        workers = self.plan.division.workers_count
+        workers = self.plan.layout.workers_count
         heads = max((largest_share(a.all_heads, workers) for a in self.plan.adapters.values() if a.split), default=1)
         rows = self.run.batch_size // self.ranks.count
-        if heads > rows and self.plan.mates is not None:
+        if heads > rows and self.plan.intra_worker is not None:
             raise ValueError(
                 f"each rank splits its {rows} rows of --batch-size {self.run.batch_size} between {heads} heads, and "
                 f"some would never see anything: use --batch-size {heads * self.ranks.count} or more, fewer heads, "
@@ -94,10 +94,10 @@ class Team:
             alone = [f"one process: --engine {self.run.engine} has nothing to divide"] if asked else []
             return alone + (["in one process all data is its own: --own-data changes nothing"] * self.run.own_data)
         found = self.forecast(self.ranks)
-        whole = self.run.engine == "fsdp" and self.plan.mates is None
+        whole = self.run.engine == "fsdp" and self.plan.intra_worker is None
         why_not = ["every rank is a worker: --engine fsdp has nothing to shard, and each holds the whole model"] * whole
         told = f"a step sends {short_bytes(found.per_step)} on average"
-        if self.plan.division.is_mesh:
+        if self.plan.layout.is_mesh:
             told += f", of it {short_bytes(found.between_workers)} to other workers"
         told += f"; DDP would send {short_bytes(found.ddp)}"
         folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.shards for row in self.plan.rows)
@@ -130,7 +130,7 @@ class Team:
         worker, where there are several workers of several ranks; None where it reads alone."""
         if not self.run.own_data:
             return self.ranks
-        return self.plan.mates if self.plan.division.is_mesh else None
+        return self.plan.intra_worker if self.plan.layout.is_mesh else None
 
     @property
     def together(self) -> bool:
@@ -163,7 +163,7 @@ class Team:
 
     def _agree_within_workers(self, ranks: Ranks, source: object) -> None:
         first: dict[int, object] = {}
-        for rank, (worker, theirs) in enumerate(ranks.gather_objects((self.plan.division.worker, source))):
+        for rank, (worker, theirs) in enumerate(ranks.gather_objects((self.plan.layout.worker, source))):
             if first.setdefault(worker, theirs) != theirs:
                 raise RanksDisagree(
                     f"rank {rank} has --data {theirs}, its worker's first rank {first[worker]}: under --own-data the "
@@ -188,8 +188,8 @@ class Team:
     def norm(self, optimizer: Optimizer, gradients: Mapping[nn.Parameter, Tensor]) -> Tensor | None:
         """The norm of all gradients, of all ranks that step together; None where only projections are known.
 
-        Squares are added up over those who hold different numbers: parts over the mates, and where all ranks step
-        together, what each worker trains apart over the workers.
+        Squares are added up over those who hold different numbers: parts over the ranks of a worker, and where all
+        ranks step together, what each worker trains apart over the workers.
         """
         if optimizer.holds_projections:
             return None
@@ -202,8 +202,8 @@ class Team:
             return float(torch.nn.utils.get_total_norm(some)) ** 2
 
         parts, own_parts = square(sharded=True, own=False), square(sharded=True, own=True)
-        if self.plan.mates is not None:
-            parts, own_parts = self.plan.mates.total(parts, own_parts)
+        if self.plan.intra_worker is not None:
+            parts, own_parts = self.plan.intra_worker.total(parts, own_parts)
         own = square(sharded=False, own=True) + own_parts
         if apart and self.plan.workers is not None:
             own = self.plan.workers.total(own)[0]
@@ -237,7 +237,7 @@ class Team:
         if self.ranks is None:
             return ""
         traffic = self.ranks.traffic
-        between = f", {short_bytes(traffic.between)} of it between workers" if self.plan.division.is_mesh else ""
+        between = f", {short_bytes(traffic.between)} of it between workers" if self.plan.layout.is_mesh else ""
         return f"{short_bytes(traffic.sent)}{between}"
 
     def traffic(self) -> dict[str, int]:
@@ -248,7 +248,7 @@ class Team:
         now, before = self.ranks.traffic, self._told
         self._told = Traffic(**vars(now))
         found = {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
-        return found | ({"bytes_sent_between": now.between - before.between} if self.plan.division.is_mesh else {})
+        return found | ({"bytes_sent_between": now.between - before.between} if self.plan.layout.is_mesh else {})
 
     def summary(self, records: Sequence[Mapping[str, Any]]) -> dict[str, int]:
         """For the run's summary: ranks, bytes that one sent in the logged steps, DDP's, how often one was left out."""
@@ -260,10 +260,10 @@ class Team:
         steps = numbers[-1] - numbers[0] + min(self.run.log_every, numbers[0]) if numbers else 1
         return {
             "ranks": self.ranks.count,
-            "workers": self.plan.division.workers_count,
+            "workers": self.plan.layout.workers_count,
             "bytes_sent": sent,
             "bytes_sent_per_step": sent // steps,
-            **({"bytes_sent_between_per_step": between // steps} if self.plan.division.is_mesh else {}),
+            **({"bytes_sent_between_per_step": between // steps} if self.plan.layout.is_mesh else {}),
             "ddp_bytes_per_step": self.forecast(self.ranks).ddp,
             "ranks_left_out": len(self.plan.left_out),
         }

@@ -48,10 +48,10 @@ def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
     The ranks that hold a model in parts write them side by side where one of them is a keeper and all see its folder.
     All checkpoints of a step are written alike, so that ranks can tell that they are the same.
     """
-    if not plan.shards or plan.mates is None or plan.ranks is None:
+    if not plan.shards or plan.intra_worker is None or plan.ranks is None:
         return "whole" if keeper else "help"
     everyone = plan.ranks.gather_objects(keeper)
-    keepers = [rank for rank in plan.mates.numbers if everyone[rank]]
+    keepers = [rank for rank in plan.intra_worker.numbers if everyone[rank]]
     seen = _in_our_folder(out, plan.ranks, sign=keeper)
     in_parts = all(plan.ranks.gather_objects(not keepers or (len(keepers) == 1 and keepers[0] in seen)))
     if not keepers:

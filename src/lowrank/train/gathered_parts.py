@@ -48,7 +48,7 @@ def whole_model_state(plan: Plan, keeping: Keeping = "whole") -> dict[str, Tenso
     wholes: dict[int, Tensor] = {}  # tied names get one tensor
     for held in state.values():
         if id(held) not in wholes:
-            part = shard_of(held, plan.mates)
+            part = shard_of(held, plan.intra_worker)
             whole = held.detach() if part is None else part.gather(to_local(held))
             wholes[id(held)] = whole.cpu() if keeping == "whole" else held
     return {name: wholes[id(held)] for name, held in state.items()} if keeping == "whole" else {}
@@ -80,13 +80,13 @@ def load_model_parts_(plan: Plan, saved: Checkpoint, own: Callable[[str, Tensor]
     Raises:
         ValueError: a shape differs.
     """
-    assert plan.mates is not None
+    assert plan.intra_worker is not None
     reshard_(plan.model)
     held = dict(plan.model.named_parameters(remove_duplicate=False))
-    parts = {name: part for name, p in held.items() if (part := shard_of(p, plan.mates, name)) is not None}
+    parts = {name: part for name, p in held.items() if (part := shard_of(p, plan.intra_worker, name)) is not None}
     names = saved.names("model")
     cuts = {name: ShardSpec(part, part.dim, part.shape) for name, part in parts.items() if name in names}
-    read = read_parts(saved, "model", names, cuts, plan.mates)
+    read = read_parts(saved, "model", names, cuts, plan.intra_worker)
     state = {name: tensor if name in cuts else own(name, tensor) for name, tensor in read.items()}
     for name in cuts:
         to_local(held[name]).copy_(state[name])
@@ -100,7 +100,7 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
     Raises:
         ValueError: it is of other parameters or rules than the optimizer's.
     """
-    assert plan.mates is not None
+    assert plan.intra_worker is not None
     tree = saved.state["tree"]["optimizer"]
     paths = find_saved(unflatten(tree, _Itself()), opt.param_groups)
     cuts: dict[str, ShardSpec] = {}
@@ -112,7 +112,7 @@ def own_optimizer_parts(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[s
         else:
             cuts |= {_at(paths[p][1], path): cut for path, cut in found.items()}
     names = [name for name in saved.names("optimizer") if name.startswith("optimizer.")]
-    own: dict[str, Any] = unflatten(tree, read_parts(saved, "optimizer", names, cuts, plan.mates))
+    own: dict[str, Any] = unflatten(tree, read_parts(saved, "optimizer", names, cuts, plan.intra_worker))
     states = find_saved(own, opt.param_groups)
     for p, rule, part in coded:
         state = states[p][1]
