@@ -1,41 +1,44 @@
-"""Pictures and the one page of a report: loss curves with matplotlib, HTML that needs nothing but itself."""
+"""Pictures and the one page of a report: loss curves with matplotlib, HTML by jinja2 that needs nothing but itself."""
 
 from __future__ import annotations
 
 import base64
-import html
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
-from lowrank.report.table import Result, Row, best_rates, cells, differences, markdown_table, rows, text_table
+from lowrank.infra.extras import import_extra
+from lowrank.report.table import (
+    Result,
+    Row,
+    best_rates,
+    cells,
+    differences,
+    markdown_table,
+    printable,
+    rows,
+    text_table,
+)
 
 # Okabe and Ito's colours, which people with colour blindness tell apart; beyond eight methods the dashes change.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _DASHES = ("-", "--", ":", "-.")
 _POINTS = 2000  # of a curve; more cannot be seen
 
-_STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; color: #1b1f24; background: #fff; max-width: 68rem; margin: 2rem auto;
-       padding: 0 1.5rem; }
-h1 { font-size: 1.6rem; } h2 { font-size: 1.2rem; margin-top: 2.5rem; }
-.wide { overflow-x: auto; }
-table { border-collapse: collapse; font-variant-numeric: tabular-nums; }
-th, td { padding: .35rem .8rem; text-align: right; border-bottom: 1px solid #d8dee4; white-space: nowrap; }
-th:first-child, td:first-child { text-align: left; }
-td.wrap { white-space: normal; text-align: left; }
-tr.best td { font-weight: 600; }
-img { max-width: 100%; height: auto; }
-p.note { color: #57606a; max-width: 46rem; }
-"""
+_NOTE = (
+    "Figures are means over the seeds, ± the sample standard deviation; state is the optimizer's. "
+    "The lowest validation loss is set in bold."
+)
+
+Table: TypeAlias = tuple[list[str], list[list[str]]]
 
 
 def write(results: Sequence[Result], out: Path) -> str:
     """Write `report.md`, `curves.png` and `report.html` into a folder; return the table for a terminal.
 
     Raises:
-        ImportError: matplotlib is missing.
+        ImportError: matplotlib or jinja2 is missing.
     """
     every = rows(results)
     chosen = best_rates(every)
@@ -47,7 +50,7 @@ def write(results: Sequence[Result], out: Path) -> str:
     if tried:
         markdown += ["", "Every learning rate tried:", "", markdown_table(*tried)]
     (out / "report.md").write_text("\n".join(markdown) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(_page(results, chosen, table, tried, out / "curves.png"), encoding="utf-8")
+    (out / "report.html").write_text(_page(results, chosen, tried, out / "curves.png"), encoding="utf-8")
     return text_table(*table)
 
 
@@ -132,50 +135,38 @@ def _unit(chosen: Sequence[Row]) -> str:
     return units.pop() if len(units) == 1 else "nats per token"
 
 
-def _page(
-    results: Sequence[Result],
-    chosen: Sequence[Row],
-    table: tuple[list[str], list[list[str]]],
-    tried: tuple[list[str], list[list[str]]] | None,
-    picture: Path,
-) -> str:
-    recipes = ", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in results))
-    image = base64.b64encode(picture.read_bytes()).decode()
-    shared, differ = differences(results)
+def _page(results: Sequence[Result], chosen: Sequence[Row], tried: Table | None, picture: Path) -> str:
+    """The page ``report.html.jinja``, filled."""
+    jinja2 = import_extra("jinja2", "report")
+    loader = jinja2.FileSystemLoader(Path(__file__).parent)
+    environment = jinja2.Environment(
+        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
+    )
     losses = [row.mean("val_loss") for row in chosen]
     known = [loss for loss in losses if loss is not None]
-    best = losses.index(min(known)) if known else None
-    note = "Figures are means over the seeds, ± the sample standard deviation; state is the optimizer's."
-    parts = [
-        f"<h1>{html.escape(recipes)}: {len(chosen)} methods, {len(results)} runs</h1>",
-        _html_table(*table, best=best),
-        f'<p class="note">{note} The lowest validation loss is set in bold.</p>',
-        f'<img alt="training and validation loss by step, one line a method" src="data:image/png;base64,{image}">',
-    ]
-    if tried:
-        parts += ["<h2>Every learning rate tried</h2>", _html_table(*tried)]
-    parts += ["<h2>Settings in which the runs differ</h2>", _settings({n: _listed(v) for n, v in differ.items()})]
-    parts += ["<h2>Settings that all runs share</h2>", _settings({n: _listed([v]) for n, v in shared.items()})]
-    parts += ["<h2>Runs</h2>", _html_table(*_runs(results))]
-    head = f'<meta charset="utf-8"><title>{html.escape(recipes)}</title><style>{_STYLE}</style>'
-    return f'<!doctype html>\n<html lang="en"><head>{head}</head>\n<body>\n' + "\n".join(parts) + "\n</body></html>\n"
+    group = {
+        "title": "",
+        "table": cells(chosen),
+        "best": losses.index(min(known)) if known else None,
+        "picture": base64.b64encode(picture.read_bytes()).decode(),
+        "tried": tried,
+    }
+    shared, differ = differences(results)
+    return environment.get_template("report.html.jinja").render(
+        recipes=", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in results)),
+        methods=len(chosen),
+        apart="",
+        groups=[group],
+        note=_NOTE,
+        differ={name: _listed(values) for name, values in differ.items()},
+        shared={name: _listed([value]) for name, value in shared.items()},
+        runs=_runs(results),
+    )
 
 
-def _html_table(header: Sequence[str], body: Sequence[Sequence[str]], *, best: int | None = None) -> str:
-    head = "".join(f"<th>{html.escape(cell)}</th>" for cell in header)
-    lines = [
-        f"<tr{' class=best' if index == best else ''}>{''.join(f'<td>{html.escape(cell)}</td>' for cell in line)}</tr>"
-        for index, line in enumerate(body)
-    ]
-    return f'<div class="wide"><table><tr>{head}</tr>\n' + "\n".join(lines) + "\n</table></div>"
-
-
-def _settings(settings: Mapping[str, str]) -> str:
-    lines = [
-        f'<tr><td>{html.escape(name)}</td><td class="wrap">{html.escape(value)}</td></tr>'
-        for name, value in settings.items()
-    ]
-    return '<div class="wide"><table>' + "\n".join(lines) + "</table></div>"
+def _shown(value: Any) -> Any:
+    """What the page shows of a value: text without control characters; jinja2's own markup as it is."""
+    return printable(value) if type(value) is str else value
 
 
 def _listed(values: Sequence[Any]) -> str:

@@ -132,6 +132,15 @@ def cells(chosen: Sequence[Row]) -> tuple[list[str], list[list[str]]]:
     return header, body
 
 
+def printable(text: str) -> str:
+    """The text with characters that cannot be seen, or that would steer a terminal, as their escapes.
+
+    >>> print(printable("a\\x1b[31mb"))
+    a\\x1b[31mb
+    """
+    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
+
+
 def text_table(header: Sequence[str], body: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Aligned columns: those in `left` to the left, figures to the right."""
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
