@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check gpu clean
+.PHONY: demo test check gpu mutants clean
 
 demo: $(READY)  ## train gpt-mini with five methods, compare them, write the table, the curves and a sample
 	$(BIN)/python examples/demo.py
@@ -24,6 +24,10 @@ check: $(READY)  ## the fast tier, under two minutes: lint, types, arrows, laws
 
 gpu: $(READY)  ## the tests that need a CUDA device
 	$(BIN)/python -m pytest -m gpu
+
+mutants: $(READY)  ## how many faults the suite notices: a fixed random sample of mutants, about an hour; in a clone of its own
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"
+	$(BIN)/python tests/mutants.py
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)
