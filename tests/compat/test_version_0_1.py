@@ -1,4 +1,4 @@
-"""What version 0.1 has written opens: runs are scored, resumed and generated from, adapters load, with the same figures."""
+"""What version 0.1 has written opens: runs are scored, resumed and generated from, adapters load; the same figures."""
 
 from __future__ import annotations
 
