@@ -9,8 +9,8 @@ from typing import Any
 import pytest
 
 from lowrank.data import list_sources, open_source, prepare
-from lowrank.data.text import hub
-from lowrank.data.text.builtin import builtin
+from lowrank.data.text import sources
+from lowrank.data.text.sources import builtin
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -68,10 +68,10 @@ def test_a_corpus_through_datasets_itself(tmp_path: Path, monkeypatch: pytest.Mo
     text = "First Citizen:\n\nBefore we proceed é\nany further\n"
     path = write("input.txt", text)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    local = hub.CORPORA["tiny-shakespeare"].__class__(
-        **{**vars(hub.CORPORA["tiny-shakespeare"]), "data_files": {"train": str(path)}}
+    local = sources.CORPORA["tiny-shakespeare"].__class__(
+        **{**vars(sources.CORPORA["tiny-shakespeare"]), "data_files": {"train": str(path)}}
     )
-    monkeypatch.setitem(hub.CORPORA, "tiny-shakespeare", local)
+    monkeypatch.setitem(sources.CORPORA, "tiny-shakespeare", local)
     assert list(open_source("tiny-shakespeare").documents()) == [text]
 
 
@@ -79,10 +79,10 @@ def test_streaming_through_datasets_itself(monkeypatch: pytest.MonkeyPatch, writ
     pytest.importorskip("datasets")
     lines = "".join(json.dumps({"text": f"page {n}", "url": "u"}) + "\n" for n in range(10))
     path = write("c4-train.00000-of-00001.json.gz", gzip.compress(lines.encode()))
-    local = hub.CORPORA["c4"].__class__(
-        **{**vars(hub.CORPORA["c4"]), "path": "json", "config": None, "data_files": {"train": str(path)}}
+    local = sources.CORPORA["c4"].__class__(
+        **{**vars(sources.CORPORA["c4"]), "path": "json", "config": None, "data_files": {"train": str(path)}}
     )
-    monkeypatch.setitem(hub.CORPORA, "c4", local)
+    monkeypatch.setitem(sources.CORPORA, "c4", local)
     assert list(open_source("c4").documents()) == [f"page {n}" for n in range(10)]
 
 

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 from lowrank.data import Tokens, prepare
-from lowrank.data.text.cache import cache_root, locked, published
+from lowrank.data.cache import cache_root, locked, published
 
 Write = Callable[[str, str | bytes], Path]
 TEXT = "".join(f"The {n}th line of a text that is long enough.\n" for n in range(500))

@@ -13,9 +13,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.data import check_vocabulary, open_source, prepare
-from lowrank.data.text.cache import cache_root
-from lowrank.data.text.encode import SplitWriter, encode_group, encoded, grouped
-from lowrank.data.text.prepare import _terminal_progress
+from lowrank.data.cache import cache_root
+from lowrank.data.text.prepare import SplitWriter, _terminal_progress, encode_group, encoded, grouped
 from lowrank.data.text.source import Piece
 from lowrank.data.text.tokenizers import Bytes, train_bpe
 
@@ -70,7 +69,7 @@ def test_groups_keep_their_order_in_workers(tmp_path: Path, monkeypatch: pytest.
     """Many small groups, so that they would overtake each other if they could."""
     tokenizer = train_bpe(300, [TEXT])
     tokenizer.save(tmp_path)
-    monkeypatch.setattr("lowrank.data.text.encode.GROUP_BYTES", 20_000)
+    monkeypatch.setattr("lowrank.data.text.prepare.GROUP_BYTES", 20_000)
     pieces = [("train", Piece(f"{n} " * (1 + (n * 7919) % 6_000), True)) for n in range(60)]
     groups = list(grouped(pieces))
     assert len(groups) > 12

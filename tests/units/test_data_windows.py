@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 from torch import Tensor
 
 from lowrank.data import Tokens, Windows, evaluation_batches
-from lowrank.data.text.windows import Share, permuted, spread
+from lowrank.data.text.batches import Share, permuted, spread
 
 Batch = dict[str, Tensor]
 

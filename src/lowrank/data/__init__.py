@@ -4,13 +4,12 @@ Nothing here knows a method or a model; what leaves is tensors of ids and labels
 """
 
 from lowrank.data.catalogue import DATA
-from lowrank.data.text.documents import Documents, EvaluationDocuments, Streamed
+from lowrank.data.text.batches import Documents, EvaluationDocuments, Streamed, Windows, evaluation_batches
 from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import Piece, Source
-from lowrank.data.text.text import SourceInfo, list_sources, open_source
+from lowrank.data.text.sources import SourceInfo, list_sources, open_source
+from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
-from lowrank.data.text.tokens import Tokens, check_vocabulary
-from lowrank.data.text.windows import Windows, evaluation_batches
 
 __all__ = [
     "DATA",

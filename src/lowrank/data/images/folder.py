@@ -24,10 +24,10 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.data.cache import cache_root, locked, published, remove_leftovers
 from lowrank.data.images.decode import SUFFIXES, Damaged, Fit, check_fit, check_window, is_grey, read_image
 from lowrank.data.images.set import SPLITS, ImageSet, Kind, Split
 from lowrank.data.images.splits import split_by_patient
-from lowrank.data.text.cache import cache_root, locked, published, remove_leftovers
 
 SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
 

@@ -17,8 +17,8 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.data.cache import cache_root, locked, published, remove_leftovers
 from lowrank.data.images.set import SPLITS, ImageSet, Kind, Split
-from lowrank.data.text.cache import cache_root, locked, published, remove_leftovers
 from lowrank.infra.convert import nearest
 
 SIZES = (28, 64, 128, 224)

@@ -10,14 +10,20 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
-from lowrank.data.text.batches import Batch, BatchSource
-from lowrank.data.text.documents import Documents, EvaluationDocuments, Streamed
+from lowrank.data.text.batches import (
+    Batch,
+    BatchSource,
+    Documents,
+    EvaluationDocuments,
+    Streamed,
+    Windows,
+    evaluation_batches,
+)
 from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import Source
-from lowrank.data.text.text import open_source
+from lowrank.data.text.sources import open_source
+from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
-from lowrank.data.text.tokens import Tokens, check_vocabulary
-from lowrank.data.text.windows import Windows, evaluation_batches
 
 Packing = Literal["packed", "documents"]
 

@@ -4,27 +4,331 @@ Pieces of text (``source.py``) are gathered into groups of about a megabyte, eac
 worker processes and written in the order in which they were read, so that the files do not depend on the number of
 workers. Only a few groups exist at a time, whatever the size of the corpus. The folder appears under its name when
 everything is in it (``cache.py``).
+
+Splits never share a document and never depend on chance. The source's own are used where it has them. What is missing
+is cut out of its training split: by a hash of each document where there are many (so that a document's split does not
+depend on the others, and a copy of a document lands on the same side), and by position where there are few or only one
+(the first part trains, then comes ``val``, then ``test``, as in nanoGPT's Shakespeare).
 """
 
 import hashlib
 import json
+import multiprocessing
 import os
 import re
 import shutil
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections import deque
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from contextlib import ExitStack
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
+from multiprocessing.process import BaseProcess
 from pathlib import Path
+from typing import Any, BinaryIO, NamedTuple
 
-from lowrank.data.text.cache import cache_root, locked, published, remove_leftovers
-from lowrank.data.text.encode import SplitWriter, encoded, grouped
-from lowrank.data.text.source import SPLITS, Source
-from lowrank.data.text.splits import Splitting, check_fractions, divided, limited, survey
-from lowrank.data.text.text import NAMES, open_source
-from lowrank.data.text.tokenizers import Tokenizer, check_tokenizer_spec, open_tokenizer, tokenizer_fingerprint
-from lowrank.data.text.tokens import FORMAT, META, VERSION, Tokens, holds_tokens
+import numpy as np
+
+from lowrank.data.cache import cache_root, locked, published, remove_leftovers
+from lowrank.data.text.source import SPLITS, Piece, Source
+from lowrank.data.text.sources import NAMES, open_source
+from lowrank.data.text.token_files import FORMAT, META, VERSION, Tokens, holds_tokens
+from lowrank.data.text.tokenizers import (
+    Tokenizer,
+    check_tokenizer_spec,
+    load_tokenizer,
+    open_tokenizer,
+    tokenizer_fingerprint,
+)
+
+DEFAULT_FRACTION = 0.05
+FEW_DOCUMENTS = 200  # below this a hash would give splits of very uneven size: cut by position instead
+LINE_REACH = 4096  # bytes that a cut by position may move on to reach the end of a line
+
+
+@dataclass(frozen=True, kw_only=True)
+class Splitting:
+    """How a source is divided.
+
+    Attributes:
+        rule: ``own`` (as the source has it), ``hash`` or ``position``.
+        val_fraction, test_fraction: shares of the source's training split, in documents or (``position``) in bytes.
+        several: there is more than one document, so that each is ended.
+        train_bytes: UTF-8 bytes of the training split, counted only for ``position``.
+    """
+
+    rule: str
+    val_fraction: float
+    test_fraction: float
+    several: bool
+    train_bytes: int
+
+    def described(self) -> dict[str, Any]:
+        """For ``meta.json``."""
+        return asdict(self)
+
+
+def check_fractions(source: Source, val_fraction: float | None, test_fraction: float | None) -> tuple[float, float]:
+    """The shares of the training split that become ``val`` and ``test``, with the defaults filled in.
+
+    A missing ``val`` is cut out by default; a missing ``test`` only where the source has no splits of its own at all.
+
+    Raises:
+        ValueError: a fraction for a split that the source already has, or fractions out of range.
+    """
+    for split, fraction in (("val", val_fraction), ("test", test_fraction)):
+        if fraction is not None and split in source.splits:
+            raise ValueError(f"{source.name} has its own {split} split: leave {split}_fraction out")
+        if fraction is not None and not 0 <= fraction < 1:
+            raise ValueError(f"{split}_fraction must be at least 0 and below 1, not {fraction!r}")
+    undivided = set(source.splits) == {"train"}
+    val = (0.0 if "val" in source.splits else DEFAULT_FRACTION) if val_fraction is None else float(val_fraction)
+    test = (DEFAULT_FRACTION if undivided else 0.0) if test_fraction is None else float(test_fraction)
+    if val + test >= 1:
+        raise ValueError(
+            f"val_fraction {val} and test_fraction {test} leave nothing to train on: together they must be below 1"
+        )
+    return val, test
+
+
+def survey(source: Source, fractions: tuple[float, float], limit: int | None) -> Splitting:
+    """Choose the rule, reading at most the first ``FEW_DOCUMENTS`` documents of the training split.
+
+    Raises:
+        ValueError: there is no text at all.
+    """
+    documents = size = 0
+    divided = sum(fractions) > 0
+    enough = FEW_DOCUMENTS if divided else 2
+    for text, ends in limited(source.pieces("train"), limit):
+        size += len(text.encode())
+        documents += ends
+        if documents >= enough:
+            break
+    if not size:
+        raise ValueError(f"{source.description} holds no text: nothing to train on")
+    rule = "own" if not divided else "hash" if documents >= enough else "position"
+    val, test = fractions
+    return Splitting(
+        rule=rule,
+        val_fraction=val,
+        test_fraction=test,
+        several=documents > 1,
+        train_bytes=size if rule == "position" else 0,
+    )
+
+
+def divided(source: Source, splitting: Splitting, limit: int | None) -> Iterator[tuple[str, Piece]]:
+    """Every piece of the source with its split, each split in the source's order."""
+    for own in source.splits:
+        pieces = limited(source.pieces(own), limit)
+        if own != "train" or splitting.rule == "own":
+            yield from ((own, piece) for piece in pieces)
+        elif splitting.rule == "hash":
+            yield from _by_hash(pieces, splitting)
+        else:
+            yield from _by_position(pieces, splitting)
+
+
+def limited(pieces: Iterator[Piece], limit: int | None) -> Iterator[Piece]:
+    """The first ``limit`` UTF-8 bytes of the pieces; the document that crosses the limit is cut there."""
+    if limit is None:
+        yield from pieces
+        return
+    for piece in pieces:
+        data = piece.text.encode()
+        if len(data) >= limit:
+            yield Piece(data[:limit].decode("utf-8", "ignore"), True)
+            return
+        limit -= len(data)
+        yield piece
+
+
+def _by_hash(pieces: Iterator[Piece], splitting: Splitting) -> Iterator[tuple[str, Piece]]:
+    """A document goes where the hash of its first piece says (for all but huge documents, of all of it)."""
+    split = None
+    for piece in pieces:
+        if split is None:
+            digest = hashlib.blake2b(piece.text.encode(), digest_size=8).digest()
+            place = int.from_bytes(digest, "big") / 2**64
+            val, test = splitting.val_fraction, splitting.test_fraction
+            split = "test" if place < test else "val" if place < test + val else "train"
+        yield split, piece
+        if piece.ends:
+            split = None
+
+
+def _by_position(pieces: Iterator[Piece], splitting: Splitting) -> Iterator[tuple[str, Piece]]:
+    """The first bytes train, the next validate, the last test; each cut at the end of a line if one is near."""
+    total, val, test = splitting.train_bytes, splitting.val_fraction, splitting.test_fraction
+    stages = [("train", round(total * (1 - val - test))), ("val", round(total * (1 - test))), ("test", total)]
+    stages = [stage for stage, wanted in zip(stages, (True, val > 0, test > 0), strict=True) if wanted]
+    stages[-1] = (stages[-1][0], 2 * total)  # the last takes whatever rounding leaves
+    done = 0
+    for piece in pieces:
+        data = piece.text.encode()
+        while done + len(data) > stages[0][1]:
+            at = _cut(data, max(0, stages[0][1] - done))
+            if at:
+                yield stages[0][0], Piece(data[:at].decode(), False)
+            done, data = done + at, data[at:]
+            stages.pop(0)
+        if data or not piece.text:
+            yield stages[0][0], Piece(data.decode(), piece.ends)
+        done += len(data)
+
+
+def _cut(data: bytes, at: int) -> int:
+    """The first line end from ``at`` on if it is near and not the end of ``data``; else the next character's start."""
+    if at == 0:
+        return 0
+    end = data.find(b"\n", at - 1, at + LINE_REACH) + 1
+    if 0 < end < len(data):
+        return end
+    while at < len(data) and data[at] & 0xC0 == 0x80:
+        at += 1
+    return at
+
+
+GROUP_BYTES = 1 << 20  # text handed to a worker in one go
+
+
+class Group(NamedTuple):
+    """Pieces of one split on their way to a worker."""
+
+    split: str
+    texts: list[str]
+    ends: list[bool]
+    utf8_bytes: int
+
+
+class Encoded(NamedTuple):
+    """A group's tokens, and the indices in them after which a document ends."""
+
+    ids: np.ndarray
+    ends: np.ndarray
+
+
+def grouped(pieces: Iterable[tuple[str, Piece]]) -> Iterator[Group]:
+    """Pieces in groups of one split; a split's groups follow its order. Documents without text are left out."""
+    groups = {split: Group(split, [], [], 0) for split in SPLITS}
+    is_open = dict.fromkeys(SPLITS, False)
+    for split, (text, ends) in pieces:
+        if not text and not is_open[split]:
+            continue
+        is_open[split] = not ends
+        group = groups[split]
+        group.texts.append(text)
+        group.ends.append(ends)
+        groups[split] = group = group._replace(utf8_bytes=group.utf8_bytes + len(text.encode()))
+        if group.utf8_bytes >= GROUP_BYTES:
+            yield group
+            groups[split] = Group(split, [], [], 0)
+    yield from (group for group in groups.values() if group.texts)
+
+
+def encode_group(tokenizer: Tokenizer, group: Group, several: bool) -> Encoded:
+    """Tokens of a group, each document that ends followed by the tokenizer's end where there are several documents."""
+    dtype = np.uint16 if tokenizer.vocab_size <= 2**16 else np.uint32
+    end = np.array([tokenizer.end_of_document] if several and tokenizer.end_of_document is not None else [], dtype)
+    parts: list[np.ndarray] = []
+    ends: list[int] = []
+    length = 0
+    for ids, ended in zip(tokenizer.encode_batch(group.texts), group.ends, strict=True):
+        parts.extend([ids.astype(dtype), end] if ended else [ids.astype(dtype)])
+        length += len(ids) + (len(end) if ended else 0)
+        if ended:
+            ends.append(length)
+    return Encoded(np.concatenate(parts), np.array(ends, np.uint64))
+
+
+def encoded(
+    groups: Iterator[Group], folder: Path, tokenizer: Tokenizer, several: bool, workers: int
+) -> Iterator[tuple[Group, Encoded]]:
+    """Every group with its tokens, in the order of the groups; at most three groups a worker are under way."""
+    if workers == 1:
+        yield from ((group, encode_group(tokenizer, group, several)) for group in groups)
+        return
+    # Spawned, not forked: a fork of a process whose libraries run threads may never wake up.
+    pool = ProcessPoolExecutor(workers, multiprocessing.get_context("spawn"), _start_worker, (str(folder), several))
+    waiting: deque[tuple[Group, Future[Encoded]]] = deque()
+    try:
+        for group in groups:
+            waiting.append((group, pool.submit(_encode_in_worker, group)))
+            if len(waiting) >= 3 * workers:
+                group, future = waiting.popleft()
+                yield group, future.result()
+        while waiting:
+            group, future = waiting.popleft()
+            yield group, future.result()
+    except BrokenProcessPool as error:
+        raise RuntimeError(
+            "the processes that tokenise could not start or died; a script that calls prepare() with workers needs "
+            "`if __name__ == '__main__':` round its work, or pass workers=1"
+        ) from error
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_in_worker: dict[str, Any] = {}
+
+
+def _start_worker(folder: str, several: bool) -> None:
+    """Load the tokenizer once; leave Ctrl-C to the parent, and go when the parent is gone (however it went)."""
+    os.environ["TOKENIZERS_PARALLELISM"] = "false"
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    parent = multiprocessing.parent_process()
+    if parent is not None:
+        threading.Thread(target=_leave_with, args=(parent,), daemon=True).start()
+    _in_worker.update(tokenizer=load_tokenizer(Path(folder)), several=several)
+
+
+def _leave_with(parent: BaseProcess) -> None:
+    """End this process when ``parent`` has ended: a killed parent cannot tell its workers to stop."""
+    parent.join()
+    os._exit(1)
+
+
+def _encode_in_worker(group: Group) -> Encoded:
+    return encode_group(_in_worker["tokenizer"], group, _in_worker["several"])
+
+
+class SplitWriter:
+    """Appends groups to ``<split>.bin`` and ``<split>.ends.bin`` and keeps the counts."""
+
+    def __init__(self, ids: BinaryIO, ends: BinaryIO, dtype: str):
+        self.ids, self.ends, self.dtype = ids, ends, np.dtype(dtype).newbyteorder("<")
+        self.tokens = self.documents = self.utf8_bytes = self.last_end = 0
+        self.maximum_id = -1
+
+    def add(self, group: Group, encoded: Encoded) -> None:
+        self.ids.write(encoded.ids.astype(self.dtype).tobytes())
+        self._end(encoded.ends + np.uint64(self.tokens))
+        self.tokens += len(encoded.ids)
+        self.utf8_bytes += group.utf8_bytes
+        self.maximum_id = max(self.maximum_id, int(encoded.ids.max(initial=0)))
+
+    def finish(self) -> dict[str, int]:
+        """The split's counts. A document that was cut by the split or by the limit ends here."""
+        if self.last_end < self.tokens:
+            self._end(np.array([self.tokens], np.uint64))
+        return {
+            "tokens": self.tokens,
+            "documents": self.documents,
+            "utf8_bytes": self.utf8_bytes,
+            "maximum_id": self.maximum_id,
+        }
+
+    def _end(self, ends: np.ndarray) -> None:
+        self.ends.write(ends.astype("<u8").tobytes())
+        self.documents += len(ends)
+        if len(ends):
+            self.last_end = int(ends[-1])
+
 
 PARALLEL_BYTES = 1 << 25  # below this, starting processes takes longer than they save
 BPE_BYTES = 1 << 28  # text that a BPE is trained on; more would change few merges and no longer fit in memory
