@@ -1,17 +1,16 @@
-"""Text from a trained model: one token at a time, from the merged weights.
+"""Text from a trained model, from the merged weights, by transformers' own ``generate``.
 
-Up to the model's context the keys and values of earlier tokens are kept; beyond it the window slides and is computed
-anew each time, since the positions of all its tokens change.
+Where the text outgrows the model's context, it goes on from the last half of it.
 """
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from lowrank.data.text.tokenizers import Tokenizer, pretrained_tokenizer
 from lowrank.models.text import load_pretrained
@@ -33,51 +32,74 @@ def generate(
     Args:
         source: a run's folder or one of its checkpoints, or a model's folder or name on the hub.
         prompt: where to begin.
-        tokens: how many to add.
+        tokens: how many to add at most; the end of a text ends it.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample among so many likeliest tokens; None among all.
         seed: of the sampling.
         device: auto, cpu or cuda.
+
+    Raises:
+        ValueError: an argument out of its range, or a run that is not on text.
+        FloatingPointError: the model's logits are not finite.
     """
     _check(prompt, tokens, temperature, top_k)
     model, tokenizer = _open(source, device)
-    ids = torch.tensor([tokenizer.encode(prompt)], device=next(model.parameters()).device)
-    chosen = list(continuation(model, ids, tokens, temperature=temperature, top_k=top_k, seed=seed))
-    return prompt + tokenizer.decode(chosen)
+    ends = _ends(model, tokenizer)
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed, "ends": ends}
+    return prompt + tokenizer.decode(continuation(model, tokenizer.encode(prompt), tokens, **how))
 
 
-@torch.no_grad()
 def continuation(
-    model: nn.Module, ids: Tensor, tokens: int, *, temperature: float = 0.8, top_k: int | None = 200, seed: int = 0
-) -> Iterator[int]:
-    """The next ``tokens`` ids after ``ids`` (1, length), each drawn from the model's distribution."""
-    noise = torch.Generator(device=ids.device).manual_seed(seed)
-    config: Any = model.config
-    context = getattr(config, "max_position_embeddings", None) or config.n_positions
-    model.eval()
-    past: Any = None
-    for _ in range(tokens):
-        if ids.shape[1] <= context:
-            out = model(input_ids=ids if past is None else ids[:, -1:], past_key_values=past, use_cache=True)
-            past = out.past_key_values
-        else:
-            out = model(input_ids=ids[:, -context:], use_cache=False)
-        chosen = _choose(out.logits[:, -1].float(), temperature, top_k, noise)
-        ids = torch.cat([ids, chosen], dim=1)
-        yield int(chosen)
+    model: Any,
+    ids: list[int],
+    tokens: int,
+    *,
+    temperature: float = 0.8,
+    top_k: int | None = 200,
+    seed: int = 0,
+    ends: Sequence[int] = (),
+) -> list[int]:
+    """At most ``tokens`` ids after ``ids``, by the model's own ``generate``; fewer where one of ``ends`` is drawn.
+
+    Raises:
+        FloatingPointError: the model's logits are not finite.
+    """
+    from transformers import GenerationConfig
+
+    context = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+    sampling = {"temperature": temperature, "top_k": top_k or 0} if temperature else {}
+    model.generation_config = GenerationConfig(
+        do_sample=temperature > 0, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0, **sampling
+    )  # in the place of what the model's authors chose: top_p, penalties, lengths
+    made: list[int] = []
+    device = next(model.parameters()).device
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        while len(made) < tokens and not (made and made[-1] in ends):
+            seen = [*ids, *made]
+            if len(seen) >= context:
+                seen = seen[-max(1, context // 2) :]
+            given = torch.tensor([seen], device=device)
+            room = min(tokens - len(made), context - len(seen))
+            more = {"attention_mask": torch.ones_like(given), "logits_processor": [_refuse_not_finite]}
+            made += model.eval().generate(given, max_new_tokens=room, **more)[0, len(seen) :].tolist()
+    return made[:-1] if made and made[-1] in ends else made
 
 
-def _choose(logits: Tensor, temperature: float, top_k: int | None, noise: torch.Generator) -> Tensor:
-    """One id (1, 1) from logits (1, vocabulary)."""
-    if temperature == 0:
-        return logits.argmax(dim=-1, keepdim=True)
-    if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, float("-inf"))
-    return torch.multinomial((logits / temperature).softmax(dim=-1), 1, generator=noise)
+def _refuse_not_finite(ids: Tensor, logits: Tensor) -> Tensor:
+    if (logits.isnan() | logits.isposinf()).any():
+        raise FloatingPointError("the model's logits are not finite: its weights have diverged, or were damaged")
+    return logits
 
 
-def _open(source: str, device: str) -> tuple[nn.Module, Tokenizer]:
+def _ends(model: Any, tokenizer: Tokenizer) -> list[int]:
+    """The ids that end a text: the tokenizer's, and what the model's authors say ends an answer."""
+    theirs = model.generation_config.eos_token_id
+    theirs = theirs if isinstance(theirs, list) else [theirs]
+    return [id for id in dict.fromkeys([tokenizer.end_of_document, *theirs]) if id is not None]
+
+
+def _open(source: str, device: str) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of a run, or of a pre-trained model that was never trained here."""
     folder = Path(source).expanduser()
     if folder.is_dir() and not (folder / "config.json").is_file():

@@ -54,7 +54,7 @@ class Progress:
     def update(
         self, step: int, *, loss: float, rate: float | None = None, peak_bytes: int | None = None, extra: str = ""
     ) -> None:
-        """Show `step` completed steps, their latest loss, `rate` units a second, and `extra`, say the last evaluation."""
+        """Show `step` completed steps, the latest loss, `rate` units a second, and `extra`, the last evaluation say."""
         parts = [f"loss {loss:.4g}"]
         if rate is not None:
             parts.append(f"{short_count(rate)} {self._unit}/s")
