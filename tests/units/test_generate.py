@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.models import gpt2, llama
+from tests.runs.tiny import TEXT
 
 from lowrank.evaluate.generate import continuation
+from lowrank.evaluate.score import score
 
 MODELS = {"gpt2": gpt2, "llama": llama}
 
@@ -52,3 +56,17 @@ def test_a_model_that_is_not_finite_is_refused(temperature: float) -> None:
         model.transformer.ln_f.bias[0] = torch.nan
     with pytest.raises(FloatingPointError, match="logits are not finite"):
         continuation(model, [1, 2], 3, temperature=temperature)
+
+
+def test_a_model_whose_loss_is_not_finite_is_refused(tmp_path: Path) -> None:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(vocab_size=256, n_positions=16, n_embd=8, n_layer=1, n_head=1))
+    how = {"data": str(TEXT), "tokenizer": "bytes", "context": 16, "batches": 1}
+    model.save_pretrained(tmp_path / "sound")
+    assert score(str(tmp_path / "sound"), **how)["loss"] == pytest.approx(5.5, abs=0.2)
+    with torch.no_grad():
+        model.transformer.ln_f.bias[0] = torch.nan
+    model.save_pretrained(tmp_path / "damaged")
+    with pytest.raises(FloatingPointError, match="damaged on val is nan: its weights have diverged"):
+        score(str(tmp_path / "damaged"), **how)

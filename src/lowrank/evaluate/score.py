@@ -58,6 +58,7 @@ def score(
 
     Raises:
         ValueError: a pre-trained model without data, or a tokenizer given for a run, which has its own.
+        FloatingPointError: the loss is not finite.
     """
     folder = Path(source).expanduser()
     if batch_size < 1 or (batches is not None and batches < 1):
@@ -72,6 +73,10 @@ def score(
         session = _pretrained(source, data, changes | {"tokenizer": tokenizer or source}, device)
     found = session.data.evaluation(split, batch_size, batches)
     metrics = evaluate(session.model, found, session.task, device=session.device, autocast=session.autocast)
+    if not math.isfinite(metrics.get("loss", 0.0)):
+        raise FloatingPointError(
+            f"the loss of {source} on {split} is {metrics['loss']}: its weights have diverged, or were damaged"
+        )
     rate = session.data.bytes_per_token(split) if session.run.task == "text" else None
     return metrics | ({"bits_per_byte": metrics["loss"] / math.log(2) / rate} if rate else {})
 
