@@ -215,7 +215,7 @@ def ours(run: Run, ranks: Ranks, *, before: int = BEFORE, steps: int = PERIOD) -
     def one() -> None:
         record = loop._one_step()
         loop.step += 1
-        loop.team.after_step(record, False, loop.step)
+        loop.coordinator.after_step(record, False, loop.step)
         if loop.step == before:
             vars(told).update(vars(ranks.traffic))
 

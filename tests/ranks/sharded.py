@@ -23,15 +23,20 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import Ranks, joined
-from lowrank.distributed.sharded_checkpoint import save_in_parts
+from lowrank.distributed.sharded_checkpoint import save_sharded
 from lowrank.distributed.shards import to_local
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.methods import Use
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
-from lowrank.train.gathered import load_model_, own_optimizer_state, whole_optimizer_state
-from lowrank.train.gathered_parts import Keeping, whole_model_state
+from lowrank.train.checkpointing import (
+    consolidated_model_state,
+    consolidated_optimizer_state,
+    load_model_,
+    local_optimizer_state,
+)
+from lowrank.train.elastic import SaveRole
 
 BATCH, WIDTH, CLASSES = 8, 12, 5
 Result = dict[str, Any]
@@ -114,7 +119,7 @@ def trained(
         said.append((ranks.traffic.sent if ranks else 0) - before)
         if step == reload_after:
             plan, opt = _reloaded(plan, opt, method, ranks, make(dtype), **options)
-    state, moments = whole_model_state(plan), whole_optimizer_state(plan, opt)["state"]
+    state, moments = consolidated_model_state(plan), consolidated_optimizer_state(plan, opt)["state"]
     held = {"state_bytes": plan.state_bytes, "really": opt.state_bytes(), "notes": plan.notes, "table": str(plan)}
     held |= {"weights": plan.ledger.weights, "forecast": forecast(plan, ranks.count) if ranks else None}
     dims = {name: part.dim for name, part in plan.shards.items()}
@@ -131,19 +136,19 @@ def _reloaded(
     other = fresh.optimizer(lr=1e-2, weight_decay=0.1, **options)
     with tempfile.TemporaryDirectory() as own:
         root = Path(own if ranks is None else ranks.gather_objects(own)[0])
-        keepings: tuple[Keeping, ...] = ("parts", "whole") if ranks is not None else ("whole",)
+        roles: tuple[SaveRole, ...] = ("sharded", "full") if ranks is not None else ("full",)
         found = []
-        for step, keeping in enumerate(keepings):
-            what = (root, step, whole_model_state(plan, keeping), whole_optimizer_state(plan, opt, keeping), {})
-            if keeping == "parts" and ranks is not None:
-                save_in_parts(*what, ranks=ranks, writes=ranks.rank == 1)
+        for step, role in enumerate(roles):
+            what = (root, step, consolidated_model_state(plan, role), consolidated_optimizer_state(plan, opt, role), {})
+            if role == "sharded" and ranks is not None:
+                save_sharded(*what, ranks=ranks, writer=ranks.rank == 1)
             elif ranks is None or ranks.rank == 0:
                 checkpoint.save(*what)
             if ranks is not None:
                 ranks.total(0.0)
             saved = checkpoint.load(checkpoint.latest(root))
             load_model_(fresh, saved)
-            other.load_state_dict(own_optimizer_state(fresh, other, saved))
+            other.load_state_dict(local_optimizer_state(fresh, other, saved))
             found.append(
                 (
                     saved.tensors,
@@ -191,7 +196,7 @@ def tied(ranks: Ranks | None, *, method: lowrank.Method, chunked: bool = False) 
         loss.backward()
         opt.step()
         opt.zero_grad()
-    return {"state": whole_model_state(plan), "moments": whole_optimizer_state(plan, opt)["state"]}
+    return {"state": consolidated_model_state(plan), "moments": consolidated_optimizer_state(plan, opt)["state"]}
 
 
 def refused(ranks: Ranks | None) -> Result:
@@ -236,8 +241,14 @@ def unsaved(ranks: Ranks, folder: Path) -> Result:
     root = folder / "unsaved"
 
     def save(step: int) -> None:
-        what = (root, step, whole_model_state(plan, "parts"), whole_optimizer_state(plan, opt, "parts"), {"n": 1})
-        save_in_parts(*what, ranks=ranks, writes=ranks.rank == 0)
+        what = (
+            root,
+            step,
+            consolidated_model_state(plan, "sharded"),
+            consolidated_optimizer_state(plan, opt, "sharded"),
+            {"n": 1},
+        )
+        save_sharded(*what, ranks=ranks, writer=ranks.rank == 0)
 
     save(1)
     from torch.distributed.checkpoint import HuggingFaceStorageWriter

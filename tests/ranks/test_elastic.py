@@ -159,7 +159,7 @@ def test_elastic_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[st
     out, words = tmp_path / "run", [*TOGETHER, "--quiet", "--out", str(tmp_path / "run")]
     assert cli.main([*words, "--stop-at=4"]) == 0
     (checkpoint.latest(out / "checkpoints") / "model.safetensors").write_bytes(b"spoilt")
-    found, told = newest(out, None, keeper=True)
+    found, told = newest(out, None, writer=True)
     assert found == out / "checkpoints" / "step-00000002"
     assert told[0].startswith(
         f"checkpoint {out / 'checkpoints' / 'step-00000004'} is damaged: model.safetensors has 6 b"
@@ -193,4 +193,4 @@ def test_what_elastic_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]
     for folder in checkpoint.saved(out / "checkpoints"):
         (folder / "state.json").unlink()
     with pytest.raises(CheckpointError, match=r"state.json is missing.*: no good one is left; remove the run's folder"):
-        newest(out, None, keeper=True)
+        newest(out, None, writer=True)

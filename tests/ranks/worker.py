@@ -27,8 +27,7 @@ from lowrank.distributed.process_group import Ranks, RanksDisagree, joined
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.synchronisation import consolidated_model
-from lowrank.train.gathered import whole_optimizer_state
-from lowrank.train.gathered_parts import whole_model_state
+from lowrank.train.checkpointing import consolidated_model_state, consolidated_optimizer_state
 
 BATCH, WIDTH, CLASSES = 12, 10, 4
 Result = dict[str, Any]
@@ -76,8 +75,8 @@ def trained(
         between.append(after.between - before.between)
         local.append(plain_weights(plan))
     with consolidated_model(plan, opt):
-        state = {name: t.clone() for name, t in whole_model_state(plan).items()}
-        moments = whole_optimizer_state(plan, opt)
+        state = {name: t.clone() for name, t in consolidated_model_state(plan).items()}
+        moments = consolidated_optimizer_state(plan, opt)
         x, _ = batch(99)
         output = model.eval()(x).detach()
     own = {"left_out": list(plan.left_out), "said": said, "weights": local, "notes": plan.notes}
@@ -117,7 +116,7 @@ def weights_of(model: torch.nn.Module) -> dict[str, torch.Tensor]:
 
 def plain_weights(plan: lowrank.Plan) -> dict[str, torch.Tensor]:
     """This rank's weights without adapters; those in parts put together."""
-    return {n: t.detach().clone() for n, t in whole_model_state(plan).items() if ".adapters." not in n}
+    return {n: t.detach().clone() for n, t in consolidated_model_state(plan).items() if ".adapters." not in n}
 
 
 def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:
@@ -304,24 +303,24 @@ def tiny_run() -> Any:
 def runs(folder: Path) -> dict[str, Result]:
     """The loop itself: a run; one that a single rank is asked to stop, and that goes on; the same never stopped."""
     from lowrank.run.overrides import override, resolve
-    from lowrank.train.coordinator import Team
+    from lowrank.train.coordinator import Coordinator
     from lowrank.train.loop import train
 
     base = tiny_run()
     found = {"run": train(base, folder / "run", quiet=True)}
 
-    after_step = Team.after_step
+    after_step = Coordinator.after_step
 
-    def stopped(self: Team, record: Any, stop: bool, steps: int) -> Any:
+    def stopped(self: Coordinator, record: Any, stop: bool, steps: int) -> Any:
         if self.ranks is not None and self.ranks.rank == 1 and steps == 4:
             os.kill(os.getpid(), signal.SIGTERM)
         return after_step(self, record, stop, steps)
 
-    Team.after_step = stopped  # type: ignore[method-assign]
+    Coordinator.after_step = stopped  # type: ignore[method-assign]
     options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "int8", "overlap": True}
     silent = resolve(override(base, {f"method.{name}": value for name, value in options.items()}))
     found["stopped"] = train(silent, folder / "stopped", quiet=True)
-    Team.after_step = after_step  # type: ignore[method-assign]
+    Coordinator.after_step = after_step  # type: ignore[method-assign]
     found["resumed"] = train(silent, folder / "stopped", resume=True, quiet=True)
     found["straight"] = train(silent, folder / "straight", quiet=True)
     mine = folder / f"text-{os.environ['RANK']}.txt"
@@ -340,25 +339,25 @@ def nodes(ranks: Ranks, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: who keeps the run, and what a lost or spoilt disk gets."""
     from lowrank.infra.checkpoint import CheckpointError
     from lowrank.run.overrides import override, resolve
-    from lowrank.train.elastic import keeps, newest
+    from lowrank.train.elastic import is_writer, newest
     from lowrank.train.loop import train
 
-    kept = {"one node": keeps(folder / "shared", ranks)}
+    kept = {"one node": is_writer(folder / "shared", ranks)}
     local, os.environ["LOCAL_RANK"] = os.environ["LOCAL_RANK"], "0"
     own = folder / f"node-{ranks.rank}"
-    kept |= {"one disk": keeps(folder / "shared", ranks), "two disks": keeps(own, ranks)}
+    kept |= {"one disk": is_writer(folder / "shared", ranks), "two disks": is_writer(own, ranks)}
     base = resolve(override(tiny_run(), {"method.rest": "local", "checkpoint-every": 3}))
     train(resolve(override(base, {"stop-at": 6})), own, elastic=True, quiet=True)
     folders = sorted(path.name for path in (own / "checkpoints").iterdir())
     if ranks.rank == 1:
         shutil.rmtree(own)
     ranks.total(0.0)
-    found, told = newest(own, ranks, keeper=True)
+    found, told = newest(own, ranks, writer=True)
     files = {path.name: path.read_bytes() for path in found.iterdir()} if found else {}
     if ranks.rank == 0 and found is not None:
         (found / "optimizer.safetensors").write_bytes(b"spoilt")
     ranks.total(0.0)
-    again, mended = newest(own, ranks, keeper=True)
+    again, mended = newest(own, ranks, writer=True)
     mended_files = {path.name: path.read_bytes() for path in again.iterdir()} if again else {}
     if ranks.rank == 1:
         shutil.rmtree(own)
@@ -366,7 +365,7 @@ def nodes(ranks: Ranks, folder: Path) -> Result:
     ended = train(base, own, elastic=True, quiet=True)
     blind = ""
     try:
-        newest(own if ranks.rank == 0 else folder / "nowhere", ranks, keeper=ranks.rank == 0)
+        newest(own if ranks.rank == 0 else folder / "nowhere", ranks, writer=ranks.rank == 0)
     except CheckpointError as error:
         blind = str(error)
     os.environ["LOCAL_RANK"] = local

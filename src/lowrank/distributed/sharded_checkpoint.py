@@ -39,7 +39,7 @@ KINDS: tuple[Kind, ...] = ("model", "optimizer")
 # --- writing ---------------------------------------------------------------------------------------------------------
 
 
-def save_in_parts(
+def save_sharded(
     root: Path,
     step: int,
     tensors: Mapping[str, Tensor],
@@ -47,7 +47,7 @@ def save_in_parts(
     meta: Mapping[str, Any],
     *,
     ranks: Ranks,
-    writes: bool,
+    writer: bool,
     keep: int = 2,
     best: bool = False,
 ) -> None:
@@ -79,12 +79,12 @@ def save_in_parts(
         write_manifest(temporary, {**files, STATE: measure(temporary / STATE)})
         checkpoint.publish_(temporary, root, step, keep=keep, best=best)
 
-    _all_or_none(lambda: checkpoint.begin_(root, step) if writes else None, ranks, failed)
+    _all_or_none(lambda: checkpoint.begin_(root, step) if writer else None, ranks, failed)
     for kind, own in zip(KINDS, (model, leaves), strict=True):
         _write(temporary / kind, own, ranks, failed)
     measured = _all_or_none(lambda: _measured(temporary, ranks.rank), ranks, failed)
     files = {name: size for theirs in measured for name, size in theirs.items()}
-    _all_or_none(lambda: finish(files) if writes else None, ranks, failed)
+    _all_or_none(lambda: finish(files) if writer else None, ranks, failed)
 
 
 def _all_or_none(function: Callable[[], T], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> list[T]:
@@ -138,14 +138,14 @@ def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Ex
 # --- reading ---------------------------------------------------------------------------------------------------------
 
 
-def read_parts(
-    saved: Checkpoint, kind: Kind, names: Sequence[str], cuts: Mapping[str, ShardSpec], ranks: Ranks
+def read_sharded(
+    saved: Checkpoint, kind: Kind, names: Sequence[str], specs: Mapping[str, ShardSpec], ranks: Ranks
 ) -> dict[str, Tensor]:
-    """Tensors of a checkpoint, written in parts or not: of those in ``cuts`` this rank's pieces, others whole. All
+    """Tensors of a checkpoint, sharded or not: of those in ``specs`` this rank's shards, the others in full. All
     ``ranks`` must call it with the same names.
 
     Raises:
-        ValueError: a tensor that is to be cut has another shape in the checkpoint; the message names it.
+        ValueError: a tensor that is to be sharded has another shape in the checkpoint; the message names it.
         CheckpointError: it cannot be read.
     """
     import torch.distributed.checkpoint as dcp
@@ -154,25 +154,25 @@ def read_parts(
     reader = shard_reader(inside if inside.is_dir() else saved.folder)
     notes, stored = saved.notes(kind), stored_tensors(reader)
     first = {name: notes["aliases"].get(name, name) for name in names}  # under which it is stored
-    cut_of = {first[name]: cut for name, cut in cuts.items()}
+    spec_of = {first[name]: spec for name, spec in specs.items()}
     targets: dict[str, Any] = {}
-    pieces: dict[str, Tensor] = {}
+    shards: dict[str, Tensor] = {}
     for name in dict.fromkeys(first.values()):
-        size, dtype, cut = stored[name].size, stored[name].properties.dtype, cut_of.get(name)
-        if cut is None or name in notes["orders"]:  # stored with its dimensions in another order
+        size, dtype, spec = stored[name].size, stored[name].properties.dtype, spec_of.get(name)
+        if spec is None or name in notes["orders"]:  # stored with its dimensions in another order
             targets[name] = torch.empty(size, dtype=dtype)
             continue
-        if tuple(size) != cut.shape:
-            raise ValueError(f"{name} is {tuple(size)} in the checkpoint, {cut.shape} in the model")
-        pieces[name] = torch.empty(cut.shape_here, dtype=dtype, device=ranks.device)
-        targets[name] = cut.spread(pieces[name])
+        if tuple(size) != spec.shape:
+            raise ValueError(f"{name} is {tuple(size)} in the checkpoint, {spec.shape} in the model")
+        shards[name] = torch.empty(spec.local_shape, dtype=dtype, device=ranks.device)
+        targets[name] = spec.as_dtensor(shards[name])
     _together(
         lambda: dcp.load(targets, storage_reader=reader, process_group=ranks.process_group),
         ranks,
         lambda error: CheckpointError(f"checkpoint {saved.folder} cannot be read: {error}"),
     )
-    found = unpack({name: t for name, t in targets.items() if name not in pieces}, notes)
-    for name in cut_of.keys() - pieces:
-        cut = cut_of[name]
-        pieces[name] = cut.part.narrow(found[name], cut.dim)
-    return {name: pieces[first[name]] if first[name] in pieces else found[first[name]] for name in names}
+    found = unpack({name: t for name, t in targets.items() if name not in shards}, notes)
+    for name in spec_of.keys() - shards:
+        spec = spec_of[name]
+        shards[name] = spec.part.narrow(found[name], spec.dim)
+    return {name: shards[first[name]] if first[name] in shards else found[first[name]] for name in names}

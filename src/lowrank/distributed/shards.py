@@ -75,12 +75,12 @@ class ShardSpec:
     shape: tuple[int, ...]
 
     @property
-    def shape_here(self) -> tuple[int, ...]:
+    def local_shape(self) -> tuple[int, ...]:
         """The shape of this rank's piece."""
         length = self.part.local_shape[self.part.dim]
         return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
 
-    def spread(self, mine: Tensor) -> Tensor:
+    def as_dtensor(self, mine: Tensor) -> Tensor:
         """The whole as torch sees it, a DTensor, of which ``mine`` is this rank's piece."""
         from torch.distributed.tensor import DTensor
         from torch.distributed.tensor import Shard as Placement

@@ -1,28 +1,43 @@
-"""What of a training run is saved, by which rank, and how a run goes back to it.
+"""Checkpoints of a run: what is saved, by which rank, and how a run goes back to it.
 
-Everything that the next step depends on: weights, the optimizer's state, random generators, the step. What is saved is
-what one process with all heads would have saved (``gathered``), so that any number of ranks can go on from it; a model
-that is held in parts is saved in parts where it can be (``gathered_parts``).
+Saved is all that the next step depends on (weights, the optimizer's state, random generators, the step), as one process
+with all heads would hold it, so that any number of ranks, sharded or not, can go on from it:
+
+    consolidated   heads and shards of all ranks put together, one parameter at a time, in the memory of who writes
+    sharded        the ranks of a worker write their shards into one folder, where they all see it
+                   (``distributed.sharded_checkpoint``)
+    load           each rank takes its heads and its shards out of a checkpoint of either kind
+
+Of a rest that trains locally the weights saved are the workers' mean and the optimizer's state is that of the first
+rank to write on each disk: such a run resumes as if it had just been averaged. Everything else resumes bitwise, with as
+many ranks as saved it. State in 8 bits is kept in blocks of the shard: the ranks put it together in turn.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
+from torch import Tensor, nn
 
-from lowrank.distributed.sharded_checkpoint import save_in_parts
-from lowrank.distributed.shards import to_local
+from lowrank.adapters.head_gather import KEPT, SENT, SplitAdapter, gather_heads, own_part
+from lowrank.distributed.sharded_checkpoint import read_sharded, save_sharded
+from lowrank.distributed.shards import Shard, ShardSpec, reshard_, shard_of, to_local
 from lowrank.infra import checkpoint
-from lowrank.infra.checkpoint_tensors import random_state, set_random_state_
+from lowrank.infra.checkpoint import Checkpoint, CheckpointError
+from lowrank.infra.checkpoint_tensors import random_state, set_random_state_, unflatten
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.rules import Rule, State
+from lowrank.optim.sharded import consolidated_state, local_state, shard_specs
+from lowrank.optim.state import find_saved, leaves, mapped
 from lowrank.plan.plan import Plan
 from lowrank.run.run import Run
-from lowrank.train.coordinator import Team
-from lowrank.train.elastic import keeping
-from lowrank.train.gathered import load_model_, own_optimizer_state, whole_optimizer_state
-from lowrank.train.gathered_parts import Keeping, whole_model_state
+from lowrank.train.elastic import SaveRole, save_role
+
+if TYPE_CHECKING:
+    from lowrank.train.coordinator import Coordinator
 
 
 class NotFinite(FloatingPointError):
@@ -42,7 +57,7 @@ def not_finite(what: str, step: int, root: Path) -> NotFinite:
 class Saver:
     """Writes the checkpoints of a run into ``root``, and puts the run back where one of them was; all ranks have one.
 
-    ``keeper``: whether this rank writes. ``last``: the step that was last saved.
+    ``writer``: whether this rank writes. ``last``: the step that was last saved.
     """
 
     def __init__(
@@ -51,18 +66,18 @@ class Saver:
         plan: Plan,
         optimizer: Optimizer,
         scaler: torch.amp.GradScaler,
-        team: Team,
+        coordinator: Coordinator,
         root: Path,
         *,
-        keeper: bool,
+        writer: bool,
     ):
-        self.run, self.plan, self.optimizer, self.scaler, self.team = run, plan, optimizer, scaler, team
-        self.root, self.keeper, self.last = root, keeper, -1
-        self.keeping: Keeping = "whole" if keeper else "help"
+        self.run, self.plan, self.optimizer, self.scaler, self.coordinator = run, plan, optimizer, scaler, coordinator
+        self.root, self.writer, self.last = root, writer, -1
+        self.role: SaveRole = "full" if writer else "assist"
 
     def prepare(self) -> None:
-        """Find out, when the run's folder may be made, what each rank is to keep; every rank must call it."""
-        self.keeping = keeping(self.root.parent, self.plan, keeper=self.keeper)
+        """Find out, when the run's folder may be made, what each rank is to save; every rank must call it."""
+        self.role = save_role(self.root.parent, self.plan, writer=self.writer)
 
     def save(self, step: int, metrics: dict[str, float], best: float | None, *, is_best: bool) -> None:
         """Save the run after ``step`` steps, inside ``consolidated_model``; once a step.
@@ -75,11 +90,11 @@ class Saver:
             return
         self._check_weights(step)
         self.last = step
-        model = whole_model_state(self.plan, self.keeping)
-        optimizer = whole_optimizer_state(self.plan, self.optimizer, self.keeping)
-        random = self.team.everyones(random_state())
-        work = self.team.everyones(dict(self.plan.work.since)) if self.team.weighs else []
-        if self.keeping in ("help", "nothing"):
+        model = consolidated_model_state(self.plan, self.role)
+        optimizer = consolidated_optimizer_state(self.plan, self.optimizer, self.role)
+        random = self.coordinator.gathered(random_state())
+        work = self.coordinator.gathered(dict(self.plan.work.since)) if self.coordinator.weighs else []
+        if self.role in ("assist", "none"):
             return
         meta = {
             "random": random[0],
@@ -92,20 +107,20 @@ class Saver:
         }
         what = (self.root, step, model, optimizer, meta)
         options: dict[str, Any] = {"keep": self.run.keep, "best": is_best}
-        if self.keeping == "parts" and self.plan.intra_worker is not None:
-            save_in_parts(*what, ranks=self.plan.intra_worker, writes=self.keeper, **options)
+        if self.role == "sharded" and self.plan.intra_worker is not None:
+            save_sharded(*what, ranks=self.plan.intra_worker, writer=self.writer, **options)
         else:
             checkpoint.save(*what, **options)
 
     def _check_weights(self, step: int) -> None:
         named = self.plan.model.named_parameters()
         bad = next((name for name, p in named if not bool(to_local(p).isfinite().all())), None)
-        if self.plan.shards:  # what is not finite may be in another rank's part
-            bad = next((name for name in self.team.everyones(bad) if name is not None), None)
+        if self.plan.shards:  # what is not finite may be in another rank's shard
+            bad = next((name for name in self.coordinator.gathered(bad) if name is not None), None)
         if bad is not None:
             raise not_finite(f"{bad} became NaN or infinite", step, self.root)
 
-    def restore(self, saved: checkpoint.Checkpoint) -> None:
+    def restore(self, saved: Checkpoint) -> None:
         """Weights, optimizer and scaler as they were.
 
         Raises:
@@ -119,16 +134,222 @@ class Saver:
             )
         load_model_(self.plan, saved)
         self.plan.anchor_rest_()
-        self.optimizer.load_state_dict(own_optimizer_state(self.plan, self.optimizer, saved))
+        self.optimizer.load_state_dict(local_optimizer_state(self.plan, self.optimizer, saved))
         self.scaler.load_state_dict(saved.meta["scaler"])
         self.last = saved.step
 
-    def restore_random(self, saved: checkpoint.Checkpoint) -> None:
+    def restore_random(self, saved: Checkpoint) -> None:
         """Put the random generators back, where the run was saved by as many ranks; drop later checkpoints."""
         states = [saved.meta["random"], *saved.meta.get("random_of_ranks", [])]
-        rank, ranks = self.team.place or (0, 1)
+        rank, ranks = self.coordinator.place or (0, 1)
         if len(states) == ranks:
             set_random_state_(states[rank])
             self.plan.work.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
-        if self.keeper:
+        if self.writer:
             checkpoint.discard_after(self.root, saved.step)
+
+
+# --- the model -------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def consolidated_model_state(plan: Plan, role: SaveRole = "full") -> dict[str, Tensor]:
+    """The model's ``state_dict`` as one process would have it. Every rank of a sharded model's worker must call it.
+
+    ``role``: "full" and "assist" go together on the ranks of a worker; "sharded" gives DTensors.
+    """
+    if not plan.shards:
+        return plan.model.state_dict() if role == "full" else {}
+    reshard_(plan.model)
+    state: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
+    if role in ("sharded", "none"):
+        return state if role == "sharded" else {}
+    full: dict[int, Tensor] = {}  # tied names get one tensor
+    for held in state.values():
+        if id(held) not in full:
+            shard = shard_of(held, plan.intra_worker)
+            tensor = held.detach() if shard is None else shard.gather(to_local(held))
+            full[id(held)] = tensor.cpu() if role == "full" else held
+    return {name: full[id(held)] for name, held in state.items()} if role == "full" else {}
+
+
+@torch.no_grad()
+def load_model_(plan: Plan, saved: Checkpoint) -> None:
+    """Load what this rank's model holds of a checkpoint.
+
+    Raises:
+        RanksDisagree: the ranks of a sharded model have different checkpoints.
+        ValueError: a shape differs.
+        CheckpointError: a dtype differs.
+    """
+    heads = _split_tensors(plan.model)
+
+    def own(name: str, tensor: Tensor) -> Tensor:
+        return own_part(*heads[name], tensor) if name in heads else tensor
+
+    reshard_(plan.model)
+    held: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
+    if not plan.shards or plan.intra_worker is None or plan.ranks is None:
+        state = {name: own(name, tensor) for name, tensor in saved.tensors.items()}
+        _check_dtypes(held, state, saved)
+        plan.model.load_state_dict(state)
+        return
+    plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
+    shards = {name: shard for name, p in held.items() if (shard := shard_of(p, plan.intra_worker, name)) is not None}
+    names = saved.names("model")
+    specs = {name: ShardSpec(shard, shard.dim, shard.shape) for name, shard in shards.items() if name in names}
+    read = read_sharded(saved, "model", names, specs, plan.intra_worker)
+    state = {name: tensor if name in specs else own(name, tensor) for name, tensor in read.items()}
+    _check_dtypes(held, state, saved)
+    for name in specs:
+        to_local(held[name]).copy_(state[name])
+        state[name] = held[name].detach()
+    plan.model.load_state_dict(state)
+
+
+def _check_dtypes(held: dict[str, Tensor], state: dict[str, Tensor], saved: Checkpoint) -> None:
+    """torch would convert in silence, and a model that goes on in another dtype is another run."""
+    for name, tensor in state.items():
+        if name in held and held[name].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{name} is {held[name].dtype} in the model, {tensor.dtype} in checkpoint {saved.folder}: resume with "
+                "the --precision and the --model.dtype that it was trained with"
+            )
+
+
+def _split_tensors(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:
+    """The tensors with a dimension for split heads: name in the ``state_dict`` → (adapter, name in the adapter)."""
+    found: dict[str, tuple[SplitAdapter, str]] = {}
+    for prefix, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, SplitAdapter) and module.split:
+            tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in (*KEPT, *SENT))]
+            found |= {f"{prefix}.{name}": (module, name) for name, _ in tensors}
+    return found
+
+
+# --- the optimizer ---------------------------------------------------------------------------------------------------
+
+
+def check_state(plan: Plan, opt: Optimizer) -> None:
+    """Refuse, before any work, heads whose optimizer state is not kept head by head.
+
+    Raises:
+        ValueError: naming the parameter.
+    """
+    for p in plan.own:
+        for _, tensor in leaves(opt.state[p]):
+            if tensor.dim() and len(tensor) != len(p):
+                raise ValueError(
+                    f"the optimizer state of {opt.name_of(p)} is not kept head by head and cannot be put together from "
+                    "several ranks: use storage='float32' for the heads' rule"
+                )
+
+
+def consolidated_optimizer_state(plan: Plan, opt: Optimizer, role: SaveRole = "full") -> dict[str, Any]:
+    """``opt.state_dict()`` of one process with all heads. Every rank must call it; of the state of sharded parameters
+    each gets what its ``role`` says."""
+    shards = _state_of_shards(plan, opt, role)
+    heads = _state_of_heads(plan, opt)
+    if role in ("assist", "none"):
+        return {}
+    state = opt.state_dict()
+    state["state"] |= shards
+    saved = find_saved(state, opt.param_groups)
+    for p, full in heads.items():
+        tree = saved[p][1]
+        tree.update(mapped(tree, lambda path, t, full=full: full.get(path, t)))  # type: ignore[misc]
+    return state
+
+
+def local_optimizer_state(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[str, Any]:
+    """What this rank's optimizer holds of a checkpoint's optimizer state.
+
+    Raises:
+        ValueError: it is of other parameters or rules than the optimizer's.
+    """
+    own: dict[str, Any] = _read_shards(plan, opt, saved) if plan.shards else saved.optimizer
+    if plan.own:
+        states = find_saved(own, opt.param_groups)
+        for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
+            tree = states[p][1]
+            tree.update(mapped(tree, lambda _, t, a=adapter: own_part(a, "", t) if t.dim() else t))  # type: ignore[misc]
+    return own
+
+
+def _state_of_heads(plan: Plan, opt: Optimizer) -> dict[nn.Parameter, dict[str, Tensor]]:
+    """Of each parameter of this worker's own heads the tensors of its state, by path, for the heads of all workers."""
+    if plan.workers is None or not plan.own:
+        return {}
+    mine = [{path: t for path, t in leaves(opt.state[p]) if t.dim()} for p in plan.own]
+    return dict(zip(plan.own, gather_heads(mine, plan.own_adapters, plan.workers), strict=True))
+
+
+@torch.no_grad()
+def _state_of_shards(plan: Plan, opt: Optimizer, role: SaveRole) -> dict[int, State]:
+    """By its number in the optimizer the state of every sharded parameter, as ``role`` says; every rank of a worker
+    must call it."""
+    found: dict[int, State] = {}
+    for index, p, rule, shard in _sharded(plan, opt) if role != "none" else ():
+        mine = opt.state[p]
+        specs = shard_specs(rule, shard, mine, to_local(p)) if role == "sharded" else None
+        if specs is not None:
+            found[index] = mapped(mine, lambda path, t, specs=specs: _as_dtensor(t, specs.get(path)))  # type: ignore[misc]
+            continue
+        full = consolidated_state(rule, shard, mine, to_local(p))
+        if role == "sharded" and shard.ranks.rank != index % shard.ranks.count:
+            found[index] = mapped(full, lambda _, t: t.to("meta"))  # another rank writes it
+        elif role != "assist":
+            found[index] = mapped(full, lambda _, t: t.cpu())
+    return found
+
+
+def _read_shards(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict[str, Any]:
+    """``local_optimizer_state`` of a sharded model, heads aside."""
+    assert plan.intra_worker is not None
+    tree = saved.state["tree"]["optimizer"]
+    paths = find_saved(unflatten(tree, _Itself()), opt.param_groups)
+    specs: dict[str, ShardSpec] = {}
+    coded: list[tuple[nn.Parameter, Rule, Shard]] = []
+    for _, p, rule, shard in _sharded(plan, opt):
+        found = shard_specs(rule, shard, opt.state[p], to_local(p))
+        if found is None:
+            coded.append((p, rule, shard))
+        else:
+            specs |= {_at(paths[p][1], path): spec for path, spec in found.items()}
+    names = [name for name in saved.names("optimizer") if name.startswith("optimizer.")]
+    own: dict[str, Any] = unflatten(tree, read_sharded(saved, "optimizer", names, specs, plan.intra_worker))
+    states = find_saved(own, opt.param_groups)
+    for p, rule, shard in coded:
+        state = states[p][1]
+        state.update(local_state(rule, shard, state, torch.empty_like(to_local(p), device="cpu")))
+    return own
+
+
+def _sharded(plan: Plan, opt: Optimizer) -> Iterator[tuple[int, nn.Parameter, Rule, Shard]]:
+    """(number in the optimizer, parameter, its rule, its shard) of every sharded parameter that trains."""
+    named = [
+        (name, p, group["rule"])
+        for group in opt.param_groups
+        for name, p in zip(group["param_names"], group["params"], strict=True)
+    ]
+    for index, (name, p, rule) in enumerate(named):
+        if name in plan.shards:
+            yield index, p, rule, plan.shards[name]
+
+
+class _Itself(dict[str, Any]):
+    """Gives for each path the path."""
+
+    def __missing__(self, path: str) -> str:
+        return path
+
+
+def _at(tree: Any, path: str) -> Any:
+    """What stands at a dotted path."""
+    for key in path.split("."):
+        tree = tree[key]
+    return tree
+
+
+def _as_dtensor(mine: Tensor, spec: ShardSpec | None) -> Tensor:
+    return mine if spec is None else spec.as_dtensor(mine.contiguous())

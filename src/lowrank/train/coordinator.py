@@ -34,12 +34,12 @@ from lowrank.plan.plan import Plan
 from lowrank.plan.synchronisation import talks
 from lowrank.run.run import Run
 from lowrank.run.task import Batch, Task
-from lowrank.train.gathered import check_state
+from lowrank.train.checkpointing import check_state
 
 T = TypeVar("T")
 
 
-class Team:
+class Coordinator:
     """This process and those it trains with, if any."""
 
     def __init__(self, plan: Plan, run: Run):
@@ -48,7 +48,7 @@ class Team:
         self.stepping = plan.ranks if plan.shared else plan.intra_worker  # who make every step together, if several do
         self.first = self.ranks is None or self.ranks.rank == 0
         self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
-        self._told = Traffic()
+        self._reported = Traffic()
         self._times = 1.0  # the batch of this step has so many times the rows of this worker
 
     def check(self, optimizer: Optimizer, *, needs_scaler: bool) -> None:
@@ -96,14 +96,14 @@ class Team:
         found = self.forecast(self.ranks)
         whole = self.run.engine == "fsdp" and self.plan.intra_worker is None
         why_not = ["every rank is a worker: --engine fsdp has nothing to shard, and each holds the whole model"] * whole
-        told = f"a step sends {short_bytes(found.per_step)} on average"
+        ahead = f"a step sends {short_bytes(found.per_step)} on average"
         if self.plan.layout.is_mesh:
-            told += f", of it {short_bytes(found.between_workers)} to other workers"
-        told += f"; DDP would send {short_bytes(found.ddp)}"
+            ahead += f", of it {short_bytes(found.between_workers)} to other workers"
+        ahead += f"; DDP would send {short_bytes(found.ddp)}"
         folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.shards for row in self.plan.rows)
         clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
-        return [*self.plan.notes, *why_not, told, *([why] if clipped else [])]
+        return [*self.plan.notes, *why_not, ahead, *([why] if clipped else [])]
 
     def forecast(self, ranks: Ranks) -> Forecast:
         """What a rank of this run will send."""
@@ -115,7 +115,7 @@ class Team:
         if self.ranks is not None:
             self.ranks.total(0.0)
 
-    def everyones(self, value: T) -> list[T]:
+    def gathered(self, value: T) -> list[T]:
         """The value of every rank, in the order of the ranks."""
         return [value] if self.ranks is None else self.ranks.gather_objects(value)
 
@@ -158,7 +158,7 @@ class Team:
     def begin(self) -> None:
         """From here on bytes and work are counted: what has been prepared, and waited for, until now is neither."""
         if self.ranks is not None:
-            self._told = Traffic(**vars(self.ranks.traffic))
+            self._reported = Traffic(**vars(self.ranks.traffic))
             self.plan.work.met()
 
     def _agree_within_workers(self, ranks: Ranks, source: object) -> None:
@@ -245,8 +245,8 @@ class Team:
         several ranks; empty in one process."""
         if self.ranks is None:
             return {}
-        now, before = self.ranks.traffic, self._told
-        self._told = Traffic(**vars(now))
+        now, before = self.ranks.traffic, self._reported
+        self._reported = Traffic(**vars(now))
         found = {"bytes_sent": now.sent - before.sent, "bytes_received": now.received - before.received}
         return found | ({"bytes_sent_between": now.between - before.between} if self.plan.layout.is_mesh else {})
 

@@ -4,9 +4,9 @@ No shared disk is assumed. The first rank of every node keeps the whole run's fo
 checkpoints, each with the weights, the optimizer's state and the heads of all ranks. So a group may come back with any
 one node's disk lost, with other nodes, or with more or fewer of them:
 
-    keeps     rank 0, and the first rank of each further node that does not see the same folder as one before it
-    keeping   what each rank keeps of a model that is sharded: its parts, where they can lie in one folder
-    newest    the ranks exchange which newest good checkpoint they have; the newest of all is copied to whoever lacks it
+    is_writer    rank 0, and the first rank of each further node that does not see the same folder as one before it
+    save_role    what each rank saves of a model that is sharded: its shards, where they can lie in one folder
+    newest       the ranks exchange which newest good checkpoint they have; whoever lacks the newest of all gets a copy
 
 Damaged checkpoints are passed over, with a note.
 """
@@ -16,6 +16,7 @@ from __future__ import annotations
 import shutil
 import uuid
 from pathlib import Path
+from typing import Literal
 
 import torch
 
@@ -23,12 +24,14 @@ from lowrank.distributed.process_group import Ranks, first_on_node
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.plan.plan import Plan
-from lowrank.train.gathered_parts import Keeping
 
 PIECE = 1 << 24  # bytes of a file that travel at once
 
+# What a rank gets of what is to be saved: all of it; its shards; nothing, but it helps those who do; or nothing.
+SaveRole = Literal["full", "sharded", "assist", "none"]
 
-def keeps(out: Path, ranks: Ranks | None) -> bool:
+
+def is_writer(out: Path, ranks: Ranks | None) -> bool:
     """Whether this process writes the run's folder ``out``. Every rank must call it.
 
     Nodes that share a disk are found out by files that each first rank leaves there for a moment.
@@ -42,23 +45,23 @@ def keeps(out: Path, ranks: Ranks | None) -> bool:
     return first_on_node() and min(seen) == ranks.rank
 
 
-def keeping(out: Path, plan: Plan, *, keeper: bool) -> Keeping:
-    """What this rank gets of what is to be saved; ``keeper``: whether it writes. Every rank must call it.
+def save_role(out: Path, plan: Plan, *, writer: bool) -> SaveRole:
+    """What this rank gets of what is to be saved; ``writer``: whether it writes. Every rank must call it.
 
-    The ranks that hold a model in parts write them side by side where one of them is a keeper and all see its folder.
+    The ranks that hold a model in shards write them side by side where one of them writes and all see its folder.
     All checkpoints of a step are written alike, so that ranks can tell that they are the same.
     """
     if not plan.shards or plan.intra_worker is None or plan.ranks is None:
-        return "whole" if keeper else "help"
-    everyone = plan.ranks.gather_objects(keeper)
-    keepers = [rank for rank in plan.intra_worker.numbers if everyone[rank]]
-    seen = _in_our_folder(out, plan.ranks, sign=keeper)
-    in_parts = all(plan.ranks.gather_objects(not keepers or (len(keepers) == 1 and keepers[0] in seen)))
-    if not keepers:
-        return "nothing"
-    if in_parts:
-        return "parts"
-    return "whole" if keeper else "help"
+        return "full" if writer else "assist"
+    writing = plan.ranks.gather_objects(writer)
+    writers = [rank for rank in plan.intra_worker.numbers if writing[rank]]
+    seen = _in_our_folder(out, plan.ranks, sign=writer)
+    together = all(plan.ranks.gather_objects(not writers or (len(writers) == 1 and writers[0] in seen)))
+    if not writers:
+        return "none"
+    if together:
+        return "sharded"
+    return "full" if writer else "assist"
 
 
 def _in_our_folder(out: Path, ranks: Ranks, *, sign: bool) -> set[int]:
@@ -75,7 +78,7 @@ def _in_our_folder(out: Path, ranks: Ranks, *, sign: bool) -> set[int]:
     return seen
 
 
-def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None, list[str]]:
+def newest(out: Path, ranks: Ranks | None, *, writer: bool) -> tuple[Path | None, list[str]]:
     """(the newest good checkpoint that any node has of the run in ``out``, now on this node too, or None where there
     never was one; what a reader should know of it). Every rank must call it.
 
@@ -98,7 +101,7 @@ def newest(out: Path, ranks: Ranks | None, *, keeper: bool) -> tuple[Path | None
     lacking = [rank for rank, (theirs, _) in enumerate(everyone) if theirs != key]
     folder = root / key[1]
     if lacking:
-        _copy(folder, source, ranks, writes=keeper and ranks.rank in lacking)
+        _copy(folder, source, ranks, writes=writer and ranks.rank in lacking)
         _refuse_unseen(ranks.gather_objects(folder.is_dir()), folder)
         notes.append(f"rank {source} has given {key[1]} to {', '.join(f'rank {rank}' for rank in lacking)}")
     return folder, _with_source(folder, notes)

@@ -3,8 +3,8 @@
     for step: learning rate → micro-batches (loss summed, divided by the step's predictions) → clip
               → step (merges when due) → log → evaluate on the merged weights → checkpoint
 
-Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``lowrank.team``). They
-evaluate together, each some of the batches; the first rank of each node writes the run's folder (``lowrank.elastic``),
+Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``train.coordinator``). They
+evaluate together, each some of the batches; the first rank of each node writes the run's folder (``train.elastic``),
 rank 0 prints. When one is asked to stop, all do, after the next step at which they communicate.
 
 A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
@@ -44,8 +44,8 @@ from lowrank.run.run import Run
 from lowrank.run.session import FACTS, Session, open_session, pick_device
 from lowrank.run.task import Batch, to_device
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
-from lowrank.train.coordinator import Team
-from lowrank.train.elastic import keeps, newest
+from lowrank.train.coordinator import Coordinator
+from lowrank.train.elastic import is_writer, newest
 from lowrank.train.prefetch import Prefetch
 
 __all__ = ["NotFinite", "train"]
@@ -88,31 +88,31 @@ def _train(
     run: Run, out: Path, resume: bool, init_from: Path | None, quiet: bool, elastic: bool, ranks: Ranks | None
 ) -> dict[str, Any]:
     """``train`` among its ranks; nothing of the model outlives this call, and so the group of processes may end."""
-    keeper = keeps(out, ranks)
-    found, notes = newest(out, ranks, keeper=keeper) if elastic else (None, [])
+    writer = is_writer(out, ranks)
+    found, notes = newest(out, ranks, writer=writer) if elastic else (None, [])
     if resume:
         found = checkpoint.latest(out / "checkpoints")
     saved = None if found is None else checkpoint.load(found)
     session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
-    loop = _Loop(session, out, quiet=quiet, keeper=keeper)
+    loop = _Loop(session, out, quiet=quiet, writer=writer)
     if saved is not None:
         loop.restore(saved, ended=elastic)
-    loop.team.agree(__version__, loop.step, session.data)
+    loop.coordinator.agree(__version__, loop.step, session.data)
     if saved is not None:
         loop.saver.restore_random(saved)
         del saved  # which holds all that was read
-    if keeper:
+    if writer:
         _describe(session, out)
     loop.saver.prepare()
-    loop.team.begin()
+    loop.coordinator.begin()
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
         loop.judge()
     summary = loop.summary(interrupted=stopping.is_set())
-    if keeper:
+    if writer:
         (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
     if stopping.is_set():
-        loop.team.wait()  # the launcher ends all ranks when the first leaves with an exit status
+        loop.coordinator.wait()  # the launcher ends all ranks when the first leaves with an exit status
     return summary
 
 
@@ -128,12 +128,12 @@ def _describe(session: Session, out: Path) -> None:
 class _Loop:
     """The state of a training run between two steps, and what moves it on."""
 
-    def __init__(self, session: Session, out: Path, *, quiet: bool, keeper: bool = True):
+    def __init__(self, session: Session, out: Path, *, quiet: bool, writer: bool = True):
         run = session.run
-        self.keeper = keeper  # of the run's folder
-        self.session, self.out, self.team = session, out, Team(session.plan, run)
-        self.quiet = quiet or not self.team.first
-        self.source = session.data.train(run.batch_size, run.seed, *self.team.place)
+        self.writer = writer  # of the run's folder
+        self.session, self.out, self.coordinator = session, out, Coordinator(session.plan, run)
+        self.quiet = quiet or not self.coordinator.first
+        self.source = session.data.train(run.batch_size, run.seed, *self.coordinator.place)
         self.steps = run.steps or run.horizon(self.source.batches_per_epoch)
         self.end = min(run.stop_at or self.steps, self.steps)
         self.eval_every = run.eval_every or max(1, math.ceil(self.source.batches_per_epoch / run.grad_accum))
@@ -151,8 +151,8 @@ class _Loop:
             clip_per_layer=run.clip_per_layer,
             scaler=self.scaler if run.per_layer else None,
         )
-        self.team.check(self.optimizer, needs_scaler=session.needs_scaler)
-        if self.team.ranks is not None and not run.per_layer and not session.plan.shards:
+        self.coordinator.check(self.optimizer, needs_scaler=session.needs_scaler)
+        if self.coordinator.ranks is not None and not run.per_layer and not session.plan.shards:
             self.optimizer.sum_during_backward(run.grad_accum, whole=run.max_grad_norm is not None)
         self.forward: Any = torch.compile(session.model) if run.compile else session.model
         self.step = 0
@@ -162,7 +162,7 @@ class _Loop:
         self.writers: list[Writer] = []
         self.progress = Progress(self.end, quiet=True)
         root = out / "checkpoints"
-        self.saver = Saver(run, session.plan, self.optimizer, self.scaler, self.team, root, keeper=keeper)
+        self.saver = Saver(run, session.plan, self.optimizer, self.scaler, self.coordinator, root, writer=writer)
         self.clock = StepClock()
 
     def _check_merge(self) -> None:
@@ -185,11 +185,11 @@ class _Loop:
         self.session.model.train()
         reset_peak(self.session.device)
         self.clock = StepClock()
-        stop = stopping.is_set() and not self.team.ranks
+        stop = stopping.is_set() and not self.coordinator.ranks
         while self.step < end and not stop:
             record = self._one_step()
             self.step += 1
-            record["loss"], stop = self.team.after_step(record, stopping.is_set(), self.step)
+            record["loss"], stop = self.coordinator.after_step(record, stopping.is_set(), self.step)
             self._log(record)
             last = self.step == end
             evaluating = last or self.step % self.eval_every == 0
@@ -228,13 +228,13 @@ class _Loop:
             "loss": loss,
             "lr": lr * factor,
             "grad_norm": grad_norm,
-            "size": sum(self.session.task.size(batch) for batch in batches) * self.team.whole_rows(batches),
+            "size": sum(self.session.task.size(batch) for batch in batches) * self.coordinator.whole_rows(batches),
         }
 
     def _backward(self, batches: list[Batch]) -> Tensor:
         """Gradients of the mean loss over the predictions of all micro-batches; returns that mean."""
         task, device = self.session.task, self.session.device
-        predictions = self.team.divisor(batches, task)
+        predictions = self.coordinator.divisor(batches, task)
         total = torch.zeros((), device=device)
         for batch in batches:
             with self.session.autocast():
@@ -252,9 +252,9 @@ class _Loop:
             self.scaler.unscale_(self.optimizer)
         self.optimizer.synchronise_(whole=run.max_grad_norm is not None)
         gradients = self.optimizer.gradients()
-        norm = self.team.norm(self.optimizer, gradients)
+        norm = self.coordinator.norm(self.optimizer, gradients)
         if run.max_grad_norm is not None and norm is not None:
-            self.team.clip_(gradients, run.max_grad_norm, norm)
+            self.coordinator.clip_(gradients, run.max_grad_norm, norm)
         return norm
 
     # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
@@ -262,13 +262,13 @@ class _Loop:
     @contextmanager
     def recording(self, notes: Sequence[str] = (), *, after: int | None) -> Iterator[None]:
         """Open log, writers and progress line, which begins with ``notes``; close them whatever happens."""
-        run, first = self.session.run, self.team.first
-        if self.keeper:
+        run, first = self.session.run, self.coordinator.first
+        if self.writer:
             others = {"tensorboard": run.tensorboard and first, "wandb": run.wandb and first}
             self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in [*self.team.notes(), *notes]:
+        for note in [*self.coordinator.notes(), *notes]:
             self.progress.note(note)
         try:
             yield
@@ -284,7 +284,7 @@ class _Loop:
             return
         loss = float(made["loss"])  # waits for the device: the clock then shows whole steps
         seconds, waited = self.clock.read()
-        if not math.isfinite(loss) and (self.team.ranks is None or self.team.together):
+        if not math.isfinite(loss) and (self.coordinator.ranks is None or self.coordinator.together):
             self._stop_not_finite(loss)  # a rank that steps alone is left out of the next merge, and begins anew
         rate, peak = made["size"] / seconds, peak_bytes(self.session.device)
         record = {
@@ -296,14 +296,14 @@ class _Loop:
             "step_seconds": seconds,
             "wait_seconds": waited,
             "peak_bytes": peak,
-            **self.team.traffic(),
+            **self.coordinator.traffic(),
         }
         self._write({name: value for name, value in record.items() if value is not None})
         metric = self.session.task.metric
         shown = self.latest_metrics.get(f"val_{metric}")
         extra = "" if shown is None else f"val {metric} {shown:.4g}"
-        if self.team.ranks is not None:
-            extra = f"sent {self.team.sent}  {extra}".rstrip()
+        if self.coordinator.ranks is not None:
+            extra = f"sent {self.coordinator.sent}  {extra}".rstrip()
         self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
 
     def _write(self, record: dict[str, Any]) -> None:
@@ -318,8 +318,12 @@ class _Loop:
         """Evaluate on the validation split; whether it is the best so far."""
         session = self.session
         batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
-        where: dict[str, Any] = {"device": session.device, "autocast": session.autocast, "ranks": self.team.ranks}
-        where["sharing"] = self.team.sharing
+        where: dict[str, Any] = {
+            "device": session.device,
+            "autocast": session.autocast,
+            "ranks": self.coordinator.ranks,
+        }
+        where["sharing"] = self.coordinator.sharing
         metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})
@@ -341,7 +345,7 @@ class _Loop:
         from lowrank.evaluate.judging import judge
 
         with consolidated_model(self.session.plan, self.optimizer):
-            if not self.team.first:
+            if not self.coordinator.first:
                 return
             session = self.session
             if session.plan.shards:  # the others do not score, so rank 0 takes a whole model
@@ -374,7 +378,7 @@ class _Loop:
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""
         run, plan, task = self.session.run, self.session.plan, self.session.task
-        log = read_log(self.out / "log.jsonl") if self.keeper else []
+        log = read_log(self.out / "log.jsonl") if self.writer else []
         records = [r for r in log if "step_seconds" in r]
         seconds = statistics.median(r["step_seconds"] for r in records) if records else None
         rate_name = f"{task.unit}_per_second"
@@ -395,7 +399,7 @@ class _Loop:
             rate_name: statistics.median(r[rate_name] for r in records) if records else None,
             "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
             "seconds": _seconds(records),
-            **self.team.summary(records),
+            **self.coordinator.summary(records),
         }
 
 
