@@ -161,6 +161,49 @@ def test_a_better_one_frees_the_old_best(tmp_path):
     assert [folder.name for folder in saved(tmp_path)] == ["step-00000002"]
 
 
+def test_the_best_of_every_kept_one_is_kept(tmp_path):
+    """Whoever goes back to step 3, because step 4 is damaged, has the best that step 3 knew of."""
+    for step in (1, 2, 3, 4):
+        save_some(tmp_path, step, keep=2, best=step in (1, 4))
+    assert [folder.name for folder in saved(tmp_path)] == [f"step-0000000{n}" for n in (1, 3, 4)]
+    discard_after(tmp_path, 3)
+    assert best(tmp_path).name == "step-00000001"
+
+
+def test_the_best_of_a_run_begun_with_an_earlier_version(tmp_path):
+    """Which wrote it into best.json alone, and neither format's version nor a mark into manifests."""
+    for step in (1, 2, 3):
+        folder = save_some(tmp_path, step, keep=5)
+        manifest = json.loads((folder / "manifest.json").read_text())
+        (folder / "manifest.json").write_text(json.dumps({"files": manifest["files"]}))
+    (tmp_path / "best.json").write_text('{"folder": "step-00000001", "step": 1}')
+    save_some(tmp_path, 4, keep=1)
+    assert [folder.name for folder in saved(tmp_path)] == ["step-00000001", "step-00000004"]
+    assert load(best(tmp_path)).step == 1
+
+
+@pytest.mark.parametrize("name", ["step-00000010.bak", "step-00000010 (copy)", "step-00000010", "step-latest"])
+def test_what_is_called_like_a_checkpoint_and_is_none_is_ignored_and_named(tmp_path, name):
+    folder = save_some(tmp_path / "root", 1)
+    stranger = tmp_path / "root" / name
+    stranger.symlink_to(folder) if name == "step-00000010" else stranger.mkdir()
+    assert checkpoint.foreign(tmp_path / "root") == [stranger]
+    assert latest(tmp_path / "root") == folder
+    save_some(tmp_path / "root", 2, keep=1)
+    discard_after(tmp_path / "root", 2)
+    assert stranger.is_symlink() or stranger.is_dir()
+
+
+def test_a_newer_format_is_refused_by_the_version_that_wrote_it(tmp_path, monkeypatch):
+    with monkeypatch.context() as later:
+        later.setattr("lowrank.infra.checkpoint_files.FORMAT", 2)
+        later.setattr("lowrank.__version__", "9.1")
+        folder = save_some(tmp_path, 1)
+    for call in (lambda: load(folder), lambda: checkpoint.newest_good(tmp_path)):
+        with pytest.raises(CheckpointError, match=r"is of format 2, written by lowrank 9\.1; .* reads up to format 1"):
+            call()
+
+
 def test_steps_are_ordered_as_numbers(tmp_path):
     for step in (99_999_999, 100_000_000):
         save_some(tmp_path, step)
@@ -251,7 +294,7 @@ def test_a_full_disk_under_safetensors_itself(tmp_path, monkeypatch):
         save_some(tmp_path, 1)
 
 
-@pytest.mark.parametrize("moment", ["first file", "manifest", "rename", "prune"])
+@pytest.mark.parametrize("moment", ["first file", "manifest", "rename", "best.json", "prune"])
 def test_kill_in_the_middle_of_a_save_leaves_a_good_one(tmp_path, moment):
     """SIGKILL at each stage of the second save; the first, or both, must load, and the next save must go through."""
     code = f"""
@@ -263,7 +306,7 @@ def kill(*arguments, **options):
     os.kill(os.getpid(), signal.SIGKILL)
 
 root = Path({str(tmp_path)!r})
-checkpoint.save(root, 1, {{"x": torch.ones(3)}}, {{}}, {{}}, keep=1)
+checkpoint.save(root, 1, {{"x": torch.ones(3)}}, {{}}, {{}}, keep=1, best=True)
 moment = {moment!r}
 if moment == "first file":
     whole = checkpoint.save_file
@@ -272,18 +315,23 @@ elif moment == "manifest":
     checkpoint.measure = kill
 elif moment == "rename":
     Path.rename = kill
+elif moment == "best.json":
+    written = checkpoint.write_json
+    checkpoint.write_json = lambda path, *a, **o: kill() if path.name == "best.json" else written(path, *a, **o)
 else:
     checkpoint._prune = kill
-checkpoint.save(root, 2, {{"x": torch.full((3,), 2.0)}}, {{}}, {{}}, keep=1)
+checkpoint.save(root, 2, {{"x": torch.full((3,), 2.0)}}, {{}}, {{}}, keep=1, best=True)
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)
     assert killed.returncode == -signal.SIGKILL, killed.stderr.decode()
-    expected = 2 if moment == "prune" else 1
+    expected = 2 if moment in ("best.json", "prune") else 1
     found = load(latest(tmp_path))
     assert found.step == expected
     assert torch.equal(found.tensors["x"], torch.full((3,), float(expected)))
     save(tmp_path, 3, {"x": torch.zeros(3)}, {}, {}, keep=1)
-    assert [file.name for file in tmp_path.iterdir()] == ["step-00000003"], "what the killed process left is removed"
+    assert best(tmp_path).name == f"step-{expected:08d}", "what the last complete checkpoint said to be the best"
+    left = {best(tmp_path).name, "step-00000003", "best.json"}
+    assert {file.name for file in tmp_path.iterdir()} == left, "what the killed process left is removed"
 
 
 def test_state_json_is_json_for_everybody(tmp_path):

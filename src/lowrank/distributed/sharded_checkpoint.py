@@ -28,9 +28,9 @@ from lowrank.distributed.process_group import Ranks
 from lowrank.distributed.shards import ShardSpec
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
-from lowrank.infra.checkpoint_files import FORMAT, STATE, measure, sync, write_json, write_manifest
-from lowrank.infra.checkpoint_shards import shard_reader, stored_tensors
+from lowrank.infra.checkpoint_files import STATE, measure, shard_reader, stored_tensors, write_manifest
 from lowrank.infra.checkpoint_tensors import flatten, unpack
+from lowrank.infra.files import sync
 
 T = TypeVar("T")
 KINDS: tuple[Kind, ...] = ("model", "optimizer")
@@ -66,17 +66,16 @@ def save_sharded(
     checkpoint.check_keep(keep)
     tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
     model, aliases = _once(tensors)
-    notes = {"model": {"aliases": aliases, "orders": {}}, "nest": {"aliases": {}, "orders": {}}}
     temporary = checkpoint.writing(root, step)
 
     def failed(error: Exception) -> CheckpointError:
         return checkpoint.not_saved(root, step, error)
 
     def finish(files: Mapping[str, Mapping[str, int]]) -> None:
-        write_json(temporary / STATE, {"format": FORMAT, "step": step, **notes, "tree": tree})
+        checkpoint.write_state(temporary, step, {"aliases": aliases, "orders": {}}, {"aliases": {}, "orders": {}}, tree)
         for path in (*(temporary / kind for kind in KINDS), temporary / STATE):
             sync(path)
-        write_manifest(temporary, {**files, STATE: measure(temporary / STATE)})
+        write_manifest(temporary, {**files, STATE: measure(temporary / STATE)}, best=best)
         checkpoint.publish_(temporary, root, step, keep=keep, best=best)
 
     _all_or_none(lambda: checkpoint.begin_(root, step) if writer else None, ranks, failed)

@@ -1,12 +1,12 @@
 """Checkpoints: safetensors for tensors, JSON for everything else, never pickle.
 
     root/step-00000200/model.safetensors       tensors by name, as `model.state_dict()` gives them
-                       optimizer.safetensors   tensors of the optimizer's nested state, by path
-                       state.json              the shape of that nest, the training state, aliases, memory layouts
-                       manifest.json           size and CRC-32 of each file: written last
-    root/best.json                             which of the folders is the best by validation
+                       optimizer.safetensors   tensors of the optimizer's state, by path
+                       state.json              the tree of that state, the training state, aliases, memory layouts
+                       manifest.json           size and CRC-32 of each file, and whether this was the best: written last
+    root/best.json                             the best by validation, for people; what counts are the manifests
 
-Of a model that several ranks hold in parts, `model/` and `optimizer/` take the place of the two files, with one file a
+Of a model that several ranks hold in shards, `model/` and `optimizer/` take the place of the two files, with one file a
 rank, which torch.distributed.checkpoint has written and reads (`distributed.sharded_checkpoint`). Whoever reads sees no
 difference.
 
@@ -19,9 +19,11 @@ with other roundings than the same matrix stored by rows, and a resumed run is t
 from __future__ import annotations
 
 import errno
+import itertools
 import json
+import re
 import shutil
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
@@ -33,25 +35,26 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.infra.checkpoint_files import (
-    FORMAT,
     STATE,
     CheckpointError,
     damage,
     manifest,
     measure,
-    sync,
-    write_json,
+    read_consolidated,
+    refuse_newer,
+    was_best,
     write_manifest,
+    written_by,
 )
-from lowrank.infra.checkpoint_shards import read_whole
-from lowrank.infra.checkpoint_tensors import Nest, flatten, pack, unflatten, unpack
+from lowrank.infra.checkpoint_tensors import PyTree, flatten, pack, unflatten, unpack
+from lowrank.infra.files import sync, write_json
 
 Kind = Literal["model", "optimizer"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpoint:
-    """What `load` returns: `tensors` by name, the `optimizer` nest and `meta` as they were given to `save`, each read
+    """What `load` returns: `tensors` by name, `optimizer` and `meta` as they were given to `save`, each read
     when it is first asked for."""
 
     folder: Path
@@ -67,17 +70,17 @@ class Checkpoint:
         return unpack(self._read("model"), self.notes("model"))
 
     @cached_property
-    def optimizer(self) -> Nest:
-        return self._nest("optimizer")
+    def optimizer(self) -> PyTree:
+        return self._tree("optimizer")
 
     @cached_property
-    def meta(self) -> Nest:
-        return self._nest("meta")
+    def meta(self) -> PyTree:
+        return self._tree("meta")
 
     def names(self, kind: Kind) -> list[str]:
         """The names of its tensors; nothing else is read."""
-        whole = self.folder / f"{kind}.safetensors"
-        files = [whole] if whole.is_file() else sorted((self.folder / kind).glob("*.safetensors"))
+        single = self.folder / f"{kind}.safetensors"
+        files = [single] if single.is_file() else sorted((self.folder / kind).glob("*.safetensors"))
         found: dict[str, None] = {}
         for path in files:
             with safe_open(path, framework="pt") as file:
@@ -85,20 +88,20 @@ class Checkpoint:
         return [*found, *self.notes(kind)["aliases"]]
 
     def notes(self, kind: Kind) -> Mapping[str, Any]:
-        """What safetensors could not store of its tensors (`nest.pack`)."""
+        """What safetensors could not store of its tensors (`pack`)."""
         found: Mapping[str, Any] = self.state["model" if kind == "model" else "nest"]
         return found
 
-    def _nest(self, name: Literal["optimizer", "meta"]) -> Nest:
+    def _tree(self, name: Literal["optimizer", "meta"]) -> PyTree:
         leaves = unpack(self._read("optimizer", f"{name}."), self.notes("optimizer"))
         return unflatten(self.state["tree"][name], leaves)
 
     def _read(self, kind: Kind, prefix: str = "") -> dict[str, Tensor]:
         """Those of its tensors whose names begin so."""
-        whole = self.folder / f"{kind}.safetensors"
-        if not whole.is_file():
-            return read_whole(self.folder / kind, self.device, prefix)
-        with safe_open(whole, framework="pt", device=str(self.device)) as file:
+        single = self.folder / f"{kind}.safetensors"
+        if not single.is_file():
+            return read_consolidated(self.folder / kind, self.device, prefix)
+        with safe_open(single, framework="pt", device=str(self.device)) as file:
             return {name: file.get_tensor(name) for name in file.keys() if name.startswith(prefix)}  # noqa: SIM118
 
 
@@ -118,20 +121,20 @@ def save(
         root: the folder of all checkpoints of the run; made if missing.
         step: completed optimizer steps.
         tensors: the model's state; names that share one tensor (tied weights) are stored once.
-        optimizer: nest of dicts (string or integer keys), lists, numbers, strings and tensors.
-        meta: the training state, a nest of the same kind (see `random_state`).
+        optimizer: pytree of dicts (string or integer keys), lists, numbers, strings and tensors.
+        meta: the training state, a pytree of the same kind (see `random_state`).
         keep: how many of the latest to keep, at least 1; the best one is kept besides.
         best: remember this one as the best so far.
 
     Raises:
         CheckpointError: the disk is full or refuses; the earlier checkpoints are untouched.
-        TypeError: a nest holds something that is neither data nor a tensor; the message gives its path.
+        TypeError: a pytree holds something that is neither data nor a tensor; the message gives its path.
         ValueError: `keep` below 1.
     """
     check_keep(keep)
     try:
         temporary = begin_(root, step)
-        _write(temporary, step, tensors, optimizer, meta)
+        _write(temporary, step, tensors, optimizer, meta, best=best)
         return publish_(temporary, root, step, keep=keep, best=best)
     except (OSError, SafetensorError) as error:
         raise not_saved(root, step, error) from error
@@ -162,7 +165,7 @@ def publish_(temporary: Path, root: Path, step: int, *, keep: int, best: bool) -
     folder = _free_name(root, step)
     finish_(temporary, folder)
     if best:
-        write_json(root / "best.json", {"folder": folder.name, "step": step})
+        write_json(root / "best.json", {"folder": folder.name, "step": step}, indent=None)
     _prune(root, keep)
     return folder
 
@@ -181,14 +184,22 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     """
     if not folder.is_dir():
         raise CheckpointError(f"there is no checkpoint {folder}{_remedy(folder)}")
+    refuse_newer(folder)
     if wrong := damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {wrong}{_remedy(folder)}")
-    return Checkpoint(folder=folder, state=json.loads((folder / STATE).read_text()), device=device)
+    state = json.loads((folder / STATE).read_text())
+    refuse_newer(folder, state)
+    return Checkpoint(folder=folder, state=state, device=device)
 
 
 def saved(root: Path) -> list[Path]:
     """Folders of the complete checkpoints under `root`, oldest first."""
-    return sorted(root.glob("step-[0-9]*"), key=_age) if root.is_dir() else []
+    return sorted((path for path in _beside(root) if _is_ours(path)), key=_age)
+
+
+def foreign(root: Path) -> list[Path]:
+    """What lies under `root` and is called like a checkpoint, but is none of ours: a copy, a link, a file. Ignored."""
+    return [path for path in _beside(root) if path.name.startswith("step-") and not _is_ours(path)]
 
 
 def latest(root: Path) -> Path:
@@ -207,6 +218,7 @@ def newest_good(root: Path) -> tuple[Path | None, list[str]]:
     """Folder of the newest checkpoint whose every byte is right, or None; and what is wrong with each newer one."""
     wrong: list[str] = []
     for folder in reversed(saved(root)):
+        refuse_newer(folder)
         found = damage(folder)
         if not found:
             return folder, wrong
@@ -222,10 +234,13 @@ def fingerprint(folder: Path) -> str:
 
 def best(root: Path) -> Path | None:
     """Folder of the checkpoint that was best by validation, or None where none was marked."""
-    pointer = root / "best.json"
-    if not pointer.is_file():
+    marked = [folder for folder in saved(root) if was_best(folder)]
+    if marked:
+        return marked[-1]
+    try:  # as written before 0.2
+        folder = root / json.loads((root / "best.json").read_text())["folder"]
+    except (OSError, ValueError, KeyError, TypeError):
         return None
-    folder = root / json.loads(pointer.read_text())["folder"]
     return folder if folder.is_dir() else None
 
 
@@ -248,20 +263,31 @@ def step_of(folder: Path) -> int:
 
 
 def _write(
-    folder: Path, step: int, tensors: Mapping[str, Tensor], optimizer: Mapping[str, Any], meta: Mapping[str, Any]
+    folder: Path,
+    step: int,
+    tensors: Mapping[str, Tensor],
+    optimizer: Mapping[str, Any],
+    meta: Mapping[str, Any],
+    *,
+    best: bool,
 ) -> None:
     """Fill `folder`, the manifest last, every file flushed to the disk."""
     tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
     model, model_notes = pack(tensors)
-    nest, nest_notes = pack(leaves)
+    packed, notes = pack(leaves)
     save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
-    save_file(nest, folder / "optimizer.safetensors", metadata={"format": "pt"})
-    state = {"format": FORMAT, "step": step, "model": model_notes, "nest": nest_notes, "tree": tree}
-    write_json(folder / STATE, state)
+    save_file(packed, folder / "optimizer.safetensors", metadata={"format": "pt"})
+    write_state(folder, step, model_notes, notes, tree)
     names = ("model.safetensors", "optimizer.safetensors", STATE)
     for name in names:
         sync(folder / name)
-    write_manifest(folder, {name: measure(folder / name) for name in names})
+    write_manifest(folder, {name: measure(folder / name) for name in names}, best=best)
+
+
+def write_state(folder: Path, step: int, model: Mapping[str, Any], optimizer: Mapping[str, Any], tree: Any) -> None:
+    """What is not a tensor: the step, what `pack` says of the model's and the optimizer's tensors, their tree."""
+    content = {**written_by(), "step": step, "model": model, "nest": optimizer, "tree": tree}
+    write_json(folder / STATE, content, indent=None)
 
 
 def _remedy(folder: Path) -> str:
@@ -292,16 +318,17 @@ def _age(folder: Path) -> tuple[int, int]:
 
 def _free_name(root: Path, step: int) -> Path:
     """A step saved a second time gets a name of its own, so that at no moment there is neither the old nor the new."""
-    names = _names(root, step)
+    first = root / f"step-{step:08d}"
+    names = itertools.chain([first], (first.with_name(f"{first.name}-{revision}") for revision in itertools.count(2)))
     return next(name for name in names if not name.exists())
 
 
-def _names(root: Path, step: int) -> Iterator[Path]:
-    yield root / f"step-{step:08d}"
-    revision = 2
-    while True:
-        yield root / f"step-{step:08d}-{revision}"
-        revision += 1
+def _beside(root: Path) -> list[Path]:
+    return sorted(root.iterdir()) if root.is_dir() else []
+
+
+def _is_ours(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{8,}(-\d+)?", path.name) is not None and path.is_dir() and not path.is_symlink()
 
 
 def _remove_unfinished(root: Path) -> None:
@@ -310,9 +337,11 @@ def _remove_unfinished(root: Path) -> None:
 
 
 def _prune(root: Path, keep: int) -> None:
-    """Remove all but the newest `keep` steps and the best; of one step only the newest revision stays."""
-    newest = {_age(folder)[0]: folder for folder in saved(root)}
-    kept = {*list(newest.values())[-keep:], best(root)}
+    """Remove all but the newest `keep` steps, and the best until the oldest of these, to which their best metric
+    belongs; of one step only the newest revision stays."""
+    newest = list({_age(folder)[0]: folder for folder in saved(root)}.values())
+    until = [folder for folder in newest if _age(folder) <= _age(newest[-keep:][0]) and was_best(folder)]
+    kept: set[Path | None] = {*newest[-keep:], *(until[-1:] or [best(root)])}
     for folder in saved(root):
         if folder not in kept:
             shutil.rmtree(folder)

@@ -1,13 +1,19 @@
-"""A checkpoint's files: written so that they are on the disk, and checked byte by byte before they are trusted."""
+"""A checkpoint's files: measured when they are written, checked byte by byte before they are trusted, and read."""
 
 from __future__ import annotations
 
 import json
-import os
+import warnings
 import zlib
 from collections.abc import Mapping
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
+
+import torch
+from torch import Tensor
+
+from lowrank.infra.files import sync, write_json
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
@@ -15,25 +21,6 @@ FORMAT = 1
 
 class CheckpointError(RuntimeError):
     """A checkpoint that cannot be written, found or trusted; the message says which one is good."""
-
-
-def write_json(path: Path, content: Mapping[str, Any]) -> None:
-    """Write beside, flush, rename."""
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w") as file:
-        json.dump(content, file, allow_nan=False)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
-
-
-def sync(path: Path) -> None:
-    """Wait until a file, or a folder's list of names, is on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def measure(path: Path) -> dict[str, int]:
@@ -45,9 +32,16 @@ def measure(path: Path) -> dict[str, int]:
     return {"bytes": path.stat().st_size, "crc32": checksum}
 
 
-def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]]) -> None:
-    """What `measure` said of every file, by its name in `folder`; written last."""
-    write_json(folder / MANIFEST, {"files": files})
+def written_by() -> dict[str, Any]:
+    """What tells later versions how to read a checkpoint."""
+    from lowrank import __version__
+
+    return {"format": FORMAT, "version": __version__}
+
+
+def write_manifest(folder: Path, files: Mapping[str, Mapping[str, int]], *, best: bool) -> None:
+    """What `measure` said of every file, by its name in `folder`, and whether none was better; written last."""
+    write_json(folder / MANIFEST, {**written_by(), "best": best, "files": files}, indent=None)
     sync(folder)
 
 
@@ -55,6 +49,34 @@ def manifest(folder: Path) -> dict[str, dict[str, int]]:
     """The files of a checkpoint by name, as they were when they were written."""
     files: dict[str, dict[str, int]] = json.loads((folder / MANIFEST).read_text())["files"]
     return files
+
+
+def was_best(folder: Path) -> bool:
+    """Whether a checkpoint was the best by validation when it was saved."""
+    return bool(_described(folder).get("best"))
+
+
+def refuse_newer(folder: Path, description: Mapping[str, Any] | None = None) -> None:
+    """Refuse a checkpoint of a format that is not known yet, by its manifest or what else describes it.
+
+    Raises:
+        CheckpointError: naming the version that wrote it.
+    """
+    described = _described(folder) if description is None else description
+    if described.get("format", FORMAT) > FORMAT:
+        raise CheckpointError(
+            f"checkpoint {folder} is of format {described['format']}, written by lowrank "
+            f"{described.get('version', 'of a later version')}; this is lowrank {written_by()['version']}, which reads "
+            f"up to format {FORMAT}: use the version that wrote it, or a newer one"
+        )
+
+
+def _described(folder: Path) -> dict[str, Any]:
+    with suppress(OSError, ValueError):
+        found = json.loads((folder / MANIFEST).read_text())
+        if isinstance(found, dict):
+            return found
+    return {}
 
 
 def damage(folder: Path) -> str:
@@ -69,6 +91,41 @@ def damage(folder: Path) -> str:
                 return f"the content of {name} has changed since it was written"
     except FileNotFoundError as error:
         return f"{Path(error.filename).name} is missing"
-    except (ValueError, KeyError, TypeError, AttributeError):
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return f"{MANIFEST} cannot be read"
     return ""
+
+
+# --- shards, which torch.distributed.checkpoint has written, read by one process -------------------------------------
+
+
+def read_consolidated(folder: Path, device: torch.device | str = "cpu", prefix: str = "") -> dict[str, Tensor]:
+    """The tensors of a folder of shards whose names begin so, put together in this process alone."""
+    import torch.distributed.checkpoint as dcp
+
+    reader = shard_reader(folder)
+    found: dict[str, Any] = {
+        name: torch.empty(stored.size, dtype=stored.properties.dtype, device=device)
+        for name, stored in stored_tensors(reader).items()
+        if name.startswith(prefix)
+    }
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", message="torch.distributed is disabled")  # it is meant to be
+        dcp.load(found, storage_reader=reader, no_dist=True)
+    return found
+
+
+def shard_reader(folder: Path) -> Any:
+    import torch.distributed.checkpoint as dcp
+
+    if not hasattr(dcp, "HuggingFaceStorageReader"):
+        raise CheckpointError(
+            f"{folder} is written in shards, which torch {torch.__version__} cannot read: use 2.9 or newer"
+        )
+    return dcp.HuggingFaceStorageReader(str(folder))
+
+
+def stored_tensors(reader: Any) -> dict[str, Any]:
+    """Sizes and dtypes of what a reader finds, by name."""
+    stored: dict[str, Any] = reader.read_metadata().state_dict_metadata
+    return stored

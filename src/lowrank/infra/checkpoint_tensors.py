@@ -1,6 +1,6 @@
-"""Nests of data and tensors (optimizer state, random states) as JSON beside a flat dict of tensors.
+"""Pytrees of data and tensors (optimizer state, random states) as JSON beside a flat dict of tensors.
 
-`flatten` replaces each tensor of a nest by a reference and keeps what JSON alone would lose: integer keys, tuples and
+`flatten` replaces each tensor of a pytree by a reference and keeps what JSON alone would lose: integer keys, tuples and
 floats that are not finite. `pack` makes a flat dict fit for safetensors, which stores neither shared memory nor
 strides: a tensor that stands under several names is kept once, and one stored in another order than by rows is
 transposed and the order noted.
@@ -17,12 +17,12 @@ import numpy as np
 import torch
 from torch import Tensor
 
-Nest: TypeAlias = Any  # dict (string or integer keys) | list | tuple | str | bool | int | float | None | Tensor
+PyTree: TypeAlias = Any  # dict (string or integer keys) | list | tuple | str | bool | int | float | None | Tensor
 _TENSOR, _FLOAT, _TUPLE, _ITEMS = "*tensor", "*float", "*tuple", "*items"
 
 
-def flatten(nest: Nest, path: str = "") -> tuple[Any, dict[str, Tensor]]:
-    """Split a nest into JSON and tensors by path; `unflatten` puts them together again.
+def flatten(tree: PyTree, path: str = "") -> tuple[Any, dict[str, Tensor]]:
+    """Split a pytree into JSON and tensors by path; `unflatten` puts them together again.
 
     Raises:
         TypeError: something in it is neither data nor a tensor; the message gives its path.
@@ -30,36 +30,36 @@ def flatten(nest: Nest, path: str = "") -> tuple[Any, dict[str, Tensor]]:
     >>> flatten({"state": {0: (1, None)}})
     ({'state': {'*items': [[0, {'*tuple': [1, None]}]]}}, {})
     """
-    if isinstance(nest, Tensor):
-        return {_TENSOR: path}, {path: nest}
-    if isinstance(nest, float) and not math.isfinite(nest):
-        return {_FLOAT: str(nest)}, {}
-    if nest is None or isinstance(nest, (bool, int, float, str)):
-        return nest, {}
+    if isinstance(tree, Tensor):
+        return {_TENSOR: path}, {path: tree}
+    if isinstance(tree, float) and not math.isfinite(tree):
+        return {_FLOAT: str(tree)}, {}
+    if tree is None or isinstance(tree, (bool, int, float, str)):
+        return tree, {}
     leaves: dict[str, Tensor] = {}
 
-    def inner(key: object, value: Nest) -> Any:
-        tree, found = flatten(value, f"{path}.{key}" if path else str(key))
+    def inner(key: object, value: PyTree) -> Any:
+        json, found = flatten(value, f"{path}.{key}" if path else str(key))
         leaves.update(found)
-        return tree
+        return json
 
-    if isinstance(nest, Mapping):
-        if not all(isinstance(key, (str, int)) for key in nest):
-            raise TypeError(f"{path or 'the nest'} has keys that are neither strings nor integers: {list(nest)[:3]}")
-        if all(isinstance(key, str) and not key.startswith("*") for key in nest):
-            return {key: inner(key, value) for key, value in nest.items()}, leaves
-        return {_ITEMS: [[key, inner(key, value)] for key, value in nest.items()]}, leaves
-    if isinstance(nest, (list, tuple)):
-        items = [inner(index, value) for index, value in enumerate(nest)]
-        return (items if isinstance(nest, list) else {_TUPLE: items}), leaves
+    if isinstance(tree, Mapping):
+        if not all(isinstance(key, (str, int)) for key in tree):
+            raise TypeError(f"{path or 'the pytree'} has keys that are neither strings nor integers: {list(tree)[:3]}")
+        if all(isinstance(key, str) and not key.startswith("*") for key in tree):
+            return {key: inner(key, value) for key, value in tree.items()}, leaves
+        return {_ITEMS: [[key, inner(key, value)] for key, value in tree.items()]}, leaves
+    if isinstance(tree, (list, tuple)):
+        items = [inner(index, value) for index, value in enumerate(tree)]
+        return (items if isinstance(tree, list) else {_TUPLE: items}), leaves
     raise TypeError(
-        f"{path or 'the nest'} is a {type(nest).__name__}; "
+        f"{path or 'the pytree'} is a {type(tree).__name__}; "
         "a checkpoint holds tensors, numbers, strings, None, lists, tuples and dicts"
     )
 
 
-def unflatten(tree: Any, leaves: Mapping[str, Tensor]) -> Nest:
-    """The nest that `flatten` split."""
+def unflatten(tree: Any, leaves: Mapping[str, Tensor]) -> PyTree:
+    """The pytree that `flatten` split."""
     if isinstance(tree, list):
         return [unflatten(item, leaves) for item in tree]
     if not isinstance(tree, dict):
@@ -115,7 +115,7 @@ def unpack(packed: Mapping[str, Tensor], notes: Mapping[str, Any]) -> dict[str, 
     return tensors
 
 
-def random_state() -> dict[str, Nest]:
+def random_state() -> dict[str, PyTree]:
     """State of every global random generator: Python's, NumPy's, torch's on the CPU and on each GPU."""
     name, keys, position, has_gauss, gauss = np.random.get_state(legacy=True)
     return {
@@ -126,7 +126,7 @@ def random_state() -> dict[str, Nest]:
     }
 
 
-def set_random_state_(state: Mapping[str, Nest]) -> None:
+def set_random_state_(state: Mapping[str, PyTree]) -> None:
     """Put the generators back where `random_state` found them (GPUs only where there are as many as then)."""
     random.setstate(state["python"])
     np.random.set_state(state["numpy"])
