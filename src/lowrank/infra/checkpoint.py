@@ -341,7 +341,7 @@ def _prune(root: Path, keep: int) -> None:
     belongs; of one step only the newest revision stays."""
     newest = list({_age(folder)[0]: folder for folder in saved(root)}.values())
     until = [folder for folder in newest if _age(folder) <= _age(newest[-keep:][0]) and was_best(folder)]
-    kept: set[Path | None] = {*newest[-keep:], *(until[-1:] or [best(root)])}
+    kept = {*newest[-keep:], until[-1] if until else best(root)}
     for folder in saved(root):
         if folder not in kept:
             shutil.rmtree(folder)
