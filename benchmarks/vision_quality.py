@@ -26,8 +26,8 @@ from benchmarks.common import save
 from lowrank.evaluate.score import export
 from lowrank.infra.log import read_log
 from lowrank.recipes.vit import vit_mini
-from lowrank.run.overrides import override, resolve
-from lowrank.run.run import Run, fingerprint
+from lowrank.run.overrides import fingerprint, override, resolve
+from lowrank.run.run import Run
 from lowrank.run.validation import validate
 from lowrank.train.loop import train
 

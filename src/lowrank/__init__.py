@@ -9,13 +9,20 @@ In short:
     lowrank.merge_and_unload(model)
 """
 
-from lowrank import adapters, methods, optim
-from lowrank.adapters import merge_and_unload
+from typing import TYPE_CHECKING
+
 from lowrank.infra import moved
-from lowrank.infra.loaded import mark_loaded_
-from lowrank.methods import METHODS, Adapt, Method, Use
-from lowrank.optim.optimizer import Optimizer
-from lowrank.plan.plan import Plan, apply_, merge_
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank import adapters, methods, optim
+    from lowrank.adapters import merge_and_unload
+    from lowrank.infra.loaded import mark_loaded_
+    from lowrank.methods import METHODS, Adapt, Method, Use
+    from lowrank.optim.optimizer import Optimizer
+    from lowrank.plan.plan import Plan, apply_, merge_
+
+__getattr__ = attributes(__name__, __file__)
 
 __version__ = "0.1.0"
 

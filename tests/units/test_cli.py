@@ -10,6 +10,7 @@ import pytest
 from lowrank.cli import app as cli
 from lowrank.cli import commands
 from lowrank.cli.arguments import Command, Option, Parsed, UsageError, explain, options_of, parse
+from lowrank.infra.signatures import signature_of
 from lowrank.recipes import RECIPES
 from lowrank.run.overrides import catalogue, options
 
@@ -98,7 +99,7 @@ def test_options_come_from_signatures_and_docstrings():
             rank: never.
         """
 
-    assert [(o.name, o.value, o.help) for o in options_of(function)] == [
+    assert [(o.name, o.value, o.help) for o in options_of(signature_of(function))] == [
         ("rank", "N", "how many, at most"),
         ("kind", "TEXT", "both of these"),
         ("on", "", "both of these"),

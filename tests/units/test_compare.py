@@ -71,9 +71,9 @@ def test_shared_settings_reach_the_methods_that_have_them():
 
 def test_only_what_is_missing_is_executed(tmp_path):
     train = FakeTrain()
-    first = execute(plan("full", "lora", seeds=(1,)), tmp_path, train, say=quiet)
+    first = execute(plan("full", "lora", seeds=(1,)), tmp_path, train, say=quiet, offer=OFFER)
     assert [each.executed for each in first] == [True, True]
-    again = execute(plan("lora", "full", "lte", seeds=(1, 2)), tmp_path, train, say=quiet)
+    again = execute(plan("lora", "full", "lte", seeds=(1, 2)), tmp_path, train, say=quiet, offer=OFFER)
     assert [each.executed for each in again] == [False, False, True, True, True, True]
     assert again[0].folder == first[1].folder
     assert len(train.calls) == len({folder for _, folder, _ in train.calls}) == 6
@@ -81,55 +81,55 @@ def test_only_what_is_missing_is_executed(tmp_path):
 
 def test_runs_are_known_by_what_they_are_and_not_by_their_folder(tmp_path):
     train = FakeTrain()
-    execute(plan("full"), tmp_path, train, say=quiet)
+    execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)
     (tmp_path / "full_seed_0").rename(tmp_path / "other")
-    assert not execute(plan("full"), tmp_path, train, say=quiet)[0].executed
+    assert not execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)[0].executed
     changed = planned(a_run(steps=30), variants("full"), offer=OFFER)
-    assert execute(changed, tmp_path, train, say=quiet)[0].executed
+    assert execute(changed, tmp_path, train, say=quiet, offer=OFFER)[0].executed
     more = planned(
         a_run(log_every=5, data=Call(name="text", args={"tokenizer": "bytes"})), variants("full"), offer=OFFER
     )
-    assert not execute(more, tmp_path, train, say=quiet)[0].executed
+    assert not execute(more, tmp_path, train, say=quiet, offer=OFFER)[0].executed
 
 
 def test_the_same_run_asked_for_twice_is_executed_once(tmp_path):
     train = FakeTrain()
-    execute(plan("lora", "lora:rank=16"), tmp_path, train, say=quiet)
+    execute(plan("lora", "lora:rank=16"), tmp_path, train, say=quiet, offer=OFFER)
     assert len(train.calls) == 1
 
 
 def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_path):
     said = []
-    outcomes = execute(plan("full", "lora", "lte"), tmp_path, FakeTrain(failing="lora"), say=said.append)
+    outcomes = execute(plan("full", "lora", "lte"), tmp_path, FakeTrain(failing="lora"), say=said.append, offer=OFFER)
     assert [each.error for each in outcomes] == [None, "RuntimeError: it went wrong", None]
     assert any("it went wrong" in line for line in said)
     train = FakeTrain()
-    again = execute(plan("full", "lora", "lte"), tmp_path, train, say=quiet)
+    again = execute(plan("full", "lora", "lte"), tmp_path, train, say=quiet, offer=OFFER)
     assert [each.executed for each in again] == [False, True, False]
     assert train.calls[0][1] != outcomes[1].folder, "the failed run's folder is kept for looking at"
 
 
 def test_a_run_with_a_checkpoint_is_resumed(tmp_path):
-    execute(plan("full"), tmp_path, FakeTrain(), say=quiet)
+    execute(plan("full"), tmp_path, FakeTrain(), say=quiet, offer=OFFER)
     folder = tmp_path / "full_seed_0"
     (folder / "summary.json").unlink()
     (folder / "checkpoints" / "step-00000010").mkdir(parents=True)
     train = FakeTrain()
-    execute(plan("full"), tmp_path, train, say=quiet)
+    execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)
     assert [(path, resume) for _, path, resume in train.calls] == [(folder, True)]
 
 
 def test_stopping_a_run_stops_the_comparison(tmp_path):
     train = FakeTrain(interrupting="lora")
     with pytest.raises(KeyboardInterrupt):
-        execute(plan("full", "lora", "lte"), tmp_path, train, say=quiet)
+        execute(plan("full", "lora", "lte"), tmp_path, train, say=quiet, offer=OFFER)
     assert [run.method.name for run, _, _ in train.calls] == ["full", "lora"]
     assert json.loads((tmp_path / "lora_seed_0" / "summary.json").read_text())["interrupted"]
-    again = execute(plan("full", "lora"), tmp_path, FakeTrain(), say=quiet)
+    again = execute(plan("full", "lora"), tmp_path, FakeTrain(), say=quiet, offer=OFFER)
     assert [each.executed for each in again] == [False, True], "what was stopped is not taken for finished"
 
 
 def test_folders_that_hold_no_run_are_passed_over(tmp_path):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "run.json").write_text("{}")
-    assert execute(plan("full"), tmp_path, FakeTrain(), say=quiet)[0].executed
+    assert execute(plan("full"), tmp_path, FakeTrain(), say=quiet, offer=OFFER)[0].executed

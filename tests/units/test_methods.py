@@ -37,8 +37,7 @@ def test_the_catalogue_is_in_the_order_in_which_it_is_written() -> None:
 
 @pytest.mark.parametrize("name", METHODS)
 def test_the_family_is_that_of_the_value(name: str) -> None:
-    assert lowrank.methods.family_of(name) == METHODS[name]().family
-    assert lowrank.methods.family_of(lambda: METHODS[name]()) == METHODS[name]().family
+    assert METHODS.facts(name)["family"] == METHODS[name]().family
 
 
 @pytest.mark.parametrize("name", METHODS)

@@ -13,13 +13,14 @@ import pytest
 from tests.units.fakes import OFFER, a_run, lora
 
 from lowrank.infra import convert as convert_module
-from lowrank.infra.convert import convert, describe, settable
+from lowrank.infra.convert import convert, describe
+from lowrank.infra.signatures import signature_of
 from lowrank.recipes import RECIPES, find
 from lowrank.run import overrides as settings
 from lowrank.run import run
 from lowrank.run import validation as checks
-from lowrank.run.overrides import catalogue, override, resolve
-from lowrank.run.run import Call, Run, fingerprint
+from lowrank.run.overrides import catalogue, fingerprint, override, resolve
+from lowrank.run.run import Call, Run
 from lowrank.run.validation import refuse_changed, refuse_occupied, validate
 
 
@@ -163,7 +164,7 @@ def test_conversion_refuses(text, annotation, says):
 
 
 def test_only_data_can_be_set():
-    assert list(settable(lora)) == ["target_modules", "rank", "alpha"]
+    assert list(signature_of(lora).kinds) == ["target_modules", "rank", "alpha"]
     assert describe(bool | None) == "true or false or none"
 
 
@@ -236,7 +237,7 @@ def test_resolving_writes_every_default_out():
 
 
 def test_fingerprints_see_what_determines_the_numbers_and_nothing_else():
-    base = fingerprint(resolve(a_run(), OFFER))
+    base = fingerprint(a_run(), OFFER)
     for same in (
         {"log_every": 5},
         {"keep": 7},
@@ -245,15 +246,15 @@ def test_fingerprints_see_what_determines_the_numbers_and_nothing_else():
         {"wandb": True},
         {"per_method": {}},
     ):
-        assert fingerprint(resolve(a_run(**same), OFFER)) == base
+        assert fingerprint(a_run(**same), OFFER) == base
     for other in ({"seed": 1}, {"lr": 2e-3}, {"steps": 41}, {"stop_at": 20}, {"precision": "bf16"}, {"eval_every": 5}):
-        assert fingerprint(resolve(a_run(**other), OFFER)) != base
-    assert fingerprint(resolve(changed({"method": "lte"}), OFFER)) != base
+        assert fingerprint(a_run(**other), OFFER) != base
+    assert fingerprint(changed({"method": "lte"}), OFFER) != base
 
 
 def test_a_default_left_out_or_written_is_one_run():
     left, written = a_run(), a_run(data=Call(name="text", args={"context": 128, "tokenizer": "bytes"}))
-    assert fingerprint(resolve(left, OFFER)) == fingerprint(resolve(written, OFFER))
+    assert fingerprint(left, OFFER) == fingerprint(written, OFFER)
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -369,7 +370,7 @@ def test_choosing_the_recipe_s_own_method_again_changes_nothing():
 
 def test_the_catalogue_can_be_set_from_the_command_line():
     for functions in (catalogue().model, catalogue().data, catalogue().method):
-        assert all(settable(function) for function in functions.values())
+        assert all(signature_of(function).kinds for function in functions.values())
 
 
 def test_own_functions_and_files(tmp_path, monkeypatch):

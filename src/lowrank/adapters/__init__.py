@@ -1,12 +1,19 @@
 """Low-rank weights: trainable changes to frozen matrices, and when they are folded in."""
 
-from lowrank.adapters.adapter import Adapter, Additive, Site
-from lowrank.adapters.dense import Dense, DenseAdapter
-from lowrank.adapters.dora import DoRA, DoRAAdapter
-from lowrank.adapters.frozen import Unchanged, UnchangedAdapter
-from lowrank.adapters.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
-from lowrank.adapters.lora import LoRA, LoRAAdapter
-from lowrank.adapters.merge import Merge, merge_adapters_, merge_and_unload
+from typing import TYPE_CHECKING
+
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank.adapters.adapter import Adapter, Additive, Site
+    from lowrank.adapters.dense import Dense, DenseAdapter
+    from lowrank.adapters.dora import DoRA, DoRAAdapter
+    from lowrank.adapters.frozen import Unchanged, UnchangedAdapter
+    from lowrank.adapters.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
+    from lowrank.adapters.lora import LoRA, LoRAAdapter
+    from lowrank.adapters.merge import Merge, merge_adapters_, merge_and_unload
+
+__getattr__ = attributes(__name__, __file__)
 
 __all__ = [
     "AdaptedEmbedding",

@@ -13,7 +13,7 @@ from dataclasses import fields
 
 from lowrank.cli import commands
 from lowrank.cli.arguments import Command, Option, explain, options_of, overview, parse, placeholder
-from lowrank.infra.checkpoint import CheckpointError
+from lowrank.infra.checkpoint_files import CheckpointError
 from lowrank.infra.convert import nearest
 from lowrank.run.overrides import options
 from lowrank.run.run import Run
@@ -31,27 +31,11 @@ Begin with:
 lowrank COMMAND --help explains a command. LOWRANK_DEBUG=1 shows where an error came from.
 """
 
-_GROUPS = {
-    "What": ("model", "data", "method"),
-    "Length": ("steps", "epochs", "stop_at", "seed"),
-    "Learning rate": ("lr", "schedule", "warmup", "min_lr_ratio", "weight_decay"),
-    "Steps": ("batch_size", "own_data", "grad_accum", "max_grad_norm", "clip_per_layer", "per_layer"),
-    "Machine": ("device", "engine", "workers", "precision", "compile"),
-    "Evaluation and records": (
-        "eval_every",
-        "eval_batches",
-        "log_every",
-        "checkpoint_every",
-        "keep",
-        "tensorboard",
-        "wandb",
-    ),
-}
-
 _WHAT = (
     Option(name="method", value="NAME", group="What", help="see lowrank methods; its options are --method.rank 8 …"),
     Option(name="data", value="SOURCE", group="What", help="a file, folder or name; see lowrank data list"),
     Option(name="model", value="NAME", group="What", help="gpt2, vit, …; its options are --model.n_layer 4 …"),
+    Option(name="task", value="NAME", group="What", help="text, images, or a file.py:class of your own"),
     Option(name="labels", value="FILE", group="What", help="a folder of images' labels: CSV with path, label, …"),
 )
 
@@ -200,11 +184,6 @@ def _dispatch(words: list[str]) -> int:
 
 def every_command() -> list[Command]:
     """The commands, in the order in which the overview shows them."""
-    from lowrank.data import prepare
-    from lowrank.evaluate.generate import generate
-    from lowrank.evaluate.predict import predict
-    from lowrank.evaluate.score import score
-
     run, dotted = run_options(), ("method.", "model.", "data.")
     out = Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>")
     quiet = Option(name="quiet", help="no progress line")
@@ -270,7 +249,7 @@ def every_command() -> list[Command]:
             usage="eval RUN|MODEL [options]",
             summary="loss and perplexity on any split",
             about=_EVAL,
-            options=options_of(score),
+            options=options_of(commands.signature("score")),
             positions=(1, 1),
             call=commands.evaluate,
         ),
@@ -279,7 +258,7 @@ def every_command() -> list[Command]:
             usage="generate RUN|MODEL --prompt TEXT [options]",
             summary="text from a run or a model",
             about=_GENERATE,
-            options=options_of(generate),
+            options=options_of(commands.signature("generate")),
             positions=(1, 1),
             call=commands.generate,
         ),
@@ -297,7 +276,7 @@ def every_command() -> list[Command]:
             usage="predict --base RUN|FILE --adapter DIR IMAGE… [options]",
             summary="what image files show",
             about=_PREDICT,
-            options=options_of(predict),
+            options=options_of(commands.signature("predict")),
             positions=(1, None),
             call=commands.predict,
         ),
@@ -306,7 +285,7 @@ def every_command() -> list[Command]:
             usage="data list, or data prepare NAME|FILE [options]",
             summary="the texts there are, and tokenising one",
             about=_DATA,
-            options=options_of(prepare),
+            options=options_of(commands.signature("prepare")),
             positions=(1, 2),
             call=commands.data,
         ),
@@ -331,12 +310,10 @@ def every_command() -> list[Command]:
 
 def run_options() -> tuple[Option, ...]:
     """The settings of a run as options, grouped for the reader."""
-    about = {each.name: each.metadata.get("help", "") for each in fields(Run)}
     kinds = options()
     settings = [
-        Option(name=name, value=placeholder(kinds[name]), help=about[name], group=group)
-        for group, names in _GROUPS.items()
-        for name in names
-        if name in kinds
+        Option(name=each.name, value=placeholder(kinds[each.name]), help=each.metadata["help"], group=group)
+        for each in fields(Run)
+        if (group := each.metadata.get("group"))
     ]
     return (*_WHAT, *settings)

@@ -11,9 +11,10 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from lowrank.infra.convert import nearest, settable
+from lowrank.infra.convert import nearest
+from lowrank.infra.signatures import Signature
 
-_WIDTH = 100
+WIDTH = 80
 
 
 class UsageError(ValueError):
@@ -128,10 +129,10 @@ def overview(program: str, about: str, commands: Sequence[Command], closing: str
     return "\n".join([f"usage: {program} COMMAND …", "", about.strip(), "", "Commands:", *rows, "", closing.strip()])
 
 
-def options_of(function: Callable[..., Any]) -> tuple[Option, ...]:
+def options_of(function: Signature) -> tuple[Option, ...]:
     """Options from a function's signature and the `Args:` of its docstring, without the first, which is a position."""
-    about = _argument_help(function.__doc__ or "")
-    kinds = list(settable(function).items())[1:]
+    about = _argument_help(function.doc)
+    kinds = list(function.kinds.items())[1:]
     return tuple(
         Option(name=name, value=placeholder(kind), help=about.get(name, "").rstrip(".")) for name, kind in kinds
     )
@@ -183,7 +184,7 @@ def _flag(name: str) -> str:
 def _row(option: Option) -> str:
     left = f"  {_flag(option.name)} {option.value}".rstrip()
     indent = 30
-    lines = textwrap.wrap(option.help, _WIDTH - indent) or [""]
+    lines = textwrap.wrap(option.help, WIDTH - indent) or [""]
     if len(left) >= indent - 1:
         return "\n".join([left, *(" " * indent + line for line in lines)])
     return "\n".join([left.ljust(indent) + lines[0], *(" " * indent + line for line in lines[1:])])

@@ -14,10 +14,10 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.cli.arguments import Parsed, UsageError
-from lowrank.distributed.process_group import is_first, world_size
-from lowrank.infra.convert import convert, nearest, settable
+from lowrank.cli.arguments import WIDTH, Parsed, UsageError
+from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
+from lowrank.infra.signatures import Signature, module_file, read
 from lowrank.recipes import RECIPES, find
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
@@ -28,8 +28,6 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
-    from lowrank.train.loop import train as train_run
-
     changes = parsed.without(("out", "resume", "elastic", "init_from", "quiet"))
     resumed, elastic = parsed.options.get("resume"), _switch(parsed, "elastic")
     if elastic and (resumed is not None or "out" not in parsed.options):
@@ -52,6 +50,9 @@ def train(parsed: Parsed) -> int:
         before = Run.read(out / "run.json")
         run = _checked(override(before, {"stop_at": None, **changes}))
         refuse_changed(resolve(before), run)
+    from lowrank.distributed.process_group import is_first
+    from lowrank.train.loop import train as train_run
+
     start = Path(parsed.options["init_from"]) if "init_from" in parsed.options else None
     how = {"resume": resumed is not None, "elastic": elastic, "quiet": _switch(parsed, "quiet")}
     summary = train_run(run, out, init_from=start, **how)
@@ -62,15 +63,16 @@ def train(parsed: Parsed) -> int:
 
 def evaluate(parsed: Parsed) -> int:
     """Loss and perplexity of a run, a checkpoint, or a model that was never trained here."""
+    options = arguments("score", parsed.options)
     from lowrank.evaluate.score import score
 
-    options = _arguments(score, parsed.options)
     print(_aligned(score(_existing(parsed.positions[0]), **options)))
     return 0
 
 
 def compare(parsed: Parsed) -> int:
     """Many runs, the missing ones executed, and their report."""
+    from lowrank.distributed.process_group import world_size
     from lowrank.report.compare import execute, parse_variant, planned
     from lowrank.report.table import find_results
     from lowrank.train.loop import train as train_run
@@ -154,9 +156,10 @@ def _outlook(run: Run, given: Mapping[str, str]) -> Callable[[Any], str]:
 
 def generate(parsed: Parsed) -> int:
     """Text from a run or a model."""
+    options = arguments("generate", parsed.options)
     from lowrank.evaluate.generate import generate as generate_text
 
-    print(generate_text(_existing(parsed.positions[0]), **_arguments(generate_text, parsed.options)))
+    print(generate_text(_existing(parsed.positions[0]), **options))
     return 0
 
 
@@ -182,9 +185,10 @@ def export(parsed: Parsed) -> int:
 
 def predict(parsed: Parsed) -> int:
     """The class of each image file, the surest three with their probabilities."""
+    options = arguments("predict", parsed.options)
     from lowrank.evaluate.predict import predict as predict_images
 
-    for each in predict_images(parsed.positions, **_arguments(predict_images, parsed.options)):
+    for each in predict_images(parsed.positions, **options):
         surest = sorted(each.scores.items(), key=lambda item: -item[1])[:3]
         figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
         print(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})")
@@ -213,31 +217,28 @@ def data(parsed: Parsed) -> int:
         print(text_table(header, body, left=(0, 2, 3, 5)))
         return 0
     if what == "prepare" and len(names) == 1:
-        print(prepare(names[0], **_arguments(prepare, parsed.options)))
+        print(prepare(names[0], **arguments("prepare", parsed.options)))
         return 0
     raise UsageError("usage: lowrank data list, or lowrank data prepare NAME|FILE [options]")
 
 
 def methods(parsed: Parsed) -> int:
     """The catalogue, or one method with its options."""
-    offered = catalogue().method
+    offer = catalogue()
     if not parsed.positions:
-        print(_catalogue(offered))
+        print(_catalogue({name: offer.signature("method", name).doc for name in offer.method}))
         return 0
-    name = parsed.positions[0]
-    if name not in offered:
-        raise ValueError(f"there is no method {name!r}{nearest(name, offered)}; there are {', '.join(offered)}")
-    print(f"{name}\n\n{inspect.getdoc(offered[name])}\n\nOptions:")
-    for argument, parameter in inspect.signature(offered[name]).parameters.items():
-        if argument in settable(offered[name]):
-            print(f"  --method.{argument} {_written(parameter.default)}")
+    told = offer.signature("method", parsed.positions[0])
+    print(f"{parsed.positions[0]}\n\n{told.doc}\n\nOptions:")
+    for name, default in told.defaults.items():
+        print(f"  --method.{name} {_written(default)}")
     return 0
 
 
 def recipes(parsed: Parsed) -> int:
     """The recipes, or one with everything that it sets."""
     if not parsed.positions:
-        print(_catalogue(RECIPES))
+        print(_catalogue({name: inspect.getdoc(recipe) or "" for name, recipe in RECIPES.items()}))
         return 0
     name = parsed.positions[0]
     run = resolve(find(name))
@@ -293,9 +294,22 @@ def _verdict(out: Path, summary: Mapping[str, Any]) -> str:
     return f"{out}: step {summary['steps']}: " + ", ".join(parts)
 
 
-def _arguments(function: Callable[..., Any], options: Mapping[str, str]) -> dict[str, Any]:
+FUNCTIONS = {
+    "score": "lowrank.evaluate.score",
+    "generate": "lowrank.evaluate.generate",
+    "predict": "lowrank.evaluate.predict",
+    "prepare": "lowrank.data.text.prepare",
+}
+
+
+def signature(function: str) -> Signature:
+    """Of a function of the library whose arguments are a command's options; read, not imported."""
+    return read(module_file(FUNCTIONS[function]), function)
+
+
+def arguments(function: str, options: Mapping[str, str]) -> dict[str, Any]:
     """Options converted for the function whose signature they were made from."""
-    known = settable(function)
+    known = signature(function).kinds
     return {name: convert(value, known[name], f"--{name.replace('_', '-')}") for name, value in options.items()}
 
 
@@ -316,16 +330,14 @@ def _existing(source: str) -> str:
     return source
 
 
-def _catalogue(functions: Mapping[str, Callable[..., Any]]) -> str:
+def _catalogue(docs: Mapping[str, str]) -> str:
     """Names with the first paragraph of their docstrings."""
-    width = max(map(len, functions))
-    lines = []
-    for name, function in functions.items():
-        about = (inspect.getdoc(function) or "").partition("\n\n")[0].replace("``", "")
-        lines += textwrap.wrap(
-            " ".join(about.split()), 110, initial_indent=name.ljust(width + 2), subsequent_indent=" " * (width + 2)
-        )
-    return "\n".join(lines)
+    indent = " " * (max(map(len, docs)) + 2)
+    first = {name: " ".join(doc.partition("\n\n")[0].replace("``", "").split()) for name, doc in docs.items()}
+    return "\n".join(
+        textwrap.fill(about, WIDTH, initial_indent=name.ljust(len(indent)), subsequent_indent=indent)
+        for name, about in first.items()
+    )
 
 
 def _aligned(figures: Mapping[str, Any]) -> str:

@@ -3,16 +3,24 @@
 Nothing here knows a method or a model; what leaves is tensors of ids and labels.
 """
 
-from lowrank.data.catalogue import DATA
-from lowrank.data.text.batches import Documents, EvaluationDocuments, Streamed, Windows, evaluation_batches
-from lowrank.data.text.prepare import prepare
-from lowrank.data.text.source import Piece, Source
-from lowrank.data.text.sources import SourceInfo, list_sources, open_source
-from lowrank.data.text.token_files import Tokens, check_vocabulary
-from lowrank.data.text.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+from typing import TYPE_CHECKING
+
+from lowrank.data.catalogue import DATA, Data
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank.data.text.batches import Documents, EvaluationDocuments, Streamed, Windows, evaluation_batches
+    from lowrank.data.text.prepare import prepare
+    from lowrank.data.text.source import Piece, Source
+    from lowrank.data.text.sources import SourceInfo, list_sources, open_source
+    from lowrank.data.text.token_files import Tokens, check_vocabulary
+    from lowrank.data.text.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
+
+__getattr__ = attributes(__name__, __file__)
 
 __all__ = [
     "DATA",
+    "Data",
     "Documents",
     "EvaluationDocuments",
     "Piece",

@@ -1,16 +1,38 @@
-"""The data that a run can name: functions whose arguments are the run's ``--data.…`` options.
+"""The data that a run can name: functions that return a ``Data``, whose arguments are the run's ``--data.…`` options.
 
-What each returns offers the same to the loop: ``train(...)`` is a source of batches, ``evaluation(...)`` the batches of
-a split, each scored once. A batch is a pure function of (seed, n), so that a resumed run needs to know its step and
-nothing else.
+A batch is a pure function of (seed, n), so that a resumed run needs to know its step and nothing else.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from abc import ABC, abstractmethod
+from collections.abc import Iterable
+from typing import TYPE_CHECKING, Any
 
-from lowrank.data.images.source import ImageData, images
-from lowrank.data.text.corpora import StreamedText, TextData, stream, text
+from lowrank.infra.registry import Registry
 
-Data = TextData | StreamedText | ImageData
-DATA: dict[str, Callable[..., Data]] = {"text": text, "stream": stream, "images": images}
+if TYPE_CHECKING:
+    from torch import nn
+    from typing_extensions import Self
+
+DATA = Registry("data", "lowrank.data.text.corpora", "lowrank.data.images.source")
+
+
+class Data(ABC):
+    """What a run learns from, whatever it is made of. Models may ask more of it: a vocabulary, classes."""
+
+    @abstractmethod
+    def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> Any:
+        """A source of training batches: ``batch(n)``, rank's rows of the n-th, and ``batches_per_epoch``."""
+
+    @abstractmethod
+    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Any]:
+        """The batches of ``train``, ``val`` or ``test`` that score everything once; with ``limit`` as many of them."""
+
+    def for_model(self, model: nn.Module) -> Self:
+        """The same data as ``model`` wants it."""
+        return self
+
+    def bytes_per_token(self, split: str) -> float | None:
+        """Of text: UTF-8 bytes for one token, to turn nats a token into bits a byte; None where not known."""
+        return None

@@ -15,10 +15,12 @@ from torch import Tensor, nn
 
 from lowrank.data.images.set import Kind
 from lowrank.evaluate.image_metrics import image_metrics
+from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Batch
 
 
+@register("task", "images")
 class ImageTask:
     """Classification of images; the kind of labels is taken from the batches."""
 

@@ -22,7 +22,7 @@ from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.evaluator import evaluate
-from lowrank.run.overrides import override
+from lowrank.run.overrides import catalogue, override
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session, open_session, restore
 
@@ -91,7 +91,11 @@ def planned_session(run: Run) -> Session:
         facts = medmnist_facts(str(source), int(str(run.data.args.get("size") or 28)))
         return open_session(run, data=ImageData.without_images(facts))
     vocabulary = run.model.args.get("vocab_size")
-    needs_data = run.task != "text" or (run.model.name != "pretrained" and not isinstance(vocabulary, int))
+    needs_data = (
+        run.data.name not in DATA
+        or run.task != "text"
+        or (run.model.name != "pretrained" and not isinstance(vocabulary, int))
+    )
     if needs_data:
         return open_session(run)
     context = run.data.args["context"]
@@ -137,6 +141,9 @@ class _Unread:
     def check_vocabulary(self, vocab_size: int) -> None:
         pass  # there are no ids to check
 
+    def for_model(self, model: object) -> _Unread:
+        return self
+
 
 def _is_run(folder: Path) -> bool:
     return folder.is_dir() and not (folder / "config.json").is_file()
@@ -151,7 +158,7 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
         own = {"data.tokenizer": _same_tokenizer(session), "data.column": None, "data.limit": None}
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
     run = override(session.run, options if source is None else {"data": source, **options})
-    made = DATA[run.data.name](**run.data.args)
+    made = catalogue().make("data", run)
     if isinstance(made, ImageData):
         made = _same_classes(made.for_model(session.model), session.data)
     return replace(session, run=run, data=made)

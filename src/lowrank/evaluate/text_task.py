@@ -6,10 +6,12 @@ import math
 
 from torch import Tensor, nn
 
+from lowrank.infra.registry import register
 from lowrank.models.text import next_token_loss
 from lowrank.run.task import Batch
 
 
+@register("task", "text")
 class TextTask:
     """Next-token prediction; the loss in nats a token."""
 

@@ -9,15 +9,14 @@ from __future__ import annotations
 
 import difflib
 import functools
-import inspect
 import json
 import math
 import operator
 import types
-from collections.abc import Callable, Collection, Iterable, Sequence
+from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
 from pathlib import Path
-from typing import Any, Literal, TypeAlias, Union, get_args, get_origin, get_type_hints
+from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
 Scalar: TypeAlias = str | bool | int | float | None
 Setting: TypeAlias = Scalar | tuple[Scalar, ...]
@@ -197,12 +196,6 @@ def _item(member: Any) -> Any:
     return functools.reduce(operator.or_, arguments)
 
 
-def settable(function: Callable[..., Any]) -> dict[str, Any]:
-    """Parameters of a function that can be set as data: name -> resolved annotation.
-
-    Parameters that take objects (a rule, a schedule) are left out, and so are `*args` and `**kwargs`.
-    """
-    hints = get_type_hints(function)
-    kinds = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
-    named = [name for name, parameter in inspect.signature(function).parameters.items() if parameter.kind in kinds]
-    return {name: hints[name] for name in named if name in hints and _words(hints[name]) not in ([], ["none"])}
+def can_be_set(annotation: Any) -> bool:
+    """Whether values of this type can be written as data: not a rule or a schedule, which only Python can make."""
+    return _words(annotation) not in ([], ["none"])

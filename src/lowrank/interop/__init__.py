@@ -1,6 +1,13 @@
 """Files and frameworks of others, and adapters as files: export, load, switch."""
 
-from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, export_adapter, read_adapter, write_adapter
-from lowrank.interop.lora_vit import read_lora_vit
+from typing import TYPE_CHECKING
+
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, export_adapter, read_adapter, write_adapter
+    from lowrank.interop.lora_vit import read_lora_vit
+
+__getattr__ = attributes(__name__, __file__)
 
 __all__ = ["AdapterBank", "AdapterInfo", "export_adapter", "read_adapter", "read_lora_vit", "write_adapter"]

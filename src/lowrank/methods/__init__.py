@@ -20,33 +20,40 @@ where the defaults differ. Arguments mean the same everywhere:
   one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first.
 """
 
-import inspect
+from typing import TYPE_CHECKING
 
-# The order of these imports is that of the catalogue.
-# isort: off
-from lowrank.methods.low_rank_weights import (
-    dora,
-    frozen,
-    full,
-    linear_probe,
-    lora,
-    lora_plus,
-    lte,
-    multihead_lora,
-    pissa,
-    relora,
-    rslora,
+from lowrank.infra.lazy import attributes
+from lowrank.infra.registry import Registry
+
+if TYPE_CHECKING:
+    from lowrank.methods.combined import lte_galore
+    from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+    from lowrank.methods.low_rank_weights import (
+        dora,
+        frozen,
+        full,
+        linear_probe,
+        lora,
+        lora_plus,
+        lte,
+        multihead_lora,
+        pissa,
+        relora,
+        rslora,
+    )
+    from lowrank.methods.method import Adapt, Family, Method, Use
+
+__getattr__ = attributes(__name__, __file__)
+
+
+METHODS = Registry(
+    "method", "lowrank.methods.low_rank_weights", "lowrank.methods.low_rank_gradients", "lowrank.methods.combined"
 )
-from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
-from lowrank.methods.combined import lte_galore
-from lowrank.methods.method import METHODS, Adapt, Family, Method, Use, family_of, registered
-
-# isort: on
 
 
 def summary(name: str) -> str:
     """The first line of a method's docstring."""
-    return (inspect.getdoc(METHODS[name]) or "").partition("\n")[0]
+    return METHODS.signature(name).doc.partition("\n")[0]
 
 
 __all__ = [
@@ -58,7 +65,6 @@ __all__ = [
     "apollo",
     "apollo_mini",
     "dora",
-    "family_of",
     "fira",
     "frozen",
     "full",
@@ -72,7 +78,6 @@ __all__ = [
     "lte_galore",
     "multihead_lora",
     "pissa",
-    "registered",
     "relora",
     "rslora",
     "summary",

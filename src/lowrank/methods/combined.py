@@ -25,15 +25,16 @@ from lowrank.adapters import Dense, LoRA, Merge
 from lowrank.adapters.compression import Exchange
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
+from lowrank.infra.registry import register
 from lowrank.methods.low_rank_gradients import BasisName, Embeddings, basis_named, embedding_rules
-from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use, registered
+from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import AdamW, Rule
 
 Kind = Literal["mixed", "explorers"]
 
 
-@registered("both")
+@register("method", family="both")
 def lte_galore(
     kind: Kind = "mixed",
     *,

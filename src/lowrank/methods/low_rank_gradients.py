@@ -13,8 +13,9 @@ from typing import Literal
 
 from lowrank.adapters.targets import Targets
 from lowrank.infra.convert import nearest
+from lowrank.infra.registry import register
 from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
-from lowrank.methods.method import Method, Rest, Use, registered
+from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.lifts import Rescale, Residual
 from lowrank.optim.projected import Projected, ProjectedSide, Transport
@@ -34,7 +35,7 @@ def basis_named(name: str) -> Basis:
     return _BASES[name]
 
 
-@registered("projected")
+@register("method", family="projected")
 def galore(
     target_modules: Targets = "all-linear",
     *,
@@ -70,7 +71,7 @@ def galore(
     return _method("galore", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
-@registered("projected")
+@register("method", family="projected")
 def galore_8bit(
     target_modules: Targets = "all-linear",
     *,
@@ -101,7 +102,7 @@ def galore_8bit(
     return _method("galore_8bit", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
-@registered("projected")
+@register("method", family="projected")
 def galore_adafactor(
     target_modules: Targets = "all-linear",
     *,
@@ -119,7 +120,7 @@ def galore_adafactor(
     return _method("galore_adafactor", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
-@registered("projected")
+@register("method", family="projected")
 def apollo(
     target_modules: Targets = "all-linear",
     *,
@@ -140,7 +141,7 @@ def apollo(
     return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
-@registered("projected")
+@register("method", family="projected")
 def apollo_mini(
     target_modules: Targets = "all-linear",
     *,
@@ -167,7 +168,7 @@ def apollo_mini(
     return _method("apollo_mini", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
-@registered("projected")
+@register("method", family="projected")
 def fira(
     target_modules: Targets = "all-linear",
     *,

@@ -8,18 +8,19 @@ from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
 from lowrank.adapters.compression import Exchange
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
-from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use, registered
+from lowrank.infra.registry import register
+from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
 from lowrank.methods.schedule import Rewarm
 from lowrank.optim.rules import AdamW
 
 
-@registered("none")
+@register("method", family="none")
 def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
     """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
     return Method(name="full", rest=rest, freeze=freeze)
 
 
-@registered("none")
+@register("method", family="none")
 def frozen(
     target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
 ) -> Method:
@@ -30,13 +31,13 @@ def frozen(
     return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
 
 
-@registered("none")
+@register("method", family="none")
 def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
     """Linear probing (Alain and Bengio, arXiv 1610.01644): the output layer alone is trained, all else is frozen."""
     return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def lora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -57,7 +58,7 @@ def lora(
     return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def rslora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -78,7 +79,7 @@ def rslora(
     return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def dora(
     target_modules: Targets = "all-linear",
     *,
@@ -96,7 +97,7 @@ def dora(
     return Method(name="dora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def pissa(
     target_modules: Targets = "all-linear",
     *,
@@ -117,7 +118,7 @@ def pissa(
     return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def lora_plus(
     target_modules: Targets = ("q", "v"),
     *,
@@ -142,7 +143,7 @@ def lora_plus(
     )
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def multihead_lora(
     target_modules: Targets = "all-linear",
     *,
@@ -166,7 +167,7 @@ def multihead_lora(
     return Method(name="multihead_lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def lte(
     target_modules: Targets = "all-linear",
     *,
@@ -224,7 +225,7 @@ def lte(
     )
 
 
-@registered("adapter")
+@register("method", family="adapter")
 def relora(
     target_modules: Targets = "all-linear",
     *,

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Literal, TypeVar, get_args
+from typing import Literal, get_args
 
 from lowrank.adapters import Adapter, Merge, Site, Unchanged
 from lowrank.adapters.targets import Targets, as_list
@@ -124,32 +124,3 @@ class Method:
     def splits(self) -> bool:
         """Whether some adapters have heads that split the batch, which several ranks divide between them."""
         return any(getattr(adapt.make, "split", False) for adapt in self.adapt)
-
-
-Make = Callable[..., Method]
-AnyMake = TypeVar("AnyMake", bound=Make)
-METHODS: dict[str, Make] = {}  # by name, in the order of the catalogue
-_FAMILIES: dict[Make, Family] = {}
-
-
-def registered(family: Family) -> Callable[[AnyMake], AnyMake]:
-    """A decorator: the function makes a method of the catalogue, under its own name, of this family.
-
-    The family is said and not derived, so that it can be read without making a method.
-    """
-
-    def register(function: AnyMake) -> AnyMake:
-        METHODS[function.__name__], _FAMILIES[function] = function, family
-        return function
-
-    return register
-
-
-def family_of(method: str | Make) -> Family:
-    """The family of a method of the catalogue, by name, or of a function that makes one.
-
-    Raises:
-        KeyError: a name that is not in ``METHODS``.
-    """
-    function = METHODS[method] if isinstance(method, str) else method
-    return _FAMILIES[function] if function in _FAMILIES else function().family

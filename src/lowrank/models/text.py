@@ -6,7 +6,6 @@ argument is the data, which gives the vocabulary and the context where they are 
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any, Literal
 
@@ -17,12 +16,14 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.data.text.corpora import Corpus
 from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.registry import register
 
 # Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.
 CHUNK_ABOVE = 1 << 26
 CHUNKED_MODELS = ("gpt2", "llama", "mistral", "qwen2")  # whose logits are lm_head(hidden) and nothing more
 
 
+@register("model", task="text")
 def gpt2(
     data: Corpus,
     *,
@@ -85,6 +86,7 @@ LLAMA_SHAPES = {
 LlamaSize = Literal["9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b"]
 
 
+@register("model", task="text")
 def llama(
     data: Corpus,
     *,
@@ -131,6 +133,7 @@ def llama(
     return LlamaForCausalLM(config)
 
 
+@register("model", task="text")
 def pretrained(data: Corpus, *, path: str = "gpt2", dtype: str = "float32") -> nn.Module:
     """Any causal language model of transformers, from a local folder or by its name on the hub.
 
@@ -155,9 +158,6 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
     missing = set(info["missing_keys"])
     mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
     return model
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {"gpt2": gpt2, "llama": llama, "pretrained": pretrained}
 
 
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:

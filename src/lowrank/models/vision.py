@@ -21,8 +21,10 @@ from lowrank.data.images.set import ImageSpec
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.registry import register
 
 
+@register("model", "vit-mini", task="images")
 def vit_mini(
     data: ImageData,
     *,
@@ -67,6 +69,7 @@ def vit_mini(
     return _as_module(model)
 
 
+@register("model", "vit", task="images")
 def vit(
     data: ImageData,
     *,
@@ -125,6 +128,7 @@ def vit(
     return _as_module(model)
 
 
+@register("model", "hf-vit", task="images")
 def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) -> nn.Module:
     """transformers' ViT (or another of its image classifiers) from a local folder, or by its name on the hub.
 
@@ -160,9 +164,6 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
         _resize_positions_(model, image_size)
     model.image_spec = _spec_of_folder(folder, _side(model.config.image_size))
     return _as_module(model)
-
-
-MODELS: dict[str, Callable[..., nn.Module]] = {"vit-mini": vit_mini, "vit": vit, "hf-vit": hf_vit}
 
 
 def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:

@@ -1,14 +1,21 @@
 """Low-rank gradients: update rules, the subspaces they can run in, and the one optimizer that runs them."""
 
-from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
-from lowrank.optim.adafactor import Adafactor
-from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
-from lowrank.optim.optimizer import Optimizer
-from lowrank.optim.projected import Projected
-from lowrank.optim.refresh import Lazy
-from lowrank.optim.rules import SGD, AdamW, Rule, State
-from lowrank.optim.tucker import Tucker
+from typing import TYPE_CHECKING
+
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
+    from lowrank.optim.adafactor import Adafactor
+    from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
+    from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
+    from lowrank.optim.optimizer import Optimizer
+    from lowrank.optim.projected import Projected
+    from lowrank.optim.refresh import Lazy
+    from lowrank.optim.rules import SGD, AdamW, Rule, State
+    from lowrank.optim.tucker import Tucker
+
+__getattr__ = attributes(__name__, __file__)
 
 __all__ = [
     "SGD",

@@ -1,7 +1,14 @@
 """Binds a method to a model: which parameter trains by which adapter and rule, and what that costs."""
 
-from lowrank.plan.assignment import Row
-from lowrank.plan.memory import Ledger
-from lowrank.plan.plan import Plan, apply_, merge_
+from typing import TYPE_CHECKING
+
+from lowrank.infra.lazy import attributes
+
+if TYPE_CHECKING:
+    from lowrank.plan.assignment import Row
+    from lowrank.plan.memory import Ledger
+    from lowrank.plan.plan import Plan, apply_, merge_
+
+__getattr__ = attributes(__name__, __file__)
 
 __all__ = ["Ledger", "Plan", "Row", "apply_", "merge_"]

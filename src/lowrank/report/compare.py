@@ -14,10 +14,10 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.infra import checkpoint
-from lowrank.infra.convert import settable
 from lowrank.report.table import is_finished
-from lowrank.run.overrides import Catalogue, catalogue, options, override, resolve
-from lowrank.run.run import Run, fingerprint
+from lowrank.run.overrides import Catalogue, catalogue, fingerprint, options, override, resolve
+from lowrank.run.own_files import is_own
+from lowrank.run.run import Run
 from lowrank.run.validation import validate
 
 Train = Callable[..., Mapping[str, Any]]
@@ -62,14 +62,14 @@ def parse_variant(text: str, offer: Catalogue | None = None) -> Variant:
     """
     offer = offer or catalogue()
     method, *parts = re.split(r":(?=[\w.-]+=)", text)
-    known = settable(offer.method[method]) if method in offer.method else {}
+    known = offer.signature("method", method).kinds if method in offer.method or is_own(method) else {}
     settings: dict[str, object] = {}
     for part in parts:
         name, _, value = part.partition("=")
         name = name.replace("-", "_")
         of_the_run = "." in name or (name in options() and name not in known)
         settings[name if of_the_run else f"method.{name}"] = value
-    if ":" in method:
+    if ":" in method and not is_own(method):
         raise ValueError(f"{text!r}: a colon is followed by name=value, as in lora:rank=16:lr=3e-3")
     return Variant(method=method, settings=settings)
 
@@ -111,7 +111,9 @@ def planned(
     return runs
 
 
-def execute(runs: Sequence[Planned], out: Path, train: Train, *, say: Say = print) -> list[Outcome]:
+def execute(
+    runs: Sequence[Planned], out: Path, train: Train, *, say: Say = print, offer: Catalogue | None = None
+) -> list[Outcome]:
     """Train what is missing under `out`, each run in a folder of its own.
 
     Args:
@@ -119,12 +121,14 @@ def execute(runs: Sequence[Planned], out: Path, train: Train, *, say: Say = prin
         out: holds one folder a run; complete ones are recognised by fingerprint, whatever they are called.
         train: `lowrank.train.loop.train`.
         say: where to announce what happens.
+        offer: as in `planned`.
     """
-    done = {mark: folder for folder, mark in _fingerprints(out) if is_finished(folder)}
-    begun = {mark: folder for folder, mark in _fingerprints(out) if checkpoint.saved(folder / "checkpoints")}
+    found = _fingerprints(out, offer)
+    done = {mark: folder for folder, mark in found if is_finished(folder)}
+    begun = {mark: folder for folder, mark in found if checkpoint.saved(folder / "checkpoints")}
     outcomes = []
     for number, each in enumerate(runs, start=1):
-        mark = fingerprint(each.run)
+        mark = fingerprint(each.run, offer)
         if mark in done:
             say(f"[{number}/{len(runs)}] {each.name}: already in {done[mark]}")
             outcomes.append(Outcome(name=each.name, folder=done[mark], executed=False))
@@ -157,14 +161,13 @@ def _attempt(each: Planned, folder: Path, train: Train, *, resume: bool) -> Outc
 def _one(base: Run, variant: Variant, changes: Mapping[str, object], offer: Catalogue) -> Run:
     """The base under a variant: method first, then what all share, then the variant's own."""
     run = override(base, {"method": variant.method}, offer)
-    known = settable(offer.method[variant.method])
+    known = offer.signature("method", variant.method).kinds
     shared = {name: value for name, value in changes.items() if _argument(name) is None or _argument(name) in known}
     return override(override(run, shared, offer), variant.settings, offer)
 
 
 def _refuse_unreached(variants: Sequence[Variant], changes: Mapping[str, object], offer: Catalogue) -> None:
-    known = [offer.method[each.method] for each in variants if each.method in offer.method]
-    reached = {name for method in known for name in settable(method)}
+    reached = {name for each in variants for name in offer.signature("method", each.method).kinds}
     for name in changes:
         argument = _argument(name)
         if argument is not None and argument not in reached:
@@ -177,13 +180,13 @@ def _argument(name: str) -> str | None:
     return argument if kind == "method" and dot else None
 
 
-def _fingerprints(out: Path) -> list[tuple[Path, str]]:
+def _fingerprints(out: Path, offer: Catalogue | None) -> list[tuple[Path, str]]:
     """Folders of runs under `out` with their fingerprints; what cannot be read is no run of ours."""
     found = []
     for path in sorted(out.glob("*/run.json")):
         try:
-            found.append((path.parent, fingerprint(Run.read(path))))
-        except (ValueError, TypeError):
+            found.append((path.parent, fingerprint(Run.read(path), offer)))
+        except (ValueError, TypeError, OSError):
             continue
     return found
 

@@ -17,10 +17,9 @@ from typing import Any
 
 from lowrank.infra.log import read_log
 from lowrank.infra.progress import short_bytes, short_count
+from lowrank.run.run import flat, names_that
 
 # Settings that neither name a row nor are shared by its runs, or that only say what is written.
-_UNNAMED = ("recipe", "seed", "lr", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb")
-
 _SENT = {"sent/step": "bytes_sent_per_step", "between": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
 
 
@@ -174,13 +173,7 @@ def differences(results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, li
 def _read(folder: Path) -> Result:
     run = json.loads((folder / "run.json").read_text(encoding="utf-8"))
     summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
-    settings: dict[str, Any] = {}
-    for name, value in run.items():
-        if name in ("model", "data", "method"):
-            settings[name] = value["name"]
-            settings |= {f"{name}.{argument}": each for argument, each in value["args"].items()}
-        elif name != "per_method":
-            settings[name] = value
+    settings = flat(run)
     log = read_log(folder / "log.jsonl") if (folder / "log.jsonl").is_file() else []
     return Result(folder=folder, settings=settings, summary=summary, log=log)
 
@@ -190,10 +183,10 @@ def _labels(results: Sequence[Result]) -> list[str]:
     by_method: dict[str, list[Result]] = {}
     for result in results:
         by_method.setdefault(result.method, []).append(result)
-    telling = {}
+    telling, unnamed = {}, names_that("labels", False)
     for method, same in by_method.items():
         _, differ = differences(same)
-        telling[method] = [name for name in differ if name not in _UNNAMED]
+        telling[method] = [name for name in differ if name not in unnamed]
     recipes = len({result.settings["recipe"] for result in results}) > 1
     labels = []
     for result in results:

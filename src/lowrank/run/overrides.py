@@ -1,38 +1,79 @@
-"""Settings of a run: overridden and completed against the signatures they reach.
+"""Settings of a run: overridden and completed against the signatures they reach, without importing what they name.
 
-    override   recipe + {"method": "lte", "method.rank": "4"}  ->  Run
-    resolve    fills in the defaults of the functions named, so that `run.json` says all
+    override     recipe + {"method": "lte", "method.rank": "4"}  ->  Run
+    resolve      fills in the defaults of the functions named, so that `run.json` says all
+    fingerprint  what two runs have in common whose numbers are the same
 
 `--method X` starts from X's own defaults and from what the recipe says about X (`Run.per_method`, written in the words
-of the command line: `{"*": {"lr": 1e-3}, "lora": {"lr": 3e-3, "method.rank": 8}}`, "*" first); options come on top.
+of the command line: `{"*": {"lr": 1e-3}, "@adapter": {"method.rank": 8}, "lora": {"lr": 3e-3}}`; "*" first, then the
+method's family, then its name); options come on top.
 """
 
 from __future__ import annotations
 
-import inspect
+import hashlib
+import json
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, field, fields, replace
+from pathlib import Path
 from typing import Any, get_type_hints
 
-from lowrank.infra.convert import Setting, convert, nearest, settable
-from lowrank.run.run import Call, Run
+from lowrank.infra.convert import Setting, convert, nearest
+from lowrank.infra.registry import Registry, signature_in
+from lowrank.infra.signatures import Signature
+from lowrank.run import own_files
+from lowrank.run.run import Call, Run, flat, names_that
 
 Functions = Mapping[str, Callable[..., Any]]
 _CALLS = ("model", "data", "method")
-_FIXED = (*_CALLS, "recipe", "task", "per_method")
+_FIXED = (*_CALLS, "recipe", "per_method", "files")
+_TASKS = Registry("task", "lowrank.evaluate.text_task", "lowrank.evaluate.image_task")
 
 
 @dataclass(frozen=True, kw_only=True)
 class Catalogue:
-    """The functions that a run's calls name; their signatures are the options."""
+    """The functions that a run's calls name, beside those of a user's own files; their signatures are the options."""
 
     model: Functions
     data: Functions
     method: Functions
+    task: Functions = field(default_factory=lambda: _TASKS)
 
     def of(self, kind: str) -> Functions:
         functions: Functions = getattr(self, kind)
         return functions
+
+    def check(self, kind: str, name: str) -> None:
+        """Raise ValueError for a name that is not offered and no file's function; the nearest is named."""
+        known = self.of(kind)
+        if name not in known and not own_files.is_own(name):
+            raise ValueError(
+                f"there is no {kind} {name!r}{nearest(name, known)}; there are {', '.join(known)}, and file.py:function"
+            )
+
+    def signature(self, kind: str, name: str) -> Signature:
+        self.check(kind, name)
+        return own_files.signature(name) if own_files.is_own(name) else signature_in(self.of(kind), name)
+
+    def facts(self, kind: str, name: str) -> Mapping[str, Any]:
+        """What was said of a function where it is defined, such as a model's task or a method's family."""
+        functions = self.of(kind)
+        return functions.facts(name) if isinstance(functions, Registry) else {}
+
+    def function(self, kind: str, run: Run) -> Callable[..., Any]:
+        """What a run names, imported.
+
+        Raises:
+            PermissionError, ValueError: it lies in a file that is not trusted, or has changed (``own_files.load``).
+        """
+        name = run.task if kind == "task" else getattr(run, kind).name
+        self.check(kind, name)
+        found: Callable[..., Any] = own_files.load(name, run.files) if own_files.is_own(name) else self.of(kind)[name]
+        return found
+
+    def make(self, kind: str, run: Run, *first: object) -> Any:
+        """What the function that a run names returns for the run's arguments."""
+        return self.function(kind, run)(*first, **getattr(run, kind).args)
 
 
 def catalogue() -> Catalogue:
@@ -50,7 +91,8 @@ def override(run: Run, changes: Mapping[str, object], offer: Catalogue | None = 
     Args:
         run: where to start.
         changes: option -> value, text or plain data: a field of `Run` ("steps", "batch-size"), "model" or "method" (a
-            name), "data" (the source), or an argument of one of these ("method.rank", "model.n_layer").
+            name, or a file.py:function, which is trusted with that), "data" (a source or file.py:function), "task", or
+            an argument of one of these ("method.rank", "model.n_layer").
         offer: the functions to check against; this library's by default.
 
     Raises:
@@ -63,8 +105,8 @@ def override(run: Run, changes: Mapping[str, object], offer: Catalogue | None = 
         changes["data.labels"] = changes.pop("labels")
     if {"steps", "epochs"} <= changes.keys():
         raise ValueError("--steps and --epochs both give the length of the run: leave one out")
-    for kind in ("model", "method"):
-        if kind in changes:
+    for kind in (*_CALLS, "task"):
+        if kind in changes and (kind != "data" or own_files.is_own(str(changes[kind]))):
             run = _choose(run, kind, str(changes.pop(kind)), offer)
     for name, value in changes.items():
         run = _set(run, name, value, offer)
@@ -78,16 +120,36 @@ def resolve(run: Run, offer: Catalogue | None = None) -> Run:
         ValueError: an unknown function or argument, or a value that does not fit.
     """
     offer = offer or catalogue()
-    complete: dict[str, Any] = {}
-    for kind in _CALLS:
-        call: Call = getattr(run, kind)
-        function = _function(kind, call.name, offer)
-        parameters = inspect.signature(function).parameters
-        known = settable(function)
-        given = {name: _checked(kind, call.name, name, value, offer) for name, value in call.args.items()}
-        args = {name: parameters[name].default for name in known if _is_data(parameters[name].default)} | given
-        complete[kind] = Call(name=call.name, args={name: args[name] for name in known if name in args})
+    complete: dict[str, Any] = {kind: _complete(run, kind, offer) for kind in _CALLS}
     return replace(run, **complete)
+
+
+def fingerprint(run: Run, offer: Catalogue | None = None) -> str:
+    """SHA-256 over everything that determines the numbers of a run, in hexadecimal.
+
+    Names, logging, and arguments that are announced as ``without_effect`` do not count; a default left out, the same
+    value written out, and the same number written otherwise are one run; so is a file of one's own, wherever it lies.
+    """
+    offer = offer or catalogue()
+    run = identified(resolve(run, offer))
+    idle = {f"{kind}.{name}" for kind in _CALLS for name in without_effect(run, kind, offer)} | names_that(
+        "counts", False
+    )
+    content = {name: value for name, value in flat(run.to_json()).items() if name not in idle}
+    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
+    return hashlib.sha256(text.encode()).hexdigest()
+
+
+def identified(run: Run) -> Run:
+    """The run with the digests of its own files in their names' place."""
+    named: dict[str, Any] = {kind: replace(getattr(run, kind), name=_identity(run, kind)) for kind in _CALLS}
+    return replace(run, task=own_files.identity(run.task, run.files), **named)
+
+
+def without_effect(run: Run, kind: str, offer: Catalogue) -> tuple[str, ...]:
+    """Arguments of a call that change no number, such as how many processes tokenise."""
+    names: tuple[str, ...] = offer.facts(kind, getattr(run, kind).name).get("without_effect", ())
+    return names
 
 
 def options() -> dict[str, Any]:
@@ -97,16 +159,49 @@ def options() -> dict[str, Any]:
 
 
 def _choose(run: Run, kind: str, name: str, offer: Catalogue) -> Run:
-    """Another model or method, from its own defaults; the one already there is left as it is."""
-    _function(kind, name, offer)
-    if getattr(run, kind).name == name:
+    """Another model, method, data or task, from its own defaults; the one already there is left as it is."""
+    offer.check(kind, name)
+    if own_files.is_own(name):
+        name, file, digest = own_files.given(name)
+        run = replace(run, files={**run.files, file: digest})
+    if name == (run.task if kind == "task" else getattr(run, kind).name):
         return run
-    run = _with(run, kind, Call(name=name))
-    if kind == "method":
-        for hints in (run.per_method.get("*", {}), run.per_method.get(name, {})):
-            for option, value in hints.items():
+    run = _with(run, kind, name if kind == "task" else Call(name=name))
+    named = [each.rpartition(":")[0] for each in (run.task, run.model.name, run.data.name, run.method.name)]
+    run = replace(run, files={file: digest for file, digest in run.files.items() if file in named})
+    return _advised(run, offer) if kind == "method" else run
+
+
+def _advised(run: Run, offer: Catalogue) -> Run:
+    """The run with what its recipe says about its method; for all and by family, what this method has."""
+    name = run.method.name
+    known = offer.signature("method", name).kinds
+    for key in ("*", f"@{offer.facts('method', name).get('family')}", name):
+        for option, value in run.per_method.get(key, {}).items():
+            if key == name or not option.startswith("method.") or option.removeprefix("method.") in known:
                 run = _set(run, option, value, offer)
     return run
+
+
+def _complete(run: Run, kind: str, offer: Catalogue) -> Call:
+    """A call with its defaults; one of a file that is gone or has changed is left as it was written."""
+    call: Call = getattr(run, kind)
+    file = call.name.rpartition(":")[0]
+    if own_files.is_own(call.name) and own_files.digest(Path(file)) != run.files.get(file):
+        return call
+    told = offer.signature(kind, call.name)
+    given = {name: _checked(kind, call.name, name, value, offer) for name, value in call.args.items()}
+    defaults = {
+        name: convert(value, told.kinds[name], f"--{kind}.{name}")
+        for name, value in told.defaults.items()
+        if _is_data(value)
+    }
+    args = defaults | given
+    return Call(name=call.name, args={name: args[name] for name in told.kinds if name in args})
+
+
+def _identity(run: Run, kind: str) -> str:
+    return own_files.identity(getattr(run, kind).name, run.files)
 
 
 def _set(run: Run, name: str, value: object, offer: Catalogue) -> Run:
@@ -120,7 +215,7 @@ def _set(run: Run, name: str, value: object, offer: Catalogue) -> Run:
         return _with(run, kind, Call(name=call.name, args=args))
     known = options()
     if name not in known:
-        known_names = [*(_flag(each) for each in known), "--model", "--data", "--method"]
+        known_names = [*(_flag(each) for each in known), *map(_flag, _CALLS)]
         raise ValueError(f"there is no option {_flag(name)}{nearest(_flag(name), known_names)}")
     if name in ("steps", "epochs"):
         run = replace(run, steps=None, epochs=None)  # whichever is set, it is the only length
@@ -132,16 +227,9 @@ def _with(run: Run, name: str, value: Any) -> Run:
     return replace(run, **changed)
 
 
-def _function(kind: str, name: str, offer: Catalogue) -> Callable[..., Any]:
-    functions = offer.of(kind)
-    if name not in functions:
-        raise ValueError(f"there is no {kind} {name!r}{nearest(name, functions)}; there are {', '.join(functions)}")
-    return functions[name]
-
-
 def _checked(kind: str, call: str, argument: str, value: object, offer: Catalogue) -> Setting:
     """A value for an argument of the function that a call names."""
-    known = settable(_function(kind, call, offer))
+    known = offer.signature(kind, call).kinds
     if argument not in known:
         takes = f"it takes {', '.join(known)}" if known else "it takes no options"
         raise ValueError(f"--{kind}.{argument}: {kind} {call} has no {argument!r}{nearest(argument, known)}; {takes}")

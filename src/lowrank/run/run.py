@@ -7,7 +7,6 @@ JSON and back without loss, and that JSON, `run.json`, is all that is needed to 
 
 from __future__ import annotations
 
-import hashlib
 import json
 import math
 from collections.abc import Mapping
@@ -20,8 +19,33 @@ from lowrank.infra.convert import Setting, convert, nearest
 
 Settings: TypeAlias = Mapping[str, Setting]
 
-# Fields that say what is written and how a run is called, and leave its numbers as they are.
-_SILENT = ("recipe", "per_method", "log_every", "checkpoint_every", "keep", "tensorboard", "wandb")
+_CALLS = ("model", "data", "method")
+
+
+def _setting(
+    default: Any,
+    help: str,
+    group: str,
+    *,
+    may_change: bool = False,
+    counts: bool = True,
+    labels: bool = True,
+) -> Any:
+    """A field of a run, and what is to be known of it.
+
+    Args:
+        default: where a recipe does not say.
+        help: for its option.
+        group: under which heading ``--help`` shows it.
+        may_change: when the run is resumed; nothing of it is in the checkpoint.
+        counts: it determines the run's numbers, so that it is part of the fingerprint.
+        labels: runs that differ in it are told apart by it in tables.
+    """
+    about = {"help": help, "group": group, "may_change": may_change, "counts": counts, "labels": labels}
+    return field(default=default, metadata=about)
+
+
+_WRITTEN: Any = {"may_change": True, "counts": False, "labels": False}  # says what is written, and changes no number
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -46,7 +70,9 @@ class Call:
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Call:
         _refuse_unknown(content, ("name", "args"), "a call")
-        return Call(name=content["name"], args=content.get("args", {}))
+        if not isinstance(content.get("name"), str):
+            raise ValueError(f"a call has a name, which is text, got {content.get('name')!r}")
+        return Call(name=content["name"], args=_mapping(content.get("args", {}), "a call's args"))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -54,59 +80,64 @@ class Run:
     """Everything that determines a training run.
 
     Lengths are in optimizer steps, sizes in sequences or images. A step sees `batch_size * grad_accum` of them.
+    `per_method`: what choosing a method also sets, by its name, its family (`@adapter`, `@projected`) or for all (`*`).
+    `files`: the digests of the user's own files that the calls name (`lowrank.run.own_files`).
     """
 
-    recipe: str
-    task: Literal["text", "images"]
+    recipe: str = field(metadata=_WRITTEN)
+    task: str
     model: Call
     data: Call
     method: Call
-    steps: int | None = field(default=None, metadata={"help": "optimizer steps: the schedule's horizon"})
-    epochs: float | None = field(default=None, metadata={"help": "passes over the data, instead of --steps"})
-    stop_at: int | None = field(default=None, metadata={"help": "stop after this step, the schedule unchanged"})
-    lr: float = field(default=1e-3, metadata={"help": "peak learning rate"})
-    min_lr_ratio: float = field(default=0.1, metadata={"help": "last learning rate / peak learning rate"})
-    warmup: float = field(default=0.05, metadata={"help": "warm-up: a share of the steps if below 1, else steps"})
-    schedule: Literal["cosine", "linear", "constant"] = field(
-        default="cosine", metadata={"help": "shape of the decay after the warm-up"}
+    steps: int | None = _setting(None, "optimizer steps: the schedule's horizon", "Length", may_change=True)
+    epochs: float | None = _setting(None, "passes over the data, instead of --steps", "Length", may_change=True)
+    stop_at: int | None = _setting(None, "stop after this step, the schedule unchanged", "Length", may_change=True)
+    lr: float = _setting(1e-3, "peak learning rate", "Learning rate", labels=False)
+    min_lr_ratio: float = _setting(0.1, "last learning rate / peak learning rate", "Learning rate")
+    warmup: float = _setting(0.05, "warm-up: a share of the steps if below 1, else steps", "Learning rate")
+    schedule: Literal["cosine", "linear", "constant"] = _setting(
+        "cosine", "shape of the decay after the warm-up", "Learning rate"
     )
-    weight_decay: float = field(default=0.1, metadata={"help": "decoupled weight decay"})
-    own_data: bool = field(default=False, metadata={"help": "each rank reads (and is scored on) its own --data"})
-    batch_size: int = field(default=16, metadata={"help": "sequences or images in a micro-batch"})
-    grad_accum: int = field(default=1, metadata={"help": "micro-batches in a step"})
-    max_grad_norm: float | None = field(default=1.0, metadata={"help": "clip the global gradient norm; none: do not"})
-    clip_per_layer: float | None = field(default=None, metadata={"help": "clip each parameter's gradient norm"})
-    per_layer: bool = field(default=False, metadata={"help": "step each layer during backward: saves the gradients"})
-    precision: Literal["fp32", "bf16", "fp16", "bf16-weights"] = field(
-        default="fp32", metadata={"help": "autocast to bf16 or fp16, or keep the weights themselves in bfloat16"}
+    weight_decay: float = _setting(0.1, "decoupled weight decay", "Learning rate")
+    own_data: bool = _setting(False, "each rank reads (and is scored on) its own --data", "Steps")
+    batch_size: int = _setting(16, "sequences or images in a micro-batch", "Steps")
+    grad_accum: int = _setting(1, "micro-batches in a step", "Steps")
+    max_grad_norm: float | None = _setting(1.0, "clip the global gradient norm; none: do not", "Steps")
+    clip_per_layer: float | None = _setting(None, "clip each parameter's gradient norm", "Steps")
+    per_layer: bool = _setting(False, "step each layer during backward: saves the gradients", "Steps")
+    precision: Literal["fp32", "bf16", "fp16", "bf16-weights"] = _setting(
+        "fp32", "autocast to bf16 or fp16, or keep the weights themselves in bfloat16", "Machine"
     )
-    compile: bool = field(default=False, metadata={"help": "torch.compile the model"})
-    engine: Literal["auto", "ddp", "fsdp"] = field(
-        default="auto",
-        metadata={
-            "help": "several ranks: LTE's heads apart and else in step; all in step; in step and sharded (FSDP2)"
-        },
+    compile: bool = _setting(False, "torch.compile the model", "Machine", may_change=True)
+    engine: Literal["auto", "ddp", "fsdp"] = _setting(
+        "auto", "several ranks: LTE's heads apart and else in step; all in step; in step and sharded (FSDP2)", "Machine"
     )
-    workers: int | Literal["nodes"] | None = field(
-        default=None,
-        metadata={"help": "with --engine ddp or fsdp: groups of ranks that train apart, or one for each of the nodes"},
+    workers: int | Literal["nodes"] | None = _setting(
+        None,
+        "with --engine ddp or fsdp: groups of ranks that train apart, or one for each of the nodes",
+        "Machine",
+        may_change=True,
     )
-    device: Literal["auto", "cpu", "cuda"] = field(default="auto", metadata={"help": "where to train"})
-    seed: int = field(default=0, metadata={"help": "seed of weights, factors, data order and dropout"})
-    eval_every: int | None = field(default=100, metadata={"help": "steps between evaluations; none: an epoch"})
-    eval_batches: int | None = field(default=None, metadata={"help": "batches of an evaluation; none: the whole split"})
-    log_every: int = field(default=1, metadata={"help": "steps between records in log.jsonl"})
-    checkpoint_every: int = field(default=100, metadata={"help": "steps between checkpoints"})
-    keep: int = field(default=2, metadata={"help": "latest checkpoints to keep, beside the best"})
-    tensorboard: bool = field(default=False, metadata={"help": "also write TensorBoard events"})
-    wandb: bool = field(default=False, metadata={"help": "also write to Weights & Biases"})
-    per_method: Mapping[str, Settings] = field(
-        default_factory=dict, hash=False, metadata={"help": "what choosing a method also sets; '*': for every method"}
+    device: Literal["auto", "cpu", "cuda"] = _setting("auto", "where to train", "Machine", may_change=True)
+    seed: int = _setting(0, "seed of weights, factors, data order and dropout", "Length", labels=False)
+    eval_every: int | None = _setting(
+        100, "steps between evaluations; none: an epoch", "Evaluation and records", may_change=True
     )
+    eval_batches: int | None = _setting(
+        None, "batches of an evaluation; none: the whole split", "Evaluation and records", may_change=True
+    )
+    log_every: int = _setting(1, "steps between records in log.jsonl", "Evaluation and records", **_WRITTEN)
+    checkpoint_every: int = _setting(100, "steps between checkpoints", "Evaluation and records", **_WRITTEN)
+    keep: int = _setting(2, "latest checkpoints to keep, beside the best", "Evaluation and records", **_WRITTEN)
+    tensorboard: bool = _setting(False, "also write TensorBoard events", "Evaluation and records", **_WRITTEN)
+    wandb: bool = _setting(False, "also write to Weights & Biases", "Evaluation and records", **_WRITTEN)
+    per_method: Mapping[str, Settings] = field(default_factory=dict, hash=False, metadata=_WRITTEN)
+    files: Mapping[str, str] = field(default_factory=dict, hash=False, metadata=_WRITTEN)
 
     def __post_init__(self) -> None:
-        frozen = {name: _frozen(settings, name) for name, settings in self.per_method.items()}
+        frozen = {name: _frozen(_mapping(settings, name), name) for name, settings in self.per_method.items()}
         object.__setattr__(self, "per_method", MappingProxyType(frozen))
+        object.__setattr__(self, "files", MappingProxyType(dict(self.files)))
 
     def __reduce__(self) -> Any:
         return Run.from_json, (self.to_json(),)
@@ -125,7 +156,7 @@ class Run:
     def to_json(self) -> dict[str, Any]:
         """Plain JSON, the keys in the order of the fields."""
         content = {each.name: getattr(self, each.name) for each in fields(self)}
-        content |= {name: content[name].to_json() for name in ("model", "data", "method")}
+        content |= {name: content[name].to_json() for name in _CALLS} | {"files": dict(self.files)}
         content["per_method"] = {name: _thawed(settings) for name, settings in self.per_method.items()}
         return content
 
@@ -137,16 +168,15 @@ class Run:
             ValueError: an unknown key (the nearest is named), a missing one, or a value of the wrong kind.
         """
         _refuse_unknown(content, [each.name for each in fields(Run)], "a run")
-        calls: dict[str, Any] = {
-            name: Call.from_json(content[name]) for name in ("model", "data", "method") if name in content
-        }
-        plain = {name: value for name, value in content.items() if name not in (*calls, "per_method")}
-        missing = [name for name in ("recipe", "task", "model", "data", "method") if name not in content]
+        missing = [name for name in ("recipe", "task", *_CALLS) if name not in content]
         if missing:
             raise ValueError(f"a run needs {', '.join(missing)}")
+        calls: dict[str, Any] = {name: Call.from_json(content[name]) for name in _CALLS}
         hints = get_type_hints(Run)
-        checked: dict[str, Any] = {name: convert(value, hints[name], name) for name, value in plain.items()}
-        return Run(**calls, **checked, per_method=content.get("per_method", {}))
+        mappings: dict[str, Any] = {name: _mapping(content.get(name, {}), name) for name in ("per_method", "files")}
+        plain = content.keys() - calls.keys() - mappings.keys()
+        checked: dict[str, Any] = {name: convert(content[name], hints[name], name) for name in plain}
+        return Run(**calls, **checked, **mappings)
 
     def write(self, path: Path) -> None:
         """The whole file or, if the process is killed, what was there before."""
@@ -165,19 +195,36 @@ class Run:
             return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no run at {path}") from error
-        except ValueError as error:
+        except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 
 
-def fingerprint(run: Run) -> str:
-    """SHA-256 over everything that determines the numbers of a run, in hexadecimal.
+def flat(content: Mapping[str, Any]) -> dict[str, Any]:
+    """A run's JSON as dotted names, in order: the task, each call's name and arguments, and every other setting.
 
-    Names and logging do not count. Give it resolved runs (`resolve`): a default left out and the same value written
-    out are one run then.
+    >>> flat({"method": {"name": "lora", "args": {"rank": 8}}, "steps": 40, "per_method": {}})
+    {'method': 'lora', 'method.rank': 8, 'steps': 40}
     """
-    content = {name: value for name, value in run.to_json().items() if name not in _SILENT}
-    text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
-    return hashlib.sha256(text.encode()).hexdigest()
+    found: dict[str, Any] = {}
+    for name, value in content.items():
+        if name in _CALLS:
+            found[name] = value["name"]
+            found |= {f"{name}.{argument}": each for argument, each in value["args"].items()}
+        elif name not in ("per_method", "files"):
+            found[name] = value
+    return found
+
+
+def names_that(what: Literal["may_change", "counts", "labels"], answer: bool = True) -> frozenset[str]:
+    """The settings of a run of which ``what`` (see ``_setting``) is so."""
+    default = what != "may_change"
+    return frozenset(each.name for each in fields(Run) if each.metadata.get(what, default) is answer)
+
+
+def _mapping(value: Any, name: str) -> Mapping[str, Any]:
+    if not isinstance(value, Mapping):
+        raise ValueError(f"{name} is written as an object, got {value!r}")
+    return value
 
 
 def _frozen(settings: Mapping[str, Any], owner: str) -> Settings:

@@ -19,17 +19,15 @@ import torch
 from torch import nn
 
 from lowrank.adapters import merge_and_unload
-from lowrank.data import DATA
 from lowrank.data.images.source import ImageData
 from lowrank.distributed.process_group import Ranks
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
-from lowrank.methods import METHODS
-from lowrank.models import MODELS
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
+from lowrank.run.overrides import catalogue
 from lowrank.run.run import Run
-from lowrank.run.task import Task, task_of
+from lowrank.run.task import Task
 
 FACTS = "images.json"  # beside run.json: classes, and how images are read
 
@@ -59,21 +57,21 @@ def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, r
     """
     device = pick_device(run.device)
     autocast, needs_scaler = precision(run.precision, device)
-    data = DATA[run.data.name](**run.data.args) if data is None else data
+    offer = catalogue()
+    data = offer.make("data", run) if data is None else data
     torch.manual_seed(run.seed)
-    model = MODELS[run.model.name](data, **run.model.args)
-    if isinstance(data, ImageData):
-        data = data.for_model(model)
+    model = offer.make("model", run, data)
+    data = data.for_model(model)
     if init_from is not None:
         load_plain_(model, init_from)
     if run.precision == "bf16-weights":
         model = model.to(torch.bfloat16)
     model = model.to(device)
-    method = METHODS[run.method.name](**run.method.args)
+    method = offer.make("method", run)
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
     if run.engine == "fsdp" and plan.intra_worker is not None:
         shard_(plan)
-    return Session(run, task_of(run.task), data, model, plan, device, autocast, needs_scaler)
+    return Session(run, offer.function("task", run)(), data, model, plan, device, autocast, needs_scaler)
 
 
 def _workers(run: Run) -> int | None:

@@ -5,7 +5,6 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 
 from __future__ import annotations
 
-import importlib
 from typing import Any, Protocol
 
 import torch
@@ -56,16 +55,6 @@ class Task(Protocol):
         ...
 
     def tally(self) -> Tally: ...
-
-
-TASKS = {"text": "lowrank.evaluate.text_task:TextTask", "images": "lowrank.evaluate.image_task:ImageTask"}
-
-
-def task_of(name: str) -> Task:
-    """The task by a run's ``task``."""
-    module, _, kind = TASKS[name].partition(":")
-    task: Task = getattr(importlib.import_module(module), kind)()
-    return task
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -1,7 +1,7 @@
 """What is refused before any work: settings that contradict each other or cannot be meant.
 
-Whether each setting exists and has the right kind is seen where it is set (`lowrank.settings`); here they are looked at
-together. Every message names the option, the values and the remedy.
+Whether each setting exists and has the right kind is seen where it is set (`lowrank.run.overrides`); here they are
+looked at together. Every message names the option, the values and the remedy.
 """
 
 from __future__ import annotations
@@ -11,29 +11,9 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowrank.run.overrides import Catalogue, catalogue, resolve
-from lowrank.run.run import Run
-
-# What a resumed run may do differently: nothing of it is in the checkpoint.
-_MAY_CHANGE = (
-    "--recipe",
-    "--per-method",
-    "--steps",
-    "--epochs",
-    "--stop-at",
-    "--eval-every",
-    "--eval-batches",
-    "--log-every",
-    "--checkpoint-every",
-    "--keep",
-    "--tensorboard",
-    "--wandb",
-    "--device",
-    "--engine",
-    "--workers",
-    "--compile",
-    "--data.workers",
-)
+from lowrank.run.overrides import Catalogue, catalogue, identified, resolve, without_effect
+from lowrank.run.own_files import is_own
+from lowrank.run.run import Run, flat, names_that
 
 
 def validate(run: Run, offer: Catalogue | None = None) -> None:
@@ -51,13 +31,13 @@ def validate(run: Run, offer: Catalogue | None = None) -> None:
         *_clipping(run),
         *_intervals(run),
         *_context(run),
-        *_task(run),
+        *_task(run, offer),
         *_packages(run),
         *_engine(run),
     ]
     try:
-        offer.method[run.method.name](**run.method.args)
-    except ValueError as error:
+        offer.make("method", run)
+    except (ValueError, PermissionError) as error:
         objections.append(f"--method {run.method.name}: {error}")
     if objections:
         raise ValueError("\n".join(objections))
@@ -84,10 +64,14 @@ def refuse_changed(old: Run, new: Run) -> None:
     Raises:
         ValueError: naming each setting with its old and its new value.
     """
+    offer = catalogue()
+    free = names_that("may_change") | {f"data.{name}" for name in without_effect(new, "data", offer)}
+    free |= {"data.source"} if new.own_data else set()
+    before, after = _compared(old), _compared(new)
     changed = [
-        f"{name} ({before} -> {after})"
-        for name, before, after in _pairs(old.to_json(), new.to_json())
-        if before != after and name not in _MAY_CHANGE and not (new.own_data and name == "--data.source")
+        f"--{name.replace('_', '-') if '.' not in name else name} ({before.get(name)} -> {after.get(name)})"
+        for name in {**before, **after}
+        if before.get(name) != after.get(name) and name not in free and not _of_another(name, before, after)
     ]
     if changed:
         raise ValueError(
@@ -96,17 +80,16 @@ def refuse_changed(old: Run, new: Run) -> None:
         )
 
 
-def _pairs(old: Mapping[str, Any], new: Mapping[str, Any]) -> Iterator[tuple[str, Any, Any]]:
-    """Settings of two runs side by side, a call's name and each of its arguments by themselves."""
-    for name, before in old.items():
-        after = new[name]
-        if name not in ("model", "data", "method"):
-            yield f"--{name.replace('_', '-')}", before, after
-            continue
-        yield f"--{name}", before["name"], after["name"]
-        if before["name"] == after["name"]:
-            for argument in {**before["args"], **after["args"]}:
-                yield f"--{name}.{argument}", before["args"].get(argument), after["args"].get(argument)
+def _compared(run: Run) -> dict[str, Any]:
+    """Settings by name; DDP and FSDP keep the same ranks in step."""
+    found = flat(identified(run).to_json())
+    return found | {"engine": "ddp or fsdp"} if run.engine != "auto" else found
+
+
+def _of_another(name: str, before: Mapping[str, Any], after: Mapping[str, Any]) -> bool:
+    """Whether a setting is an argument of a call that is another function now, which says it all."""
+    kind, dot, _ = name.partition(".")
+    return bool(dot) and before[kind] != after[kind]
 
 
 def _lengths(run: Run) -> Iterator[str]:
@@ -178,12 +161,12 @@ def _context(run: Run) -> Iterator[str]:
         yield f"--data.context {wanted:g} is beyond the model's: add --model.context {wanted:g}"
 
 
-def _task(run: Run) -> Iterator[str]:
-    from lowrank.models import TASK_OF
-
-    if TASK_OF.get(run.model.name, run.task) != run.task:
-        fitting = ", ".join(name for name, task in TASK_OF.items() if task == run.task)
-        yield f"--model {run.model.name} is for {TASK_OF[run.model.name]}, and the run is on {run.task}: use {fitting}"
+def _task(run: Run, offer: Catalogue) -> Iterator[str]:
+    for_task = {name: offer.facts("model", name).get("task") for name in offer.model}
+    wanted = for_task.get(run.model.name)
+    if wanted is not None and wanted != run.task and not is_own(run.task):
+        fitting = ", ".join(name for name, task in for_task.items() if task == run.task)
+        yield f"--model {run.model.name} is for {wanted}, and the run is on {run.task}: use {fitting}"
 
 
 def _packages(run: Run) -> Iterator[str]:

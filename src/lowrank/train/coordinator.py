@@ -32,7 +32,8 @@ from lowrank.optim.optimizer import Optimizer
 from lowrank.plan.communication import Forecast, forecast
 from lowrank.plan.plan import Plan
 from lowrank.plan.synchronisation import talks
-from lowrank.run.run import Run
+from lowrank.run.overrides import identified
+from lowrank.run.run import Run, flat
 from lowrank.run.task import Batch, Task
 from lowrank.train.checkpointing import check_state
 
@@ -270,16 +271,11 @@ class Coordinator:
 
 
 def _settings(run: Run) -> dict[str, object]:
-    """Every setting as it is typed; where a rank computes is its own business."""
-    content = run.to_json()
-    named: dict[str, object] = {}
-    for name, value in content.items():
-        if name in ("model", "data", "method"):
-            named[f"--{name}"] = value["name"]
-            named |= {f"--{name}.{key}": each for key, each in value["args"].items()}
-        elif name not in ("device", "per_method"):
-            named[f"--{name.replace('_', '-')}"] = value
-    return named
+    """Every setting as it is typed; where a rank computes, and where a file of one's own lies, is its own business."""
+    settings = flat(identified(run).to_json())
+    return {
+        f"--{name if '.' in name else name.replace('_', '-')}": settings[name] for name in settings.keys() - {"device"}
+    }
 
 
 def _check_own_data(run: Run) -> None:

@@ -15,6 +15,7 @@ from typing import Any, Literal
 import numpy as np
 from torch import nn
 
+from lowrank.data.catalogue import Data
 from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
 from lowrank.data.images.decode import Fit
@@ -23,10 +24,11 @@ from lowrank.data.images.medmnist import NAMES, download, read_npz
 from lowrank.data.images.set import ImageSet, ImageSpec, Kind, Reading, Split
 from lowrank.data.images.splits import split_by_patient
 from lowrank.infra.convert import nearest
+from lowrank.infra.registry import register
 
 
 @dataclass(frozen=True, kw_only=True)
-class ImageData:
+class ImageData(Data):
     """A set of images with the way in which it is read: what the loop, the evaluator and the models know of it."""
 
     set: ImageSet
@@ -99,6 +101,7 @@ class ImageData:
         return evaluation_batches(self.split(split), self.spec, batch_size, limit)
 
 
+@register("data")
 def images(
     source: str = "digits",
     *,

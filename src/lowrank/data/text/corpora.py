@@ -10,6 +10,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass, field
 from typing import Literal, Protocol
 
+from lowrank.data.catalogue import Data
 from lowrank.data.text.batches import (
     Batch,
     BatchSource,
@@ -24,6 +25,7 @@ from lowrank.data.text.source import Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
+from lowrank.infra.registry import register
 
 Packing = Literal["packed", "documents"]
 
@@ -44,7 +46,7 @@ class Corpus(Protocol):
 
 
 @dataclass(frozen=True)
-class TextData:
+class TextData(Data):
     """Tokenised text."""
 
     tokens: Tokens
@@ -83,7 +85,7 @@ class TextData:
 
 
 @dataclass
-class StreamedText:
+class StreamedText(Data):
     """Text that is tokenised as it is read; its length is not known, so runs say ``steps`` and ``eval_batches``."""
 
     source: Source
@@ -103,9 +105,6 @@ class StreamedText:
     def check_vocabulary(self, vocab_size: int) -> None:
         """Ids are checked against this vocabulary as they come: T5's 32,100 hold sentinels that no text has."""
         self._vocabulary = vocab_size
-
-    def bytes_per_token(self, split: str) -> float | None:
-        return None  # not known before the end of a stream
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches, shuffled within a buffer."""
@@ -134,6 +133,7 @@ class StreamedText:
         )
 
 
+@register("data", without_effect=("workers",))
 def text(
     source: str = "builtin",
     *,
@@ -171,6 +171,7 @@ def text(
     return TextData(tokens, context, packing)
 
 
+@register("data")
 def stream(
     source: str = "c4",
     *,
