@@ -29,7 +29,7 @@ def runs(tmp_path):
 
     def made(*texts, base=None, **options):
         plan = planned(base or a_run(), [parse_variant(text, OFFER) for text in texts], offer=OFFER, **options)
-        execute(plan, tmp_path / "runs", FakeTrain(), say=lambda text: None)
+        execute(plan, tmp_path / "runs", FakeTrain(), say=lambda text: None, offer=OFFER)
         return find_results([tmp_path / "runs"])
 
     return made
