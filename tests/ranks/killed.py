@@ -22,7 +22,7 @@ import torch
 from lowrank.cli import app as cli
 from lowrank.distributed import sharded_checkpoint as checkpoint_parts
 from lowrank.infra import checkpoint
-from lowrank.plan import synchronisation as boundary
+from lowrank.plan import synchronisation
 from lowrank.train.loop import _Loop
 
 RANK, LIFE = int(os.environ.get("RANK", "0")), int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))
@@ -66,7 +66,7 @@ def main() -> int:
     if kind == "step":
         at(int(step), die)
     elif kind == "merge":
-        at(int(step), lambda *_: before(boundary, "merge_across_", die))
+        at(int(step), lambda *_: before(synchronisation, "merge_across_", die))
     elif kind == "save":
         at(int(step), lambda *_: before(checkpoint, "measure", die), rank=0)
     elif kind == "part":

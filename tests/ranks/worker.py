@@ -64,7 +64,7 @@ def trained(
         x, y = batch(step)
         rows = share(BATCH, *(0, 1) if ranks is None else (ranks.rank, ranks.count))
         loss = F.cross_entropy(model(x[rows.start : rows.stop]), y[rows.start : rows.stop], reduction="sum") / BATCH
-        plan.work.saw(len(rows))
+        opt.synchroniser.progress.add_tokens(len(rows))
         loss.backward()
         if ranks and ranks.rank == poison and step == 1:
             plan.own[0].grad.fill_(float("nan"))
@@ -79,7 +79,7 @@ def trained(
         moments = consolidated_optimizer_state(plan, opt)
         x, _ = batch(99)
         output = model.eval()(x).detach()
-    own = {"left_out": list(plan.left_out), "said": said, "weights": local, "notes": plan.notes}
+    own = {"left_out": list(opt.synchroniser.left_out), "said": said, "weights": local, "notes": plan.notes}
     if ranks is not None and workers is not None:
         own |= {"forecast": forecast(plan, ranks.count), "between": between}
     return {"state": state, "moments": moments["state"], "output": output, "own": own}
@@ -96,7 +96,7 @@ def met(ranks: Ranks | None, method: lowrank.Method, *, rows: tuple[int, int] = 
     found: list[Result] = []
     for step in range(steps):
         x, y = (t[first : first + rows[ranks.rank]] for t in batch(step))
-        plan.work.saw(len(x))
+        opt.synchroniser.progress.add_tokens(len(x))
         (F.cross_entropy(model(x), y, reduction="sum") / BATCH).backward()
         opt.step()
         opt.zero_grad()

@@ -302,10 +302,10 @@ class TestForget:
             optimizer(mlp()).forget([], share)
 
 
-def test_boundary_is_told_the_completed_steps() -> None:
+def test_the_synchroniser_is_told_the_completed_steps() -> None:
     seen: list[int] = []
     model = mlp()
-    opt = optimizer(model, boundary=seen.append)
+    opt = optimizer(model, synchroniser=seen.append)
     for _ in range(3):
         backward(model)
         opt.step()

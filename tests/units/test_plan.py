@@ -441,3 +441,16 @@ def test_full_training_is_torchs() -> None:
     opt = torch.optim.AdamW(theirs.parameters(), lr=1e-2, weight_decay=0.1, fused=True)
     losses = train_text(ours, lowrank.apply_(ours, lowrank.methods.full()).optimizer(lr=1e-2, weight_decay=0.1), 5)
     assert losses == train_text(theirs, opt, 5)
+
+
+def test_an_optimizer_leaves_the_plan_as_it_is() -> None:
+    """What changes between steps is each optimizer's own: of two from one plan neither sees what the other has done."""
+    plan = lowrank.apply_(mlp(), lowrank.methods.lte("fc1", rank=2, heads=2, merge_every=2, overlap=True))
+    before = {n: copy.copy(v) if isinstance(v, (list, dict)) else v for n, v in vars(plan).items()}
+    first, second = plan.optimizer(lr=1e-2), plan.optimizer(lr=1e-2)
+    assert {name: vars(plan)[name] for name in before} == before
+    assert plan.synchroniser(first) is first.synchroniser
+    assert plan.synchroniser(second) is second.synchroniser is not first.synchroniser
+    assert plan.synchroniser() is not plan.synchroniser()
+    first.synchroniser.left_out.append(1)
+    assert not second.synchroniser.left_out

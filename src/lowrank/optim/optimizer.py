@@ -2,10 +2,10 @@
 
 Every group of parameters has a rule (``rules``), a learning rate and a decay. ``step()`` is
 
-    p.grad → clip (per layer, on request) → rule → p ← p(1 − lr·decay) − lr·gain·direction → boundary(step)
+    p.grad → clip (per layer, on request) → rule → p ← p(1 − lr·decay) − lr·gain·direction → synchroniser(step)
 
-where ``lr = group["lr"] · group["lr_ratio"] · schedule(steps done)`` and ``boundary`` folds adapters into the weights
-when a merge is due, so that nobody can forget to.
+where ``lr = group["lr"] · group["lr_ratio"] · schedule(steps done)`` and ``synchroniser`` folds adapters into the
+weights when a merge is due, so that nobody can forget to.
 
 Per layer (``per_layer=True``) the same step runs in a hook as soon as a parameter's gradient is complete, which is then
 freed: only one layer's gradient exists at a time (LOMO, arXiv 2306.09782; GaLore, arXiv 2403.03507, section 4.3). The
@@ -76,7 +76,7 @@ class Optimizer(torch.optim.Optimizer):
             whose gradient overflows skips that step. Call neither ``scaler.step`` nor ``scaler.update``. Without
             ``per_layer`` use the scaler as with any optimizer.
         schedule: a further factor on every learning rate, as a function of the steps done.
-        boundary: called with the number of completed steps after each step (merging).
+        synchroniser: called with the number of completed steps after each step (merging); ``opt.synchroniser``.
         expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
@@ -99,7 +99,7 @@ class Optimizer(torch.optim.Optimizer):
         clip_per_layer: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         schedule: Callable[[int], float] = constant,
-        boundary: Callable[[int], None] | None = None,
+        synchroniser: Callable[[int], None] | None = None,
         expect: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
         intra_worker: Ranks | None = None,
@@ -115,7 +115,8 @@ class Optimizer(torch.optim.Optimizer):
         if scaler is not None and not per_layer:
             raise ValueError("scaler= is for per_layer=True; otherwise call scaler.step(optimizer) as usual")
         self.per_layer, self.accumulate, self.clip_per_layer = per_layer, accumulate, clip_per_layer
-        self.schedule, self.boundary, self.seed = schedule, boundary, seed
+        self.schedule, self.seed = schedule, seed
+        self.synchroniser: Any = synchroniser  # a plan's has more to offer than to be called
         self._scaler = LayerScaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._expect = dict(expect or {})
         self._micro: dict[nn.Parameter, int] = {}
@@ -190,10 +191,10 @@ class Optimizer(torch.optim.Optimizer):
 
     @torch.no_grad()
     def step(self, closure: Callable[[], Any] | None = None) -> Any:
-        """One step, then the boundary; returns the closure's loss.
+        """One step, then the synchroniser; returns the closure's loss.
 
         With ``per_layer`` the backward pass has stepped the parameters already; what is left is to check that it ran,
-        to update the scaler, and the boundary.
+        to update the scaler, and the synchroniser.
 
         Raises:
             RuntimeError: a sparse gradient; an expected parameter without a gradient at the first step; with
@@ -215,8 +216,8 @@ class Optimizer(torch.optim.Optimizer):
         for group in self.param_groups:
             group["steps"] += 1
         self._synchronised = False
-        if self.boundary is not None:
-            self.boundary(self.steps)
+        if self.synchroniser is not None:
+            self.synchroniser(self.steps)
         return loss
 
     @torch.no_grad()
@@ -403,7 +404,7 @@ class Optimizer(torch.optim.Optimizer):
         self._folded.clear()
         self._synchronised = False
 
-    # --- boundaries ----------------------------------------------------------------------------------------------
+    # --- forgetting ----------------------------------------------------------------------------------------------
 
     @torch.no_grad()
     def forget(self, params: Iterable[nn.Parameter], share: float) -> None:

@@ -9,29 +9,26 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
 from typing import Any, Literal
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from lowrank.adapters import Adapter
 from lowrank.adapters.head_gather import SplitAdapter
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import Ranks
-from lowrank.distributed.shards import Shard, is_sharded, to_local
+from lowrank.distributed.shards import Shard, is_sharded
 from lowrank.distributed.workers import ProcessLayout, process_layout
-from lowrank.infra.work import Work
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
-from lowrank.optim.rules import wide
 from lowrank.optim.state import check_forgets
 from lowrank.plan.assignment import Across, Binding, Row
 from lowrank.plan.memory import Ledger, ledger, table
-from lowrank.plan.synchronisation import boundary_, meet_
+from lowrank.plan.synchronisation import Synchroniser
 
 
 @dataclass
@@ -39,9 +36,8 @@ class Plan:
     """A model bound to a method.
 
     ``rows`` holds every parameter once; ``notes`` what a reader should know; ``layout`` the processes that train it,
-    and which of them in step; ``left_out`` a worker's number for each time that it was left out of a merge or an
-    average because its numbers were not finite; ``parts`` what this rank holds of each sharded parameter, by name
-    (``sharding.shard_``).
+    and which of them in step; ``parts`` what this rank holds of each sharded parameter, by name (``fsdp.shard_``). What
+    changes between steps is in the ``Synchroniser`` of each optimizer.
     """
 
     model: nn.Module
@@ -51,10 +47,6 @@ class Plan:
     adapters: dict[str, Adapter]
     notes: list[str] = field(default_factory=list)
     layout: ProcessLayout = field(default_factory=ProcessLayout)
-    left_out: list[int] = field(default_factory=list)
-    work: Work = field(default_factory=Work)
-    anchors: list[Tensor] = field(default_factory=list)
-    in_flight: Callable[[], None] | None = None
     shards: dict[str, Shard] = field(default_factory=dict)
 
     @property
@@ -92,11 +84,6 @@ class Plan:
     def local(self) -> list[nn.Parameter]:
         """Parameters that each worker trains by itself, averaged every ``method.rest_interval`` steps."""
         return self._across("local")
-
-    def anchor_rest_(self) -> None:
-        """Remember the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
-        if self.method.merge is not None and self.method.merge.exchange != "float32":
-            self.anchors = [to_local(p).to(wide(p.dtype), copy=True) for p in self.local]
 
     def _across(self, which: Across) -> list[nn.Parameter]:
         parameters = dict(self.model.named_parameters())
@@ -162,27 +149,42 @@ class Plan:
                     check_forgets(row.rule, torch.empty(row.shape, dtype=row.dtype, device="meta"), row.name)
         if merge not in ("auto", "manual"):
             raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
-        self.anchor_rest_()
-        self.work = Work(
-            self.method.merge.weigh if self.workers is not None and self.method.merge is not None else "equal"
-        )
-        optimizer: Optimizer
-
-        optimizer = Optimizer(
+        synchroniser = self.synchroniser(automatic=merge == "auto")
+        synchroniser.keep_reference_copies_()
+        synchroniser.optimizer = Optimizer(
             self._groups(lr, weight_decay),
             per_layer=per_layer,
             accumulate=accumulate,
             clip_per_layer=clip_per_layer,
             scaler=scaler,
             schedule=self.method.lr,
-            boundary=lambda steps: boundary_(self, optimizer, steps, merge=merge == "auto"),
+            synchroniser=synchroniser,
             expect={p: name for name, adapter in self.adapters.items() for p in list(adapter.parameters())[:1]},
             seed=self.seed,
             intra_worker=self.intra_worker,
             summed=self._summed(),
             agreed=dict.fromkeys(self.own, self.workers) if self.workers is not None else {},
         )
-        return optimizer
+        return synchroniser.optimizer
+
+    def synchroniser(self, opt: Optimizer | None = None, *, automatic: bool = True) -> Synchroniser:
+        """What merges and averages between steps: that of ``opt`` where this plan's ``optimizer`` made it, else a new
+        one, which knows of nothing done before."""
+        found = None if opt is None else opt.synchroniser
+        if isinstance(found, Synchroniser) and found.model is self.model:
+            return found
+        made = Synchroniser(
+            self.model,
+            self.layout,
+            self.method.merge,
+            adapters=list(self.adapters.values()),
+            own=dict(zip(self.own, self.own_adapters, strict=True)),
+            local=self.local,
+            rest_every=self.method.rest_interval,
+            automatic=automatic,
+        )
+        made.optimizer = opt
+        return made
 
     def _summed(self) -> dict[nn.Parameter, Group]:
         """Over which ranks the optimizer sums each gradient; FSDP has summed those of parts within the worker."""
@@ -269,4 +271,4 @@ def merge_(plan: Plan, opt: Optimizer | None = None) -> None:
 
     An optimizer made with ``merge="auto"`` does this by itself when a merge is due. Of several ranks all must call it.
     """
-    meet_(plan, opt, merging=True, averaging=False)
+    plan.synchroniser(opt).synchronise_(merging=True, averaging=False)

@@ -1,13 +1,14 @@
-"""What happens between two steps: merges, and over several workers the averaging of what they trained apart.
+"""What several workers do between two steps: merges, and averages of what they trained apart.
 
-    merge due      W ← mean of merged(W) over the heads of all workers (``adapters.across``); adapters settle.
-                   Overlapped, what was sent at the last merge arrives, and this one's is sent
+    merge due      W ← mean of merged(W) over the heads of all workers (``adapters.merge_across_workers``); adapters
+                   settle. Overlapped, what was sent at the last merge arrives, and this one's is sent
     average due    the rest that trains locally ← its mean over the workers (local SGD, arXiv 1805.09767)
-    before both    every worker tells whether its own numbers are finite, and what it has done, where ``Merge.weigh``
+    before both    every worker reports whether its own numbers are finite, and what it has done, where ``Merge.weigh``
                    goes by that. One whose numbers are not is left out, counted and reported; its heads and their state
                    are restarted, and its rest becomes the mean of the others'
 
-A worker is a rank, or several ranks in step (``distributed.workers``).
+A worker is a rank, or several ranks in step (``distributed.workers``). All that changes between steps is in the
+``Synchroniser`` of an optimizer: what is in flight, the reference copies, what has been done, who was left out.
 
 ``consolidated_model`` gives every rank the model that all of them make together, for evaluation and for checkpoints;
 there heads and workers weigh the same, whatever they will weigh in the next merge.
@@ -15,22 +16,26 @@ there heads and workers weigh the same, whatever they will weigh in the next mer
 
 from __future__ import annotations
 
+import time
 import warnings
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Literal
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
+from lowrank.adapters import Adapter
 from lowrank.adapters.compression import add_up_
 from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.head_gather import SplitAdapter, split_adapters, whole_heads
-from lowrank.adapters.merge import merge_adapters_
+from lowrank.adapters.merge import Merge, merge_adapters_
 from lowrank.adapters.merge_across_workers import Terms, in_flight, merge_across_, remember_, start_merge
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.shards import is_sharded, reshard_, to_local
+from lowrank.distributed.workers import ProcessLayout
+from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.optimizer import Optimizer
 
@@ -38,218 +43,312 @@ if TYPE_CHECKING:
     from lowrank.plan.plan import Plan
 
 
-def talks(plan: Plan, steps: int) -> bool:
-    """Whether the ranks communicate after ``steps`` completed steps: a merge or an average is due."""
-    if plan.ranks is None:
-        return False
-    return bool(plan.shared) or (bool(plan.own) and _merging(plan, steps)) or _averaging(plan, steps)
+class ProgressCounter:
+    """What a worker has done since the last merge and since the last average: its weight there (``Merge.weigh``).
 
+    ``tokens``: as many as ``add_tokens`` was told. ``steps``: optimizer steps. ``seconds``: from the end of one
+    synchronisation to the start of the next, evaluation included. ``equal`` counts nothing.
+    """
 
-def boundary_(plan: Plan, opt: Optimizer, steps: int, *, merge: bool = True) -> None:
-    """Do what is due after ``steps`` completed steps; merges only where ``merge``."""
-    plan.work.stepped()
-    merging, averaging = merge and _merging(plan, steps), _averaging(plan, steps)
-    if merging or averaging:
-        meet_(plan, opt, merging=merging, averaging=averaging)
+    def __init__(self, kind: str = "equal"):
+        self.kind = kind
+        self.since = {"merge": 0.0, "average": 0.0}
+        self._clock = time.perf_counter()
 
+    def add_tokens(self, tokens: int) -> None:
+        """So many tokens (predictions) were learnt from."""
+        if self.kind == "tokens":
+            self._add(tokens)
 
-def meet_(plan: Plan, opt: Optimizer | None, *, merging: bool, averaging: bool) -> None:
-    """Merge, average, or both, now; every rank must call it."""
-    if merging:
-        wait_(plan)
-    roll = heal_(plan, opt)
-    if merging:
-        _merge_(plan, opt, roll)
-        plan.work.met("merge")
-    if averaging or roll.left_out:
-        average_rest_(plan, roll, opt.steps if opt is not None else 0)
-        plan.work.met("average")
+    def add_step(self) -> None:
+        """A step was made."""
+        if self.kind == "steps":
+            self._add(1)
+        if self.kind == "seconds":
+            now = time.perf_counter()
+            self._add(now - self._clock)
+            self._clock = now
+
+    def reset(self, *what: Literal["merge", "average"]) -> None:
+        """Count anew after a synchronisation, which is itself no work."""
+        self._clock = time.perf_counter()
+        self.since.update(dict.fromkeys(what, 0.0))
+
+    def _add(self, amount: float) -> None:
+        for what in self.since:
+            self.since[what] += amount
 
 
 @dataclass(frozen=True)
-class Roll:
-    """Who takes part in a meeting: the workers left out, and what each weighs in a merge and in an average (None:
-    heads, or workers, weigh the same)."""
+class Participants:
+    """Who takes part in a synchronisation: the workers left out, and what each weighs in a merge and in an average
+    (None: heads, or workers, weigh the same)."""
 
     left_out: frozenset[int] = frozenset()
     merge: list[float] | None = None
     average: list[float] | None = None
 
-
-def _merging(plan: Plan, steps: int) -> bool:
-    return plan.method.merge is not None and plan.method.merge.due(steps)
-
-
-def _averaging(plan: Plan, steps: int) -> bool:
-    return bool(plan.local) and steps % plan.method.rest_interval == 0
+    def in_average(self, workers: Group) -> tuple[float, float]:
+        """What this worker's rest counts for in the mean, and what all count for together."""
+        if self.average is None:
+            return float(workers.rank not in self.left_out), workers.count - len(self.left_out)
+        return self.average[workers.rank], _total(self.average)
 
 
-def _merge_(plan: Plan, opt: Optimizer | None, roll: Roll) -> None:
-    """Fold the adapters into the weights, without the heads of those left out; then the optimizer forgets."""
-    merge, spans = plan.method.merge, {} if opt is None else _spans(plan, opt)
-    if roll.merge is not None:
-        _total(roll.merge)
-    terms = Terms(roll.left_out, roll.merge, spans, plan.intra_worker)
-    reshard_(plan.model)
-    if merge is not None and merge.overlap:
-        remember_(plan.model)
-        plan.in_flight = None if plan.workers is None else start_merge(plan.model, plan.workers, merge, terms)
-    elif plan.workers is not None and plan.own and merge is not None:
-        merge_across_(plan.model, plan.workers, merge, terms)
-    else:
-        merge_adapters_(plan.model, merge, plan.intra_worker)
-    forget = merge.forget if merge else 0.0
-    if opt is not None and forget:
-        opt.forget([p for adapter in plan.adapters.values() for p in adapter.parameters()], forget)
+class Synchroniser:
+    """Merges and averages of one training run: called after each step with the number of completed steps.
 
+    ``plan.optimizer()`` makes one, ``opt.synchroniser``; every rank has one, and all of them must do the same.
 
-def wait_(plan: Plan) -> None:
-    """Fold in what was sent at the last merge, if that is still under way; of several ranks all must call it."""
-    merge = plan.method.merge
-    if merge is None or not merge.overlap or not in_flight(plan.model):
-        return
-    reshard_(plan.model)
-    # In one process, and after a resume, nobody is sending what has been remembered.
-    arrive = plan.in_flight or start_merge(plan.model, plan.workers, merge, Terms(intra_worker=plan.intra_worker))
-    plan.in_flight = None
-    arrive()
+    Args:
+        model: with adapters.
+        layout: the processes that train it.
+        merge: when and how adapters fold into the weights; None for never.
+        adapters: all of them.
+        own: the heads that this worker alone trains, with their adapter.
+        local: the parameters that each worker trains by itself.
+        rest_every: steps between two averages of ``local``.
+        automatic: whether merges happen when they are due; else by ``synchronise_`` alone.
 
-
-def _spans(plan: Plan, opt: Optimizer) -> dict[SplitAdapter, Subspace]:
-    """The subspace that the changes of dense heads lie in, where the rule that trains them keeps to one."""
-    found = {adapter: opt.span(p) for p, adapter in zip(plan.own, plan.own_adapters, strict=True)}
-    return {adapter: span for adapter, span in found.items() if span and isinstance(adapter, DenseAdapter)}
-
-
-@torch.no_grad()
-def heal_(plan: Plan, opt: Optimizer | None) -> Roll:
-    """Everyone says whether its own numbers are finite, and what it has done; where they are not, heads and optimizer
-    state begin anew.
-
-    Raises:
-        FloatingPointError: that is so on every rank.
+    ``optimizer`` is the one whose state forgets at a merge, if any; ``left_out`` holds a worker's number for each time
+    that it was left out, ``reference_copies`` the ``local`` parameters as they last were on all workers.
     """
-    workers, mine = plan.workers, [*plan.own, *plan.local]
-    if workers is None or not mine:
-        return Roll()
-    bad = 1.0 - torch.stack([to_local(p).isfinite().all() for p in mine]).all().float()[None]
-    if plan.work.kind != "equal":
-        bad = torch.tensor([float(bad), *plan.work.since.values()], dtype=torch.float64, device=bad.device)
-    if plan.intra_worker is not None:  # what is not finite may be in another one's part; and they have worked together
-        plan.intra_worker.sum_([bad])
-    everyone = workers.gather([bad])[0]
-    sick = frozenset(everyone[:, 0].nonzero().flatten().tolist())
-    member = "rank" if plan.intra_worker is None else "worker"
-    if len(sick) == workers.count:
-        raise FloatingPointError(
-            f"the trained numbers of every {member} are not finite: resume from the last checkpoint with a lower --lr"
-        )
-    if sick:
-        wait_(plan)  # before heads begin anew that have something under way
-    if workers.rank in sick:
-        for adapter in split_adapters(plan.model):
-            adapter.restart_()
-        if opt is not None:
-            opt.forget(mine, 1.0)
-    for number in sorted(sick):
-        plan.left_out.append(number)
-        warnings.warn(
-            f"{member} {number} is left out of this merge: its numbers are not finite; it begins anew", stacklevel=2
-        )
-    if plan.work.kind == "equal":
-        return Roll(sick)
-    everyone[sorted(sick)] = 0.0
-    return Roll(sick, everyone[:, 1].tolist(), everyone[:, 2].tolist())
+
+    def __init__(
+        self,
+        model: nn.Module,
+        layout: ProcessLayout,
+        merge: Merge | None,
+        *,
+        adapters: Sequence[Adapter] = (),
+        own: Mapping[nn.Parameter, SplitAdapter] | None = None,
+        local: Sequence[nn.Parameter] = (),
+        rest_every: int = 1,
+        automatic: bool = True,
+    ):
+        self.model, self.layout, self.merge, self.automatic = model, layout, merge, automatic
+        self.adapters, self.own, self.local, self.rest_every = list(adapters), dict(own or {}), list(local), rest_every
+        self.optimizer: Optimizer | None = None
+        self.progress = ProgressCounter(merge.weigh if merge is not None and layout.workers is not None else "equal")
+        self.left_out: list[int] = []
+        self.reference_copies: list[Tensor] = []
+        self._in_flight: tuple[int, Callable[[], None]] | None = None  # number of the merge that was sent; its end
+
+    # --- when ----------------------------------------------------------------------------------------------------
+
+    def __call__(self, steps: int) -> None:
+        """Do what is due after ``steps`` completed steps."""
+        self.progress.add_step()
+        merging, averaging = self.automatic and self._merges_at(steps), self._averages_at(steps)
+        if merging or averaging:
+            self.synchronise_(merging=merging, averaging=averaging)
+
+    def communicates_at(self, steps: int) -> bool:
+        """Whether workers communicate after ``steps`` completed steps: a merge or an average is due."""
+        return (bool(self.own) and self._merges_at(steps)) or self._averages_at(steps)
+
+    def _merges_at(self, steps: int) -> bool:
+        return self.merge is not None and self.merge.due(steps)
+
+    def _averages_at(self, steps: int) -> bool:
+        return bool(self.local) and steps % self.rest_every == 0
+
+    def synchronise_(self, *, merging: bool, averaging: bool) -> None:
+        """Merge, average, or both, now; every rank must call it."""
+        if merging:
+            self._wait_()
+        participants = self.exclude_non_finite_()
+        if merging:
+            self._merge_(participants)
+            self.progress.reset("merge")
+        if averaging or participants.left_out:
+            self._average_rest_(participants, self.optimizer.steps if self.optimizer is not None else 0)
+            self.progress.reset("average")
+
+    # --- merges --------------------------------------------------------------------------------------------------
+
+    def _merge_(self, participants: Participants) -> None:
+        """Fold the adapters into the weights, without the heads of those left out; then the optimizer forgets."""
+        merge, workers, opt = self.merge, self.layout.workers, self.optimizer
+        if participants.merge is not None:
+            _total(participants.merge)
+        terms = Terms(participants.left_out, participants.merge, self._spans(), self.layout.intra_worker)
+        reshard_(self.model)
+        if merge is not None and merge.overlap:
+            remember_(self.model)
+            if workers is not None:
+                self._in_flight = self._merges_sent(), start_merge(self.model, workers, merge, terms)
+        elif workers is not None and self.own and merge is not None:
+            merge_across_(self.model, workers, merge, terms)
+        else:
+            merge_adapters_(self.model, merge, self.layout.intra_worker)
+        if opt is not None and merge is not None and merge.forget:
+            opt.forget([p for adapter in self.adapters for p in adapter.parameters()], merge.forget)
+
+    def _wait_(self) -> None:
+        """Fold in what was sent at the last merge, if that is still in flight; of several ranks all must call it."""
+        pending, self._in_flight = self._in_flight, None
+        if self.merge is None or not self.merge.overlap or not in_flight(self.model):
+            return
+        reshard_(self.model)
+        if pending is not None and pending[0] == self._merges_sent():
+            pending[1]()
+        else:  # in one process, after a resume or another's merge: what has been remembered is sent now
+            terms = Terms(intra_worker=self.layout.intra_worker)
+            start_merge(self.model, self.layout.workers, self.merge, terms)()
+
+    def _merges_sent(self) -> int:
+        return sum(int(adapter.get_buffer("sent")) for adapter in split_adapters(self.model))
+
+    def _spans(self) -> dict[SplitAdapter, Subspace]:
+        """The subspace that the changes of dense heads lie in, where the rule that trains them keeps to one."""
+        opt = self.optimizer
+        found = {} if opt is None else {adapter: opt.span(p) for p, adapter in self.own.items()}
+        return {adapter: span for adapter, span in found.items() if span and isinstance(adapter, DenseAdapter)}
+
+    # --- who takes part ------------------------------------------------------------------------------------------
+
+    @torch.no_grad()
+    def exclude_non_finite_(self) -> Participants:
+        """Every worker reports whether its own numbers are finite, and what it has done; where they are not, its heads
+        and its optimizer state begin anew.
+
+        Raises:
+            FloatingPointError: they are not on any worker.
+        """
+        workers, intra_worker = self.layout.workers, self.layout.intra_worker
+        mine = [*self.own, *self.local]
+        if workers is None or not mine:
+            return Participants()
+        report = 1.0 - torch.stack([to_local(p).isfinite().all() for p in mine]).all().float()[None]
+        if self.progress.kind != "equal":
+            done = self.progress.since.values()
+            report = torch.tensor([float(report), *done], dtype=torch.float64, device=report.device)
+        if (
+            intra_worker is not None
+        ):  # not finite may be another rank's shard; and what they have done, they did together
+            intra_worker.sum_([report])
+        reports = workers.gather([report])[0]
+        left_out = frozenset(reports[:, 0].nonzero().flatten().tolist())
+        member = "rank" if intra_worker is None else "worker"
+        if len(left_out) == workers.count:
+            raise FloatingPointError(
+                f"the trained numbers of every {member} are not finite: resume from the last checkpoint with a lower "
+                "--lr"
+            )
+        if left_out:
+            self._restart_(left_out, mine, member)
+        if self.progress.kind == "equal":
+            return Participants(left_out)
+        reports[sorted(left_out)] = 0.0
+        return Participants(left_out, reports[:, 1].tolist(), reports[:, 2].tolist())
+
+    def _restart_(self, left_out: frozenset[int], mine: Sequence[nn.Parameter], member: str) -> None:
+        """Let the workers ``left_out``, of which this may be one, begin anew, and say so."""
+        self._wait_()  # before heads begin anew that have something in flight
+        workers = self.layout.workers
+        if workers is not None and workers.rank in left_out:
+            for adapter in split_adapters(self.model):
+                adapter.restart_()
+            if self.optimizer is not None:
+                self.optimizer.forget(mine, 1.0)
+        for number in sorted(left_out):
+            self.left_out.append(number)
+            warnings.warn(
+                f"{member} {number} is left out of this merge: its numbers are not finite; it begins anew",
+                stacklevel=2,
+            )
+
+    # --- averages ------------------------------------------------------------------------------------------------
+
+    def keep_reference_copies_(self) -> None:
+        """Keep the local rest, which is the same on all ranks now, where ``Merge.exchange`` rounds its changes."""
+        if self.merge is not None and self.merge.exchange != "float32":
+            self.reference_copies = [to_local(p).to(wide(p.dtype), copy=True) for p in self.local]
+
+    @torch.no_grad()
+    def _average_rest_(self, participants: Participants, tick: int = 0) -> None:
+        """The rest that trains locally ← its mean over the workers that take part; bitwise the same on all.
+
+        What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last
+        the same everywhere (the reference copies), so that rounding is as fine as the change.
+        """
+        if self.layout.workers is None:
+            return
+        reshard_(self.model)
+        rest, (mine, total) = [to_local(p) for p in self.local], participants.in_average(self.layout.workers)
+        if not self.reference_copies or self.merge is None:
+            self._average_(rest, mine, total)
+            return
+        changes = [p.to(a.dtype) - a for p, a in zip(rest, self.reference_copies, strict=True)]
+        for change in changes:
+            change.mul_(mine / total) if mine else change.zero_()  # what is not finite counts for nothing
+        for group, some in self._by_group(changes):
+            add_up_(some, group, self.merge.exchange, tick)
+        for change, p, a in zip(changes, rest, self.reference_copies, strict=True):
+            p.copy_(a.add_(change))
+
+    def _average_(self, rest: Sequence[Tensor], mine: float, total: float) -> None:
+        for tensor in rest:
+            tensor.mul_(mine) if mine else tensor.zero_()
+        for group, some in self._by_group(rest):
+            group.sum_(some)
+        for tensor in rest:
+            tensor.div_(total)
+
+    def _by_group(self, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
+        """With whom this rank adds up which tensors of ``local``: shards with its cross-worker group, who hold the same
+        shards of other workers' parameters; what the ranks of a worker hold alike with all workers."""
+        sharded = [is_sharded(p) for p in self.local]
+        for group, shards in ((self.layout.workers, False), (self.layout.cross_worker, True)):
+            some = [tensor for tensor, is_shard in zip(rest, sharded, strict=True) if is_shard == shards]
+            if some and group is not None:
+                yield group, some
+
+    # --- all together --------------------------------------------------------------------------------------------
+
+    @contextmanager
+    def consolidated_model(self) -> Iterator[None]:
+        """A context in which the model is what all ranks make together: all heads, the mean of the rest."""
+        workers = self.layout.workers
+        if workers is None or not (self.own or self.local):
+            try:
+                yield
+            finally:
+                reshard_(self.model)
+            return
+        participants = self.exclude_non_finite_()
+        if participants.left_out:
+            self._average_rest_(participants)
+            self.progress.reset("average")
+        reshard_(self.model)
+        rest = [to_local(p) for p in self.local]
+        copies = [tensor.clone() for tensor in rest]
+        with whole_heads(self.model, workers):
+            try:
+                with torch.no_grad():
+                    self._average_(rest, 1.0, workers.count)
+                yield
+            finally:
+                reshard_(self.model)
+                with torch.no_grad():
+                    for tensor, before in zip(rest, copies, strict=True):
+                        tensor.copy_(before)
 
 
-@torch.no_grad()
-def average_rest_(plan: Plan, roll: Roll, tick: int = 0) -> None:
-    """The rest that trains locally ← its mean over the workers that take part; bitwise the same on all.
-
-    What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last the
-    same everywhere (``plan.anchors``), so that rounding is as fine as the change.
-    """
-    if plan.workers is None:
-        return
-    reshard_(plan.model)
-    rest, (mine, all_of_it) = [to_local(p) for p in plan.local], _part(plan.workers, roll)
-    merge = plan.method.merge
-    if not plan.anchors or merge is None:
-        _average_(plan, rest, mine, all_of_it)
-        return
-    changes = [p.to(a.dtype) - a for p, a in zip(rest, plan.anchors, strict=True)]
-    for change in changes:
-        change.mul_(mine / all_of_it) if mine else change.zero_()  # what is not finite counts for nothing
-    for group, some in _by_group(plan, changes):
-        add_up_(some, group, merge.exchange, tick)
-    for change, p, a in zip(changes, rest, plan.anchors, strict=True):
-        p.copy_(a.add_(change))
+def consolidated_model(plan: Plan, opt: Optimizer | None = None) -> AbstractContextManager[None]:
+    """A context in which the plan's model is what all ranks make together; in one process nothing is done."""
+    return plan.synchroniser(opt).consolidated_model()
 
 
-def _part(workers: Group, roll: Roll) -> tuple[float, float]:
-    """What this worker's rest counts for in the mean, and what all count for together."""
-    if roll.average is None:
-        return float(workers.rank not in roll.left_out), workers.count - len(roll.left_out)
-    return roll.average[workers.rank], _total(roll.average)
+whole = consolidated_model  # its name before 0.2
 
 
 def _total(weights: Sequence[float]) -> float:
     if not sum(weights):
         raise ValueError(
-            "the ranks weigh by what they have done since they last met, and none has done anything: a loop of your "
-            "own says how many tokens a step has learnt from, plan.work.saw(n), before opt.step()"
+            "the ranks weigh by what they have done since the last synchronisation, and none has done anything: a loop "
+            "of your own says how many tokens a step has learnt from, opt.synchroniser.progress.add_tokens(n), before "
+            "opt.step(); and merges by lowrank.merge_(plan, opt)"
         )
     return sum(weights)
-
-
-def _average_(plan: Plan, rest: Sequence[Tensor], mine: float, all_of_it: float) -> None:
-    for tensor in rest:
-        tensor.mul_(mine) if mine else tensor.zero_()
-    for group, some in _by_group(plan, rest):
-        group.sum_(some)
-    for tensor in rest:
-        tensor.div_(all_of_it)
-
-
-def _by_group(plan: Plan, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
-    """With whom this rank adds up which of the tensors of ``plan.local``: shards with its cross-worker group, who hold
-    the same shards of other workers' parameters; what the ranks of a worker hold alike with all workers."""
-    in_parts = [is_sharded(p) for p in plan.local]
-    for group, parts in ((plan.workers, False), (plan.layout.cross_worker, True)):
-        some = [tensor for tensor, is_part in zip(rest, in_parts, strict=True) if is_part == parts]
-        if some and group is not None:
-            yield group, some
-
-
-@contextmanager
-def consolidated_model(plan: Plan, opt: Optimizer | None = None) -> Iterator[None]:
-    """A context in which the model is what all ranks make together: all heads, the mean of the rest.
-
-    In one process it is so anyway, and nothing is done.
-    """
-    if plan.workers is None or not (plan.own_adapters or plan.local):
-        try:
-            yield
-        finally:
-            reshard_(plan.model)
-        return
-    roll = heal_(plan, opt)
-    if roll.left_out:
-        average_rest_(plan, roll)
-        plan.work.met("average")
-    reshard_(plan.model)
-    rest = [to_local(p) for p in plan.local]
-    own = [tensor.clone() for tensor in rest]
-    with whole_heads(plan.model, plan.workers):
-        try:
-            with torch.no_grad():
-                _average_(plan, rest, 1.0, plan.workers.count)
-            yield
-        finally:
-            reshard_(plan.model)
-            with torch.no_grad():
-                for tensor, before in zip(rest, own, strict=True):
-                    tensor.copy_(before)
-
-
-whole = consolidated_model  # its name before 0.2

@@ -93,7 +93,11 @@ class Saver:
         model = consolidated_model_state(self.plan, self.role)
         optimizer = consolidated_optimizer_state(self.plan, self.optimizer, self.role)
         random = self.coordinator.gathered(random_state())
-        work = self.coordinator.gathered(dict(self.plan.work.since)) if self.coordinator.weighs else []
+        work = (
+            self.coordinator.gathered(dict(self.coordinator.synchroniser.progress.since))
+            if self.coordinator.weighs
+            else []
+        )
         if self.role in ("assist", "none"):
             return
         meta = {
@@ -133,7 +137,7 @@ class Saver:
                 "or start a new run from its weights with --init-from"
             )
         load_model_(self.plan, saved)
-        self.plan.anchor_rest_()
+        self.coordinator.synchroniser.keep_reference_copies_()
         self.optimizer.load_state_dict(local_optimizer_state(self.plan, self.optimizer, saved))
         self.scaler.load_state_dict(saved.meta["scaler"])
         self.last = saved.step
@@ -144,7 +148,7 @@ class Saver:
         rank, ranks = self.coordinator.place or (0, 1)
         if len(states) == ranks:
             set_random_state_(states[rank])
-            self.plan.work.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
+            self.coordinator.synchroniser.progress.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
         if self.writer:
             checkpoint.discard_after(self.root, saved.step)
 

@@ -31,7 +31,6 @@ from lowrank.infra.seeds import stable_seed
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan.communication import Forecast, forecast
 from lowrank.plan.plan import Plan
-from lowrank.plan.synchronisation import talks
 from lowrank.run.overrides import identified
 from lowrank.run.run import Run, flat
 from lowrank.run.task import Batch, Task
@@ -43,8 +42,9 @@ T = TypeVar("T")
 class Coordinator:
     """This process and those it trains with, if any."""
 
-    def __init__(self, plan: Plan, run: Run):
+    def __init__(self, plan: Plan, optimizer: Optimizer, run: Run):
         self.plan, self.run = plan, run
+        self.synchroniser = plan.synchroniser(optimizer)
         self.ranks: Ranks | None = plan.ranks
         self.stepping = plan.ranks if plan.shared else plan.intra_worker  # who make every step together, if several do
         self.first = self.ranks is None or self.ranks.rank == 0
@@ -123,7 +123,7 @@ class Coordinator:
     @property
     def weighs(self) -> bool:
         """Whether ranks weigh by what they have done, which a checkpoint then holds."""
-        return self.plan.work.kind != "equal"
+        return self.synchroniser.progress.kind != "equal"
 
     @property
     def sharing(self) -> Ranks | None:
@@ -160,7 +160,7 @@ class Coordinator:
         """From here on bytes and work are counted: what has been prepared, and waited for, until now is neither."""
         if self.ranks is not None:
             self._reported = Traffic(**vars(self.ranks.traffic))
-            self.plan.work.met()
+            self.synchroniser.progress.reset()
 
     def _agree_within_workers(self, ranks: Ranks, source: object) -> None:
         first: dict[int, object] = {}
@@ -179,7 +179,7 @@ class Coordinator:
     def divisor(self, batches: Sequence[Batch], task: Task) -> float:
         """What this rank divides the sum of its losses by."""
         own, rows = sum(task.count(batch) for batch in batches), sum(len(batch["labels"]) for batch in batches)
-        self.plan.work.saw(own)
+        self.synchroniser.progress.add_tokens(own)
         if self.ranks is None:
             return max(1, own)
         count, rows = (own, rows) if self.stepping is None else map(round, self.stepping.total(own, rows))
@@ -230,7 +230,7 @@ class Coordinator:
             return torch.tensor(total), wishes > 0
         if self.stepping is not None:
             loss = torch.tensor(self.stepping.total(float(loss))[0])
-        return loss * self._times, talks(self.plan, steps) and self.ranks.total(float(stop))[0] > 0
+        return loss * self._times, self.synchroniser.communicates_at(steps) and self.ranks.total(float(stop))[0] > 0
 
     @property
     def sent(self) -> str:
@@ -266,7 +266,7 @@ class Coordinator:
             "bytes_sent_per_step": sent // steps,
             **({"bytes_sent_between_per_step": between // steps} if self.plan.layout.is_mesh else {}),
             "ddp_bytes_per_step": self.forecast(self.ranks).ddp,
-            "ranks_left_out": len(self.plan.left_out),
+            "ranks_left_out": len(self.synchroniser.left_out),
         }
 
 

@@ -131,7 +131,17 @@ class _Loop:
     def __init__(self, session: Session, out: Path, *, quiet: bool, writer: bool = True):
         run = session.run
         self.writer = writer  # of the run's folder
-        self.session, self.out, self.coordinator = session, out, Coordinator(session.plan, run)
+        self.session, self.out = session, out
+        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.needs_scaler)
+        self.optimizer = session.plan.optimizer(
+            run.lr,
+            run.weight_decay,
+            per_layer=run.per_layer,
+            accumulate=run.grad_accum,
+            clip_per_layer=run.clip_per_layer,
+            scaler=self.scaler if run.per_layer else None,
+        )
+        self.coordinator = Coordinator(session.plan, self.optimizer, run)
         self.quiet = quiet or not self.coordinator.first
         self.source = session.data.train(run.batch_size, run.seed, *self.coordinator.place)
         self.steps = run.steps or run.horizon(self.source.batches_per_epoch)
@@ -141,15 +151,6 @@ class _Loop:
         self._check_merge()
         self.envelope = Envelope(
             steps=self.steps, warmup=run.warmup_steps(self.steps), min_ratio=run.min_lr_ratio, shape=run.schedule
-        )
-        self.scaler = torch.amp.GradScaler(session.device.type, enabled=session.needs_scaler)
-        self.optimizer = session.plan.optimizer(
-            run.lr,
-            run.weight_decay,
-            per_layer=run.per_layer,
-            accumulate=run.grad_accum,
-            clip_per_layer=run.clip_per_layer,
-            scaler=self.scaler if run.per_layer else None,
         )
         self.coordinator.check(self.optimizer, needs_scaler=session.needs_scaler)
         if self.coordinator.ranks is not None and not run.per_layer and not session.plan.shards:
