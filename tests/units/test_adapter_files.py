@@ -13,7 +13,8 @@ from tests.models import images, nudge_, output, vit
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.data.images.set import ImageSpec, Reading
+from lowrank.data.images.decode import Reading
+from lowrank.data.images.set import ImageSpec
 from lowrank.interop import AdapterBank, AdapterInfo, read_adapter, read_lora_vit, write_adapter
 from lowrank.interop.adapter_bank import digest, trained_tensors
 from lowrank.run.run import Call

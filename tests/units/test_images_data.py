@@ -2,19 +2,23 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+import threading
+from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
 import torch
 from tests.images import COUNTS, class_folders, medmnist_file, pictures, write_picture
 
-from lowrank.data.images.batches import ImageBatches, label_weights, to_model
-from lowrank.data.images.decode import read_image, windowed
-from lowrank.data.images.medmnist import NAMES, SIZES, download
+from lowrank.data.images.batches import ImageBatches, evaluation_batches, label_weights, to_model
+from lowrank.data.images.decode import PixelBudget, Reading, read_image, windowed
+from lowrank.data.images.medmnist import NAMES, SIZES
 from lowrank.data.images.set import ImageSpec, Split
-from lowrank.data.images.source import images
+from lowrank.data.images.source import ImageData, images
 from lowrank.data.images.splits import split_by_patient
 
 # --- MedMNIST's layout -----------------------------------------------------------------------------------------------
@@ -90,28 +94,86 @@ def test_digits_are_split_alike_every_time() -> None:
     assert all(np.bincount(split.labels, minlength=10).min() > 20 for split in data.set.splits.values())
 
 
-def test_what_is_wrong_with_a_file_is_said(tmp_path: Path) -> None:
-    file = tmp_path / "x.npz"
-    np.savez(file, train_images=np.zeros((2, 4, 4), np.uint8), images=np.zeros(1))
-    with pytest.raises(ValueError, match=r"lacks train_labels, val_images.* it has images, train_images"):
-        images(str(file))
-    file.write_bytes(b"not a zip")
-    with pytest.raises(ValueError, match=r"no \.npz file, or a damaged one"):
-        images(str(file))
-    with pytest.raises(FileNotFoundError, match="no file or folder"):
-        images(str(tmp_path / "none.npz"))
-    with pytest.raises(ValueError, match=r"from 0 to 2.*takes whole numbers from 0 to 1"):
-        images(str(medmnist_file(tmp_path / "breastmnist.npz", classes=3)))
-    with pytest.raises(ValueError, match="did you mean 'pathmnist'"):
-        images("pathmnits")
-    with pytest.raises(ValueError, match="none of MedMNIST's"):
-        images(str(medmnist_file(tmp_path / "y.npz")), dataset="lungmnist")
-    with pytest.raises(ValueError, match=r"data\.size=64, and .* holds images of 28 pixels"):
-        images(str(tmp_path / "y.npz"), size=64)
-    with pytest.raises(ValueError, match="the task of breastmnist is binary"):
-        images(str(medmnist_file(tmp_path / "breastmnist.npz")), kind="ordinal")
-    with pytest.raises(ValueError, match="exists at 28, 64, 128, 224"):
-        download("pathmnist", 96)
+# What to call a file, what it holds besides or instead of a small set (None: it is no file), options, the message.
+WRONG_FILES = [
+    ("x", {"val_images": None, "train_labels": None}, {}, r"lacks train_labels, val_images.* it has test_images"),
+    ("x", b"not a zip", {}, r"no \.npz file, or a damaged one"),
+    ("breastmnist", {"test_labels": np.array([2] * 12)}, {}, r"from 2 to 2.*takes whole numbers from 0 to 1"),
+    ("x", {}, {"dataset": "lungmnist"}, "none of MedMNIST's"),
+    ("x", {}, {"size": 64}, r"data\.size=64, and .* holds images of 28 pixels"),
+    ("breastmnist", {}, {"kind": "ordinal"}, "the task of breastmnist is binary"),
+    ("x", {"train_labels": np.ones((24, 3), int)}, {"kind": "multi-class"}, "3 labels to an image"),
+    ("x", {"val_labels": np.array([7] * 12)}, {}, "has labels 7 in val that its training split lacks; that has 0, 1"),
+    ("x", {"train_labels": np.ones(24)}, {}, "of float64; whole numbers"),
+    ("x", {"train_labels": np.arange(3) % 2}, {}, "24 images and 3 labels"),
+    ("x", {"train_images": np.zeros((24, 28, 28, 4), np.uint8)}, {}, "is wanted"),
+    ("x", {}, {"window": "full"}, r"data\.window has no effect on .*x\.npz, a file with splits"),
+]
+
+
+@pytest.mark.parametrize(("name", "content", "options", "message"), WRONG_FILES)
+def test_what_is_wrong_with_a_file_is_said(
+    tmp_path: Path, name: str, content: dict[str, np.ndarray] | bytes, options: dict[str, object], message: str
+) -> None:
+    file = medmnist_file(tmp_path / f"{name}.npz")
+    if isinstance(content, bytes):
+        file.write_bytes(content)
+    else:
+        arrays = dict(np.load(file)) | content
+        np.savez(file, **{key: array for key, array in arrays.items() if array is not None})
+    with pytest.raises(ValueError, match=message):
+        images(str(file), **options)  # type: ignore[arg-type]
+
+
+@pytest.mark.parametrize(
+    ("source", "options", "message"),
+    [
+        ("none.npz", {}, "no file or folder"),
+        ("pathmnits", {}, "did you mean 'pathmnist'"),
+        ("pathmnist", {"size": 96}, "exists at 28, 64, 128, 224"),
+        ("digits", {"augment": ("hflp",)}, "did you mean 'hflip'"),
+        ("digits", {"balance": "more"}, "it is one of none, weights, sampler"),
+        ("digits", {"labels": "x.csv"}, r"data\.labels has no effect on digits, a built-in set"),
+    ],
+)
+def test_a_source_or_option_that_is_unknown_is_named(source: str, options: dict[str, Any], message: str) -> None:
+    with pytest.raises((ValueError, FileNotFoundError), match=message):
+        images(source, **options)
+
+
+@pytest.mark.parametrize(
+    ("numbers", "classes"), [((1, 2, 3), ("1", "2", "3")), ((0, 5, 900), ("0", "5", "900")), ((0, 1 << 40), None)]
+)
+def test_labels_that_do_not_count_from_0_make_no_phantom_classes(
+    tmp_path: Path, numbers: tuple[int, ...], classes: tuple[str, ...] | None, capsys: pytest.CaptureFixture[str]
+) -> None:
+    content = dict(np.load(medmnist_file(tmp_path / "x.npz", classes=len(numbers))))
+    for split in COUNTS:
+        content[f"{split}_labels"] = np.array(numbers)[content[f"{split}_labels"]]
+    np.savez(tmp_path / "x.npz", **content)
+    data = images(str(tmp_path / "x.npz"))
+    assert data.classes == (classes or tuple(map(str, numbers)))
+    assert np.unique(data.split("train").labels).tolist() == list(range(len(numbers)))
+    assert f"{numbers[-1]} → {len(numbers) - 1}" in capsys.readouterr().err
+
+
+def test_a_file_that_unpacks_to_much_more_is_not_unpacked_unasked(tmp_path: Path) -> None:
+    content = dict(np.load(medmnist_file(tmp_path / "x.npz")))
+    content["train_images"] = np.zeros((24, 1700, 1700), np.uint8)
+    np.savez_compressed(tmp_path / "x.npz", **content)
+    with pytest.raises(ValueError, match=r"unpacks to 69,.*--data\.unpack_large true"):
+        images(str(tmp_path / "x.npz"))
+    assert len(images(str(tmp_path / "x.npz"), unpack_large=True).split("train")) == 24
+
+
+def test_the_fingerprint_is_of_the_content(tmp_path: Path) -> None:
+    first, other = class_folders(tmp_path / "x", per_class=4), tmp_path / "elsewhere" / "x"
+    before = images(str(first), size=16).fingerprint
+    shutil.copytree(first, other)
+    assert images(str(other), size=16).fingerprint == before
+    write_picture(other / "ill" / "patient00_0.png", np.zeros((20, 20), np.uint8))
+    assert images(str(other), size=16).fingerprint != before
+    assert images("digits").fingerprint != images(str(medmnist_file(tmp_path / "x.npz"))).fingerprint
 
 
 def test_a_download_that_fails_names_the_address(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -177,10 +239,16 @@ def test_a_table_gives_labels_patients_and_splits(tmp_path: Path) -> None:
     [
         ("path,label\nill/none.png,a", "1 of 1 files in .* are not in"),
         ("file,label\nx,a", "needs the columns path and label"),
-        ("path,label\nill/patient00_0.png,", "1 files in .* have no label"),
-        ("path,label,split\nill/patient00_0.png,a,holdout", "in the split 'holdout'"),
+        ("path,label,labels\nill/patient00_0.png,a,b", "one of them"),
+        ("path,label,label\nill/patient00_0.png,a,b", "several columns label"),
+        ("path,label\n", "path, label and 0 rows"),
+        ("path,label\nill/patient00_0.png,", "line 2: ill/patient00_0.png has no label"),
+        ("path,label,split\nill/patient00_0.png,a,holdout", "line 2: .* in the split 'holdout'"),
         ("path,label\nill/patient00_0.png,a\nill/patient00_0.png,b", "names 1 files more than once"),
         ("path,label\nill/patient00_0.png,a\nill/patient00_1.png,a", "only the class a"),
+        ("path,label\nill/patient00_0.png,a\nill/patient00_1.png", "line 3 has 1 cells, and the header 2"),
+        ("path;label\nill/patient00_0.png;a;b", "line 2 has 3 cells"),
+        ('path,label\nill/patient00_0.png,"a\nill/patient00_1.png,b', "after line .*unexpected end of data"),
     ],
 )
 def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, table: str, message: str) -> None:
@@ -188,6 +256,38 @@ def test_what_is_wrong_with_a_table_is_said(tmp_path: Path, table: str, message:
     (tmp_path / "t.csv").write_text(table)
     with pytest.raises(ValueError, match=message):
         images(str(root), size=16, labels=str(tmp_path / "t.csv"))
+
+
+def test_stray_folders_and_files_are_no_classes_and_hide_no_splits(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    root = tmp_path / "x"
+    for split in ("train", "Testing"):
+        class_folders(root / split, per_class=4)
+        shutil.copytree(root / split / "ill", root / split / "ill" / "__MACOSX")
+        (root / split / "empty").mkdir()
+    class_folders(root / "__MACOSX")
+    class_folders(root / ".hidden")
+    os.mkfifo(root / "train" / "ill" / "pipe.png")
+    write_picture(root / "train" / "loose.png", np.zeros((4, 4), np.uint8))
+    data = images(str(root), size=16, val_fraction=0.0)
+    assert data.classes == ("ill", "well")
+    assert {name: len(split) for name, split in data.set.splits.items()} == {"train": 8, "val": 0, "test": 8}
+    told = capsys.readouterr().err
+    assert "passed over: .hidden, __MACOSX" in told
+    assert "1 images of" in told
+    assert "train/loose.png" in told
+    class_folders(root / "extra")
+    with pytest.raises(ValueError, match=r"the splits Testing, train and beside them extra"):
+        images(str(root), size=16)
+
+
+def test_a_class_may_be_called_like_a_split(tmp_path: Path) -> None:
+    assert images(str(class_folders(tmp_path / "x", classes=("pass", "test")))).classes == ("pass", "test")
+    for split in ("val", "validation", "train"):
+        class_folders(tmp_path / "y" / split, per_class=2)
+    with pytest.raises(ValueError, match="at most one val"):
+        images(str(tmp_path / "y"))
 
 
 def test_damaged_files_are_named_and_counted_and_skipped_only_on_request(
@@ -213,19 +313,21 @@ def test_a_folder_without_classes_says_what_it_needs(tmp_path: Path) -> None:
         images(str(class_folders(tmp_path / "y", per_class=2)), size=16, patient_pattern=r"case(\d+)")
     with pytest.raises(FileNotFoundError, match="no table of labels"):
         images(str(tmp_path / "y"), labels="none.csv")
+    with pytest.raises(ValueError, match="no regular expression"):
+        images(str(tmp_path / "y"), patient_pattern="(")
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])
 def test_sixteen_bits_are_windowed_and_not_clipped_to_white(tmp_path: Path, suffix: str) -> None:
     ramp = np.linspace(1000, 3000, 64 * 64).reshape(64, 64).astype(np.uint16)
     file = write_picture(tmp_path / f"x.{suffix}", ramp)
-    read = read_image(file, 64, grey=True)
+    read = read_image(file, Reading(size=64, grey=True))
     assert read.min() <= 2
     assert read.max() >= 253
     assert abs(float(read.mean()) - 127.5) < 2
-    given = read_image(file, 64, grey=True, window="0,4000")
+    given = read_image(file, Reading(size=64, grey=True, window="0,4000"))
     np.testing.assert_allclose(given, np.rint(ramp / 4000 * 255), atol=1)
-    full = read_image(file, 64, grey=True, window="full")
+    full = read_image(file, Reading(size=64, grey=True, window="full"))
     assert full.max() == round(3000 / 65535 * 255)
 
 
@@ -241,7 +343,7 @@ def test_floating_point_pictures_and_flat_ones_are_windowed_too() -> None:
 @pytest.mark.parametrize(("fit", "corner"), [("pad", 0), ("crop", 200), ("stretch", 200)])
 def test_images_that_are_not_square(tmp_path: Path, fit: str, corner: int) -> None:
     file = write_picture(tmp_path / "x.png", np.full((10, 40), 200, np.uint8))
-    read = read_image(file, 20, grey=False, fit=fit)  # type: ignore[arg-type]
+    read = read_image(file, Reading(size=20, fit=fit))  # type: ignore[arg-type]
     assert read.shape == (20, 20, 3)
     assert read[0, 0, 0] == corner
 
@@ -322,10 +424,47 @@ def test_the_models_own_size_and_normalisation() -> None:
     assert torch.equal(grey[:, 0], grey[:, 2])
 
 
-def test_unknown_augmentations_and_balances_are_named() -> None:
-    with pytest.raises(ValueError, match="did you mean 'hflip'"):
-        images("digits", augment=("hflp",))
-    with pytest.raises(ValueError, match="it is one of none, weights, sampler"):
-        images("digits", balance="more")  # type: ignore[arg-type]
-    with pytest.raises(ValueError, match=r"data\.labels has no effect on digits"):
-        images("digits", labels="x.csv")
+def test_part_of_a_split_is_a_fixed_sample_of_every_class() -> None:
+    labels = np.array([0] * 90 + [1] * 9 + [2])  # sorted by class, as folders are
+    split = Split(images=np.zeros((100, 2, 2), np.uint8), labels=labels)
+    batches = evaluation_batches(split, ImageSpec(size=2), 10, limit=2)
+    found = torch.cat([batch["labels"] for batch in batches])
+    assert torch.bincount(found).tolist() == [17, 2, 1]
+    assert len(batches) == 2
+    assert torch.equal(
+        found, torch.cat([evaluation_batches(split, ImageSpec(size=2), 10, 2).batch(n)["labels"] for n in (0, 1)])
+    )
+    assert len(evaluation_batches(split, ImageSpec(size=2), 10, limit=50).rows) == 100
+    assert evaluation_batches(split, ImageSpec(size=2), 10, None).rows.tolist() == list(range(100))
+
+
+def test_pixels_in_flight_are_bounded_and_a_huge_image_is_alone() -> None:
+    budget, seen = PixelBudget(100), []
+
+    def decode(pixels: int) -> None:
+        with budget.held(pixels):
+            seen.append((pixels, budget.used))
+
+    threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in [60, 30, 500] * 8]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(seen) == 24
+    assert all(used <= 100 or used == pixels == 500 for pixels, used in seen)
+
+
+def test_a_run_s_classes_stay_whatever_the_folder_is_called_now(tmp_path: Path) -> None:
+    root = class_folders(tmp_path / "x", per_class=4, classes=("a", "b", "c"))
+    trained = images(str(root), size=16)
+    (root / "a").rename(root / "z")
+    with pytest.raises(ValueError, match=r"trained on a, b, c .*does not know z; missing are a"):
+        images(str(root), size=16).learnt_by(trained, whole=True)
+    shutil.rmtree(root / "z")
+    found = images(str(root), size=16).learnt_by(ImageData.without_images(trained.to_json()))
+    assert (found.classes, found.kind, found.reading) == (trained.classes, trained.kind, trained.reading)
+    assert np.unique(found.split("train").labels).tolist() == [1, 2]
+    several = images(str(medmnist_file(tmp_path / "s.npz", several=3)))
+    turned = replace(several.set, classes=("2", "0", "1"))
+    back = several.learnt_by(replace(several, set=turned)).split("test").labels
+    assert np.array_equal(back[:, [1, 2, 0]], several.split("test").labels)

@@ -12,7 +12,8 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import lowrank
-from lowrank.data.images.set import ImageSet, ImageSpec, Reading
+from lowrank.data.images.decode import Reading
+from lowrank.data.images.set import ImageSet, ImageSpec
 from lowrank.data.images.source import ImageData
 from lowrank.infra.loaded import loaded_parameters
 from lowrank.models.vision import hf_vit, logits_of, vit, vit_mini

@@ -62,8 +62,14 @@ class ImageTally:
 
     @property
     def scores(self) -> np.ndarray:
-        """Probabilities (n, classes), float32."""
-        return torch.cat(self._scores).numpy()
+        """Probabilities (n, classes), float32.
+
+        Raises:
+            FloatingPointError: the model gave NaN.
+        """
+        scores = torch.cat(self._scores).numpy()
+        check_finite(scores)
+        return scores
 
     @property
     def labels(self) -> np.ndarray:
@@ -89,3 +95,13 @@ def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
 def probabilities(logits: Tensor, *, several: bool) -> Tensor:
     """Logits (batch, classes) → probabilities: a softmax, or with ``several`` labels a sigmoid of each."""
     return logits.sigmoid() if several else logits.softmax(dim=1)
+
+
+def check_finite(scores: np.ndarray) -> None:
+    """Raise FloatingPointError where a model's probabilities (n, classes) are none."""
+    wrong = int((~np.isfinite(scores).all(axis=1)).sum())
+    if wrong:
+        raise FloatingPointError(
+            f"the model's answers to {wrong} of {len(scores)} images are not finite: a weight of it, or a product of "
+            "them, is NaN or infinite; use an earlier checkpoint, or --precision fp32"
+        )

@@ -16,11 +16,11 @@ import torch
 from torch import nn
 
 from lowrank.data.images.batches import to_model
-from lowrank.data.images.decode import SUFFIXES, Damaged, read_image
-from lowrank.data.images.set import Reading
+from lowrank.data.images.decode import Damaged, Reading, image_files, read_image
+from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.image_metrics import predicted
-from lowrank.evaluate.image_task import probabilities
+from lowrank.evaluate.image_task import check_finite, probabilities
 from lowrank.infra import checkpoint
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
@@ -62,6 +62,7 @@ def predict(
 
     Raises:
         ValueError: neither adapter nor run; an adapter for another base; damaged files (named, counted).
+        FloatingPointError: the model gives NaN.
     """
     paths = _files(images)
     if batch_size < 1:
@@ -79,10 +80,11 @@ def predict(
         model, data = session.model, session.data
     else:
         raise ValueError("which model? give --adapter DIR (and --base where it is elsewhere), or --base RUN")
-    arrays = list(_arrays(paths, data.reading, skip_damaged))
-    made = []
-    for start in range(0, len(arrays), batch_size):
-        made += classify(model, arrays[start : start + batch_size], data)
+    made = [
+        each
+        for batch in _batches(paths, data.reading, batch_size, skip_damaged)
+        for each in classify(model, batch, data)
+    ]
     if out is not None:
         _write(Path(out), made)
     return made
@@ -94,6 +96,7 @@ def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: I
     several = data.kind == "multi-label"
     x = to_model(np.stack([array for _, array in images]), data.spec).to(next(model.parameters()).device)
     scores = probabilities(logits_of(model, x), several=several).cpu().numpy()
+    check_finite(scores)
     answers = predicted(scores, data.kind)
     made = []
     for (name, _), row, answer in zip(images, scores, answers, strict=True):
@@ -136,7 +139,7 @@ def _files(images: Sequence[str]) -> list[Path]:
     for name in images:
         path = Path(name).expanduser()
         if path.is_dir():
-            found += sorted(p for p in path.rglob("*") if p.suffix.lower() in SUFFIXES)
+            found += image_files(path)
         elif path.is_file():
             found.append(path)
         else:
@@ -146,20 +149,28 @@ def _files(images: Sequence[str]) -> list[Path]:
     return found
 
 
-def _arrays(paths: Sequence[Path], reading: Reading, skip_damaged: bool) -> Iterator[tuple[str, np.ndarray]]:
-    damaged = []
+def _batches(
+    paths: Sequence[Path], reading: Reading, batch_size: int, skip_damaged: bool
+) -> Iterator[list[tuple[str, np.ndarray]]]:
+    """(name, array) of the files, so many at once; once one is damaged the rest is only looked at, to name them all."""
+    damaged: list[str] = []
+    batch: list[tuple[str, np.ndarray]] = []
     for path in paths:
         try:
-            array = read_image(path, reading.size, grey=reading.grey, window=reading.window, fit=reading.fit)
+            batch.append((str(path), read_image(path, reading)))
         except Damaged as error:
             damaged.append(f"{path} ({error})")
-            continue
-        yield str(path), array
+        if damaged and not skip_damaged:
+            batch.clear()
+        if len(batch) == batch_size:
+            yield batch
+            batch = []
     if damaged and not skip_damaged:
         raise ValueError(
-            f"{len(damaged)} of {len(paths)} images cannot be read: {', '.join(damaged[:5])}; "
-            "leave them out with --skip-damaged"
+            f"{len(damaged)} of {len(paths)} images cannot be read: {some(damaged)}; leave them out with --skip-damaged"
         )
+    if batch:
+        yield batch
 
 
 def _write(path: Path, predictions: Sequence[Prediction]) -> None:

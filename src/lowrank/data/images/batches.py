@@ -103,12 +103,45 @@ class ImageBatches:
         return torch.multinomial(self._chances, self.batch_size, replacement=True, generator=noise).numpy()
 
 
-def evaluation_batches(split: Split, spec: ImageSpec, batch_size: int, limit: int | None) -> Iterator[Batch]:
-    """Every image of the split once, in order; or the first ``limit`` batches."""
-    starts = range(0, len(split), batch_size)
-    for start in starts if limit is None else starts[:limit]:
-        rows = np.arange(start, min(start + batch_size, len(split)))
-        yield {"images": to_model(split.images[rows], spec), "labels": label_tensor(split, rows)}
+@dataclass(frozen=True, kw_only=True)
+class EvaluationBatches:
+    """Images of a split, each once and in order, in batches that can be asked for one by one."""
+
+    split: Split
+    spec: ImageSpec
+    batch_size: int
+    rows: np.ndarray
+
+    def __len__(self) -> int:
+        return -(-len(self.rows) // self.batch_size)
+
+    def __iter__(self) -> Iterator[Batch]:
+        return map(self.batch, range(len(self)))
+
+    def batch(self, n: int) -> Batch:
+        """Batch n, as :meth:`ImageBatches.batch` gives it."""
+        rows = self.rows[n * self.batch_size : (n + 1) * self.batch_size]
+        return {"images": to_model(self.split.images[rows], self.spec), "labels": label_tensor(self.split, rows)}
+
+
+def evaluation_batches(split: Split, spec: ImageSpec, batch_size: int, limit: int | None) -> EvaluationBatches:
+    """Every image of the split once; or ``limit`` batches of :func:`sample`."""
+    rows = np.arange(len(split)) if limit is None else sample(split, limit * batch_size)
+    return EvaluationBatches(split=split, spec=spec, batch_size=batch_size, rows=rows)
+
+
+def sample(split: Split, count: int) -> np.ndarray:
+    """The same ``count`` rows of a split every time, in order: each class in proportion, and once where there is room.
+
+    Of several labels an image counts for its rarest.
+    """
+    own, order = _rarest(split), torch.randperm(len(split), generator=generator("cpu", 0, "sample")).numpy()
+    place = np.empty(len(split))
+    for number in np.unique(own):
+        rows = order[own[order] == number]
+        place[rows] = (np.arange(len(rows)) + 0.5) / len(rows)
+        place[rows[0]] = -1.0
+    return np.sort(np.argsort(place, kind="stable")[:count])
 
 
 def label_tensor(split: Split, rows: np.ndarray) -> Tensor:

@@ -4,10 +4,16 @@
 
 ``window`` gives low and high: ``auto`` takes the 0.5th and 99.5th percentile of each image, ``full`` the range of the
 file's type, and ``"100,4000"`` these two. Eight-bit images are left as they are.
+
+Threads that decode together share a budget of pixels, so that eight huge images are decoded one after the other.
 """
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Literal, get_args
 
@@ -17,13 +23,35 @@ Fit = Literal["pad", "crop", "stretch"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 WIDE = ("I;16", "I;16B", "I;16L", "I", "F")  # PIL's modes of more than eight bits
 GREY = ("1", "L", "LA", *WIDE)
+PIXELS_IN_FLIGHT = 1 << 25  # of all threads together; an image that is larger than this is decoded alone
 
 
 class Damaged(ValueError):
     """A file that is no image, or a broken one."""
 
 
-def check_window(window: str) -> tuple[float, float] | None:
+@dataclass(frozen=True, kw_only=True)
+class Reading:
+    """How image files become arrays.
+
+    ``size``: pixels of each side. ``grey``: one channel, or three. ``window``: for more than eight bits, see above.
+    ``fit``: an image that is not square is padded with black, cropped in its middle, or stretched.
+    """
+
+    size: int = 224
+    grey: bool = False
+    window: str = "auto"
+    fit: Fit = "pad"
+
+    def __post_init__(self) -> None:
+        if self.size < 1:
+            raise ValueError(f"data.size={self.size} must be at least 1")
+        if self.fit not in get_args(Fit):
+            raise ValueError(f"data.fit={self.fit!r} is unknown; it is one of {', '.join(get_args(Fit))}")
+        window_limits(self.window)
+
+
+def window_limits(window: str) -> tuple[float, float] | None:
     """(low, high) of an explicit window, or None for ``auto`` and ``full``.
 
     Raises:
@@ -40,9 +68,21 @@ def check_window(window: str) -> tuple[float, float] | None:
     return low, high
 
 
-def check_fit(fit: str) -> None:
-    if fit not in get_args(Fit):
-        raise ValueError(f"data.fit={fit!r} is unknown; it is one of {', '.join(get_args(Fit))}")
+def image_files(folder: Path, *, deep: bool = True) -> list[Path]:
+    """The image files in a folder, in order; hidden ones, ``__MACOSX`` and what is no regular file are left out."""
+    found = folder.rglob("*") if deep else folder.glob("*")
+    return sorted(
+        path
+        for path in found
+        if path.suffix.lower() in SUFFIXES
+        and not any(is_stray(part) for part in path.relative_to(folder).parts)
+        and path.is_file()
+    )
+
+
+def is_stray(name: str) -> bool:
+    """Whether a file or folder is what systems leave behind: hidden, or a Mac's copy of a file's attributes."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def is_grey(path: Path) -> bool:
@@ -55,36 +95,29 @@ def is_grey(path: Path) -> bool:
         return image.mode in GREY
 
 
-def read_image(path: Path, size: int, *, grey: bool, window: str = "auto", fit: Fit = "pad") -> np.ndarray:
+def read_image(path: Path, reading: Reading) -> np.ndarray:
     """A file as (size, size) or (size, size, 3) uint8.
-
-    Args:
-        path: the file.
-        size: pixels of each side.
-        grey: one channel, or three.
-        window: for more than eight bits, see above.
-        fit: an image that is not square is padded with black, cropped in its middle, or stretched.
 
     Raises:
         Damaged: it cannot be decoded.
     """
     from PIL import Image, ImageOps
 
-    with _opened(path) as image:
+    with _opened(path) as image, _budget.held(image.width * image.height):
         try:
             image.load()
             image = ImageOps.exif_transpose(image)
             if image.mode in WIDE:
-                image = Image.fromarray(windowed(np.asarray(image), window))
-            image = image.convert("L" if grey else "RGB")
-            return np.asarray(_fitted(image, size, fit))
+                image = Image.fromarray(windowed(np.asarray(image), reading.window))
+            image = image.convert("L" if reading.grey else "RGB")
+            return np.asarray(_fitted(image, reading.size, reading.fit))
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise Damaged(str(error)) from error
 
 
 def windowed(x: np.ndarray, window: str) -> np.ndarray:
     """Numbers of any width as uint8."""
-    given, values = check_window(window), x.astype(np.float64)
+    given, values = window_limits(window), x.astype(np.float64)
     finite = values[np.isfinite(values)]
     if not finite.size:
         raise Damaged("it holds no finite number")
@@ -119,3 +152,26 @@ def _fitted(image: Any, size: int, fit: Fit) -> Any:
     if fit == "crop":
         return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
     return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC)
+
+
+class PixelBudget:
+    """At most ``limit`` pixels are held by all threads together; whoever needs more than that waits to be alone."""
+
+    def __init__(self, limit: int):
+        self.limit, self.used = limit, 0
+        self._changed = threading.Condition()
+
+    @contextmanager
+    def held(self, pixels: int) -> Iterator[None]:
+        with self._changed:
+            self._changed.wait_for(lambda: self.used == 0 or self.used + pixels <= self.limit)
+            self.used += pixels
+        try:
+            yield
+        finally:
+            with self._changed:
+                self.used -= pixels
+                self._changed.notify_all()
+
+
+_budget = PixelBudget(PIXELS_IN_FLIGHT)

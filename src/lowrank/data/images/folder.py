@@ -12,40 +12,21 @@ and no batch waits for a decoder.
 from __future__ import annotations
 
 import csv
-import hashlib
 import json
 import re
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.data.cache import cache_root, locked, published, remove_leftovers
-from lowrank.data.images.decode import SUFFIXES, Damaged, Fit, check_fit, check_window, is_grey, read_image
-from lowrank.data.images.set import SPLITS, ImageSet, Kind, Split
+from lowrank.data.images.decode import SUFFIXES, Damaged, Reading, image_files, is_grey, is_stray, read_image
+from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, some, stored
 from lowrank.data.images.splits import split_by_patient
-
-SPLIT_NAMES = {"training": "train", "valid": "val", "validation": "val", "dev": "val", "testing": "test"}
-
-
-@dataclass(frozen=True, kw_only=True)
-class Decoding:
-    """How files become arrays. ``skip_damaged``: leave out what cannot be read instead of refusing the whole."""
-
-    size: int = 224
-    window: str = "auto"
-    fit: Fit = "pad"
-    skip_damaged: bool = False
-
-    def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"data.size={self.size} must be at least 1")
-        check_window(self.window)
-        check_fit(self.fit)
+from lowrank.data.split_names import SPLITS, split_of
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,38 +39,27 @@ class Entry:
     split: str | None = None
 
 
-def read_folder(
-    root: Path,
-    decoding: Decoding,
-    *,
-    table: Path | None = None,
-    kind: Kind | None = None,
-    patient_pattern: str | None = None,
-    val_fraction: float | None = None,
-    test_fraction: float | None = None,
-) -> ImageSet:
+def read_folder(source: str, options: Options) -> ImageSet:
     """The images of a folder as a set.
-
-    Args:
-        root: the folder.
-        decoding: how files become arrays.
-        table: the labels, where they are not the names of folders.
-        kind: of the task; by default it follows from the labels.
-        patient_pattern: a regular expression whose first group, found in a file's path, is the patient.
-        val_fraction, test_fraction: shares of the patients to hold out where the source has no splits of its own.
 
     Raises:
         ValueError: no images, damaged ones (named and counted), labels that do not fit, fractions for splits that exist
             already.
     """
-    entries = _from_table(root, table) if table is not None else _from_folders(root)
-    if patient_pattern is not None:
-        entries = [_with_patient(entry, patient_pattern) for entry in entries]
-    found, several = _classes(entries, table), any(len(entry.labels) != 1 for entry in entries)
-    kind = _kind(kind, found, several or (table is not None and _has_column(table, "labels")), root)
-    pixels, readable = _pixels(root, [entry.path for entry in entries], decoding)
-    labels = _encoded(entries, found, kind)
-    places = _splits(entries, labels, val_fraction, test_fraction, root)
+    root = Path(source).expanduser()
+    reading = Reading(size=options.size or 224, window=options.window, fit=options.fit)
+    notes: list[str] = []
+    if options.labels is not None:
+        entries, several = _from_table(root, _table(root, options.labels))
+    else:
+        entries, several = _from_folders(root, notes), False
+    if options.patient_pattern is not None:
+        entries = _with_patients(entries, options.patient_pattern)
+    classes = _in_order({label for entry in entries for label in entry.labels})
+    kind = _kind(options.kind, classes, several, root)
+    pixels, readable, digest = _pixels(root, [entry.path for entry in entries], reading, options.skip_damaged)
+    labels = _encoded(entries, classes, kind)
+    places = _splits(entries, labels, options, root)
     splits = {}
     for name in SPLITS:
         chosen = [i for i, place in enumerate(places) if place == name and i in readable]
@@ -101,9 +71,22 @@ def read_folder(
         )
     if not len(splits["train"]):
         raise ValueError(f"{root} leaves no image to train on")
-    left_out = len(entries) - len(readable)
-    notes = (f"{left_out} damaged images of {root} are left out",) if left_out else ()
-    return ImageSet(name=root.name, kind=kind, classes=found, splits=splits, notes=notes)
+    if left_out := len(entries) - len(readable):
+        notes.append(f"{left_out} damaged images of {root} are left out")
+    return ImageSet(name=root.name, kind=kind, classes=classes, splits=splits, notes=tuple(notes), pixels=digest)
+
+
+SOURCES.append(
+    ImageSource(
+        what="a folder",
+        matches=lambda source: Path(source).expanduser().is_dir(),
+        read=read_folder,
+        takes=(
+            *("size", "kind", "labels", "patient_pattern", "val_fraction", "test_fraction"),
+            *("window", "fit", "skip_damaged"),
+        ),
+    )
+)
 
 
 class _Rows:
@@ -123,91 +106,150 @@ class _Rows:
 # --- files and labels ------------------------------------------------------------------------------------------------
 
 
-def _from_folders(root: Path) -> list[Entry]:
-    """A folder a class, below the splits' folders if there are any."""
-    below = sorted(child.name for child in root.iterdir() if child.is_dir())
-    named = {name: SPLIT_NAMES.get(name.lower(), name.lower()) for name in below}
-    divided = "train" in named.values() and set(named.values()) <= set(SPLITS)
+def _from_folders(root: Path, notes: list[str]) -> list[Entry]:
+    """A folder a class, below the splits' folders if there are any; ``notes`` gets what is passed over."""
+    below = _subfolders(root, notes)
+    divided = _are_splits(root, below)
     entries = []
-    for name in below:
-        split = named[name] if divided else None
-        base = root / name
-        classes = sorted(child for child in base.iterdir() if child.is_dir()) if divided else [base]
-        for folder in classes:
-            for path in _files(folder):
+    for base in below:
+        for folder in _subfolders(base, notes) if divided else [base]:
+            for path in image_files(folder):
                 relative = path.relative_to(root).as_posix()
+                split = split_of(base.name) if divided else None
                 entries.append(Entry(path=relative, labels=(folder.name,), patient=relative, split=split))
+    beside = [path for place in ([root, *below] if divided else [root]) for path in image_files(place, deep=False)]
     if not entries:
-        loose = len(_files(root, deep=False))
-        hint = f"; it holds {loose} images directly: their classes need --labels labels.csv" if loose else ""
+        hint = f"; it holds {len(beside)} images directly: their classes need --labels labels.csv" if beside else ""
         raise ValueError(f"{root} has no folders of images ({', '.join(SUFFIXES)}), one a class{hint}")
+    if beside:
+        named = some([path.relative_to(root).as_posix() for path in beside])
+        notes.append(f"{len(beside)} images of {root} are in no class's folder, and left out: {named}")
     return entries
 
 
-def _files(folder: Path, deep: bool = True) -> list[Path]:
-    found = folder.rglob("*") if deep else folder.glob("*")
-    return sorted(path for path in found if path.suffix.lower() in SUFFIXES and not path.name.startswith("."))
+def _subfolders(folder: Path, notes: list[str]) -> list[Path]:
+    """The folders in it that hold images somewhere; hidden and empty ones are none."""
+    every = sorted(child for child in folder.iterdir() if child.is_dir())
+    found = [child for child in every if not is_stray(child.name) and image_files(child)]
+    if passed := [child.name for child in every if child not in found]:
+        notes.append(f"folders of {folder} that are hidden or hold no images are passed over: {some(passed)}")
+    return found
 
 
-def _has_column(table: Path, name: str) -> bool:
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        return name in (next(csv.reader(file), []))
+def _are_splits(root: Path, below: Sequence[Path]) -> bool:
+    """Whether the folders are splits.
 
-
-def _from_table(root: Path, table: Path) -> list[Entry]:
-    if not table.is_file():
-        raise FileNotFoundError(f"there is no table of labels {table}")
-    with open(table, newline="", encoding="utf-8-sig") as file:
-        rows = list(csv.DictReader(file))
-    columns = set(rows[0]) if rows else set()
-    which = "labels" if "labels" in columns else "label"
-    if not {"path", which} <= columns:
+    Raises:
+        ValueError: some are and others are not, or one split has two folders.
+    """
+    splits = [split for folder in below if (split := split_of(folder.name))]
+    if "train" not in splits and not any(_holds_classes(folder) for folder in below if split_of(folder.name)):
+        return False  # a class may be called "test"
+    others = [folder.name for folder in below if not split_of(folder.name)]
+    if others:
+        named = some([folder.name for folder in below if split_of(folder.name)])
         raise ValueError(
-            f"{table} needs the columns path and label (or labels); it has {', '.join(columns) or 'no rows'}"
+            f"{root} holds the splits {named} and beside them {some(others)}: move these elsewhere, or say what each "
+            "image is with --labels labels.csv"
+        )
+    if "train" not in splits or len(splits) != len(set(splits)):
+        raise ValueError(
+            f"{root} holds the splits {some([folder.name for folder in below])}: there must be one train, and at most "
+            "one val and one test"
+        )
+    return True
+
+
+def _holds_classes(folder: Path) -> bool:
+    return any(child.is_dir() and not is_stray(child.name) for child in folder.iterdir())
+
+
+def _table(root: Path, labels: str) -> Path:
+    """The table as it was given, or below the folder."""
+    path = Path(labels).expanduser()
+    return path if path.is_file() or not (root / labels).is_file() else root / labels
+
+
+def _from_table(root: Path, table: Path) -> tuple[list[Entry], bool]:
+    """The entries of a table, and whether an image may have several labels."""
+    header, rows = _rows_of(table)
+    which = "labels" if "labels" in header else "label"
+    if not {"path", which} <= set(header) or {"label", "labels"} <= set(header) or not rows:
+        raise ValueError(
+            f"{table} needs the columns path and label (or labels), one of them, and rows; it has "
+            f"{', '.join(header)} and {len(rows)} rows"
         )
     entries = []
-    for row in rows:
-        text = row[which].strip()
-        labels = (
-            tuple(part.strip() for part in re.split(r"[|;]", text) if part.strip()) if which == "labels" else (text,)
-        )
-        entries.append(
-            Entry(path=row["path"], labels=labels, patient=row.get("patient") or row["path"], split=_place(row, table))
-        )
+    for line, row in rows:
+        parts = re.split(r"[|;]", row[which]) if which == "labels" else [row[which]]
+        labels = tuple(part.strip() for part in parts if part.strip())
+        if which == "label" and not labels:
+            raise ValueError(f"{table} line {line}: {row['path']} has no label")
+        split = row.get("split", "").strip()
+        if split and not split_of(split):
+            raise ValueError(
+                f"{table} line {line}: {row['path']} is in the split {split!r}; there are {', '.join(SPLITS)}"
+            )
+        patient = row.get("patient") or row["path"]
+        entries.append(Entry(path=row["path"], labels=labels, patient=patient, split=split_of(split)))
     missing = [entry.path for entry in entries if not (root / entry.path).is_file()]
     if missing:
-        raise ValueError(f"{len(missing)} of {len(entries)} files in {table} are not in {root}: {_some(missing)}")
-    repeated = len(entries) - len({entry.path for entry in entries})
-    if repeated:
+        raise ValueError(f"{len(missing)} of {len(entries)} files in {table} are not in {root}: {some(missing)}")
+    if repeated := len(entries) - len({entry.path for entry in entries}):
         raise ValueError(f"{table} names {repeated} files more than once")
-    return entries
+    return entries, which == "labels"
 
 
-def _place(row: dict[str, str], table: Path) -> str | None:
-    text = (row.get("split") or "").strip().lower()
-    name = SPLIT_NAMES.get(text, text)
-    if name and name not in SPLITS:
-        raise ValueError(f"{table}: {row['path']} is in the split {text!r}; there are {', '.join(SPLITS)}")
-    return name or None
+def _rows_of(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+    """The header of a CSV file, and each row with its line, by the header's names.
+
+    Raises:
+        FileNotFoundError: there is none.
+        ValueError: a row that does not fit the header, a stray quote, no UTF-8; the line is named.
+    """
+    if not table.is_file():
+        raise FileNotFoundError(f"there is no table of labels {table}")
+    line, found = 1, []
+    try:
+        with open(table, newline="", encoding="utf-8-sig") as file:
+            first = file.readline()
+            file.seek(0)
+            reader = csv.reader(file, strict=True, delimiter=max(",;\t", key=first.count))
+            header = next(reader, [])
+            for row in reader:
+                line = reader.line_num
+                if row and len(row) != len(header):
+                    raise ValueError(
+                        f"{table} line {line} has {len(row)} cells, and the header {len(header)}: "
+                        f"{', '.join(header)}; a cell that holds a separator needs quotes"
+                    )
+                if row:
+                    found.append((line, dict(zip(header, row, strict=True))))
+    except (csv.Error, UnicodeDecodeError) as error:
+        raise ValueError(f"{table} after line {line}: {error}") from error
+    if repeated := {name for name in header if header.count(name) > 1}:
+        raise ValueError(f"{table} has several columns {', '.join(sorted(repeated))}")
+    return header, found
 
 
-def _with_patient(entry: Entry, pattern: str) -> Entry:
-    found = re.search(pattern, entry.path)
-    if not found or not found.groups():
-        raise ValueError(
-            f"data.patient_pattern={pattern!r} finds no patient in {entry.path}; "
-            "it needs a group, such as '(patient\\d+)'"
-        )
-    return Entry(path=entry.path, labels=entry.labels, patient=found[1], split=entry.split)
+def _with_patients(entries: Sequence[Entry], pattern: str) -> list[Entry]:
+    needs = "it needs a group, such as '(patient\\d+)'"
+    try:
+        patient = re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"data.patient_pattern={pattern!r} is no regular expression ({error}); {needs}") from error
+    found = []
+    for entry in entries:
+        match = patient.search(entry.path)
+        if not match or not match.groups() or match[1] is None:
+            raise ValueError(f"data.patient_pattern={pattern!r} finds no patient in {entry.path}; {needs}")
+        found.append(replace(entry, patient=match[1]))
+    return found
 
 
-def _classes(entries: Sequence[Entry], table: Path | None) -> tuple[str, ...]:
+def _in_order(names: set[str]) -> tuple[str, ...]:
     """Names in order; numbers as numbers, so that grade 10 follows 9."""
-    names = {label for entry in entries for label in entry.labels}
-    if "" in names:
-        unlabelled = [entry.path for entry in entries if "" in entry.labels]
-        raise ValueError(f"{len(unlabelled)} files in {table} have no label: {_some(unlabelled)}")
-    numbers = all(name.isdigit() for name in names)
+    numbers = all(name.isdecimal() for name in names)
     return tuple(sorted(names, key=lambda name: (int(name) if numbers else 0, name)))
 
 
@@ -229,16 +271,14 @@ def _encoded(entries: Sequence[Entry], classes: tuple[str, ...], kind: Kind) -> 
     return labels
 
 
-def _splits(
-    entries: Sequence[Entry], labels: np.ndarray, val_fraction: float | None, test_fraction: float | None, root: Path
-) -> list[str]:
+def _splits(entries: Sequence[Entry], labels: np.ndarray, options: Options, root: Path) -> list[str]:
     """The split of each image: the source's own where it has splits; a missing ``val`` is cut out of its ``train``."""
     given = {entry.split for entry in entries} - {None}
-    for split, fraction in (("val", val_fraction), ("test", test_fraction)):
+    for split, fraction in (("val", options.val_fraction), ("test", options.test_fraction)):
         if fraction is not None and split in given:
             raise ValueError(f"{root} has its own {split} split: leave data.{split}_fraction out")
-    val = (0.0 if "val" in given else 0.15) if val_fraction is None else val_fraction
-    test = (0.0 if given else 0.15) if test_fraction is None else test_fraction
+    val = (0.0 if "val" in given else 0.15) if options.val_fraction is None else options.val_fraction
+    test = (0.0 if given else 0.15) if options.test_fraction is None else options.test_fraction
     open_ones = [i for i, entry in enumerate(entries) if entry.split in (None, "train")]
     made = split_by_patient(labels[open_ones], [entries[i].patient for i in open_ones], val, test)
     places = [entry.split or "train" for entry in entries]
@@ -250,61 +290,47 @@ def _splits(
 # --- pixels ----------------------------------------------------------------------------------------------------------
 
 
-def _pixels(root: Path, paths: Sequence[str], decoding: Decoding) -> tuple[np.ndarray, set[int]]:
-    """The images as one array, a row a file, and the rows that could be read."""
-    stats = [(path, (root / path).stat()) for path in paths]
-    key = json.dumps([str(root.resolve()), *((p, s.st_size, s.st_mtime_ns) for p, s in stats), repr(decoding)])
-    final = cache_root() / "images" / f"{root.name}-{hashlib.blake2b(key.encode(), digest_size=8).hexdigest()}"
-    if not final.is_dir():
-        with locked(final) as held:
-            if not final.is_dir():
-                if held:
-                    remove_leftovers(final)
-                _decode_all(root, paths, decoding, final)
-    readable = set(json.loads((final / "readable.json").read_text()))
-    return np.load(final / "images.npy", mmap_mode="r"), readable
+def _pixels(root: Path, paths: Sequence[str], reading: Reading, skip_damaged: bool) -> tuple[np.ndarray, set[int], str]:
+    """The images as one array, a row a file; the rows that could be read; a digest of it all."""
+    files = [(path, (root / path).stat()) for path in paths]
+    key = [str(root.resolve()), repr(reading), skip_damaged, [(p, s.st_size, s.st_mtime_ns) for p, s in files]]
+    folder = stored(root.name, key, lambda empty: _decode_all(root, paths, reading, skip_damaged, empty))
+    readable = set(json.loads((folder / "readable.json").read_text()))
+    return np.load(folder / "images.npy", mmap_mode="r"), readable, (folder / "digest").read_text()
 
 
-def _decode_all(root: Path, paths: Sequence[str], decoding: Decoding, final: Path) -> None:
+def _decode_all(root: Path, paths: Sequence[str], reading: Reading, skip_damaged: bool, folder: Path) -> None:
     damaged: dict[int, str] = {}
 
-    def grey(i: int) -> bool:
-        try:
-            return is_grey(root / paths[i])
-        except Damaged as error:
-            damaged[i] = str(error)
-            return True
+    def attempt(what: Callable[[int], Any]) -> list[Any]:
+        """What it gives for each image that is not damaged, on several threads."""
 
-    with ThreadPoolExecutor() as pool, published(final) as folder:
-        all_grey = all(list(pool.map(grey, range(len(paths)))))
-        shape = (len(paths), decoding.size, decoding.size) + (() if all_grey else (3,))
-        array = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
-
-        def decode(i: int) -> None:
+        def one(i: int) -> Any:
             try:
-                array[i] = read_image(
-                    root / paths[i], decoding.size, grey=all_grey, window=decoding.window, fit=decoding.fit
-                )
+                return what(i)
             except Damaged as error:
                 damaged[i] = str(error)
+                return True
 
-        list(pool.map(decode, [i for i in range(len(paths)) if i not in damaged]))
-        array.flush()
-        _refuse_damaged(root, paths, damaged, decoding)
-        (folder / "readable.json").write_text(json.dumps([i for i in range(len(paths)) if i not in damaged]))
+        with ThreadPoolExecutor() as pool:
+            return list(pool.map(one, [i for i in range(len(paths)) if i not in damaged]))
+
+    reading = replace(reading, grey=all(attempt(lambda i: is_grey(root / paths[i]))))
+    shape = (len(paths), reading.size, reading.size) + (() if reading.grey else (3,))
+    array = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
+    attempt(lambda i: array.__setitem__(i, read_image(root / paths[i], reading)))
+    array.flush()
+    _refuse_damaged(root, paths, damaged, skip_damaged)
+    (folder / "readable.json").write_text(json.dumps([i for i in range(len(paths)) if i not in damaged]))
 
 
-def _refuse_damaged(root: Path, paths: Sequence[str], damaged: dict[int, str], decoding: Decoding) -> None:
+def _refuse_damaged(root: Path, paths: Sequence[str], damaged: dict[int, str], skip_damaged: bool) -> None:
     if not damaged:
         return
-    named = _some([f"{paths[i]} ({why})" for i, why in sorted(damaged.items())])
+    named = some([f"{paths[i]} ({why})" for i, why in sorted(damaged.items())])
     if len(damaged) == len(paths):
         raise ValueError(f"none of the {len(paths)} images in {root} can be read: {named}")
     text = f"{len(damaged)} of {len(paths)} images in {root} cannot be read: {named}"
-    if not decoding.skip_damaged:
+    if not skip_damaged:
         raise ValueError(f"{text}; mend or remove them, or leave them out with --data.skip_damaged true")
     print(f"{text}; left out", file=sys.stderr)
-
-
-def _some(names: Sequence[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

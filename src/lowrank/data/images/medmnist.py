@@ -2,23 +2,25 @@
 
 A file holds ``{train,val,test}_{images,labels}``. A member of an ``.npz`` cannot be memory-mapped, but is itself an
 ``.npy`` file, so each is copied once into the cache as it stands, in pieces, and mapped from there: the largest set has
-12 GB.
+12 GB. A file is not unpacked unasked if it would become much larger than itself.
 """
 
 from __future__ import annotations
 
-import hashlib
 import re
 import shutil
 import sys
 import zipfile
+import zlib
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from lowrank.data.cache import cache_root, locked, published, remove_leftovers
-from lowrank.data.images.set import SPLITS, ImageSet, Kind, Split
+from lowrank.data.cache import cache_root
+from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, stored
+from lowrank.data.split_names import SPLITS
 from lowrank.infra.convert import nearest
 
 SIZES = (28, 64, 128, 224)
@@ -32,15 +34,15 @@ NAMES = (
     *("pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist"),
     *("breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist"),
 )
+PACKED, LARGE = 100, 1 << 26  # a file that unpacks to so many times its size, and to more than so many bytes, is not
 KEYS = tuple(f"{split}_{what}" for split in SPLITS for what in ("images", "labels"))
 
 
 def facts(name: str, size: int) -> dict[str, Any]:
     """What is known of an official set without its file, as ``ImageData.to_json`` says it."""
-    info = _info(name)
-    classes = [info["label"][str(i)] for i in range(len(info["label"]))]
-    reading = {"size": size, "grey": info["n_channels"] == 1}
-    return {"kind": KIND_OF_TASK[info["task"]], "classes": classes, "reading": reading, "spec": {"size": size}}
+    kind, classes = _task(name)
+    reading = {"size": size, "grey": _info(name)["n_channels"] == 1}
+    return {"kind": kind, "classes": classes, "reading": reading, "spec": {"size": size}}
 
 
 def download(name: str, size: int) -> Path:
@@ -72,38 +74,68 @@ def download(name: str, size: int) -> Path:
     return root / f"{name}{suffix}.npz"
 
 
-def read_npz(path: Path, *, dataset: str | None = None, kind: Kind | None = None) -> ImageSet:
-    """The set in a local ``.npz`` of MedMNIST's layout.
+def read_npz(path: Path, options: Options) -> ImageSet:
+    """The set in a local ``.npz`` of MedMNIST's layout; ``pathmnist_64.npz`` is recognised by its name.
 
-    Args:
-        path: the file; ``pathmnist_64.npz`` is recognised by its name.
-        dataset: which of MedMNIST's sets it is, where the name does not tell.
-        kind: the task of a set that is none of MedMNIST's; by default it follows from the labels.
+    The classes of a set that is none of MedMNIST's are the numbers that occur as labels in its training split.
 
     Raises:
         ValueError: other keys, shapes or labels than the layout has; no such set.
     """
-    name = dataset or _recognised(path)
-    if dataset is not None and dataset not in NAMES:
+    name = options.dataset or _recognised(path)
+    if name is not None and name not in NAMES:
         raise ValueError(
-            f"data.dataset={dataset!r} is none of MedMNIST's{nearest(dataset, NAMES)}; it is one of {', '.join(NAMES)}"
+            f"data.dataset={name!r} is none of MedMNIST's{nearest(name, NAMES)}; it is one of {', '.join(NAMES)}"
         )
-    arrays = _arrays(path)
+    arrays, digest = _arrays(path, options.unpack_large)
     labels = {split: _labels(arrays[f"{split}_labels"], path, split) for split in SPLITS}
+    notes: tuple[str, ...] = ()
     if name is not None:
-        info = _info(name)
-        found = KIND_OF_TASK[info["task"]]
-        if kind not in (None, found):
-            raise ValueError(f"data.kind={kind}: the task of {name} is {found}; leave it out")
-        classes = tuple(info["label"][str(i)] for i in range(len(info["label"])))
+        kind, classes = _task(name)
+        if options.kind not in (None, kind):
+            raise ValueError(f"data.kind={options.kind}: the task of {name} is {kind}; leave it out")
+        notes = _notes(name, {split: len(labels[split]) for split in SPLITS})
     else:
-        found, classes = _inferred(labels, kind)
-    notes = _notes(name, {split: len(labels[split]) for split in SPLITS})
+        kind, numbers = _inferred(labels["train"], options.kind, path)
+        classes = tuple(map(str, numbers))
+        if kind != "multi-label":
+            labels = {split: _numbered(each, numbers, path, split) for split, each in labels.items()}
+        if numbers != list(range(len(numbers))):
+            shown = ", ".join(f"{number} → {i}" for i, number in enumerate(numbers[:20]))
+            notes = (f"labels of {path} are counted from 0: {shown}{' …' if len(numbers) > 20 else ''}",)
     splits = {
-        split: Split(images=_squeezed(arrays[f"{split}_images"]), labels=_shaped(labels[split], found))
+        split: Split(images=_squeezed(arrays[f"{split}_images"]), labels=_shaped(labels[split], kind))
         for split in SPLITS
     }
-    return ImageSet(name=name or path.stem, kind=found, classes=classes, splits=splits, notes=notes)
+    found = ImageSet(name=name or path.stem, kind=kind, classes=classes, splits=splits, notes=notes, pixels=digest)
+    if options.size not in (None, found.size):
+        raise ValueError(
+            f"data.size={options.size}, and {path} holds images of {found.size} pixels: give another file, or "
+            "--data.size none (the model resizes what it gets)"
+        )
+    return found
+
+
+def _is_npz(source: str) -> bool:
+    path = Path(source).expanduser()
+    return path.suffix == ".npz" and path.is_file()
+
+
+SOURCES += [
+    ImageSource(
+        what="a file with splits",
+        matches=_is_npz,
+        read=lambda source, options: read_npz(Path(source).expanduser(), options),
+        takes=("dataset", "size", "kind", "unpack_large"),
+    ),
+    ImageSource(
+        what="a MedMNIST set",
+        matches=lambda source: source in NAMES,
+        read=lambda source, options: read_npz(download(source, options.size or 28), replace(options, dataset=source)),
+        takes=("size",),
+        names=NAMES,
+    ),
+]
 
 
 def _recognised(path: Path) -> str | None:
@@ -121,38 +153,44 @@ def _info(name: str) -> dict[str, Any]:
     return info
 
 
-def _arrays(path: Path) -> dict[str, np.ndarray]:
-    """The members of the file, each mapped from its copy in the cache."""
+def _task(name: str) -> tuple[Kind, tuple[str, ...]]:
+    """The kind and the classes of an official set."""
+    info = _info(name)
+    return KIND_OF_TASK[info["task"]], tuple(info["label"][str(i)] for i in range(len(info["label"])))
+
+
+def _arrays(path: Path, unpack_large: bool) -> tuple[dict[str, np.ndarray], str]:
+    """The members of the file, each mapped from its copy in the cache, and a digest of them all."""
     try:
         with zipfile.ZipFile(path) as archive:
-            found = {name.removesuffix(".npy") for name in archive.namelist()}
+            sizes = {each.filename.removesuffix(".npy"): each.file_size for each in archive.infolist()}
     except (zipfile.BadZipFile, EOFError) as error:
         raise ValueError(f"{path} is no .npz file, or a damaged one ({error})") from error
-    missing = [key for key in KEYS if key not in found]
+    missing = [key for key in KEYS if key not in sizes]
     if missing:
         raise ValueError(
-            f"{path} lacks {', '.join(missing)} of MedMNIST's layout; it has {', '.join(sorted(found)) or 'nothing'}"
+            f"{path} lacks {', '.join(missing)} of MedMNIST's layout; it has {', '.join(sorted(sizes)) or 'nothing'}"
         )
-    status = path.stat()
-    mark = f"{path.resolve()}\0{status.st_size}\0{status.st_mtime_ns}"
-    final = cache_root() / "images" / f"{path.stem}-{hashlib.blake2b(mark.encode(), digest_size=8).hexdigest()}"
-    if not final.is_dir():
-        with locked(final) as held:
-            if not final.is_dir():
-                if held:
-                    remove_leftovers(final)
-                _unpack(path, final)
-    return {key: np.load(final / f"{key}.npy", mmap_mode="r") for key in KEYS}
+    status, unpacked = path.stat(), sum(sizes[key] for key in KEYS)
+    if unpacked > max(LARGE, PACKED * status.st_size) and not unpack_large:
+        raise ValueError(
+            f"{path} has {status.st_size:,} bytes and unpacks to {unpacked:,}: if that is meant, and there is room in "
+            f"{cache_root()}, add --data.unpack_large true"
+        )
+    key = [str(path.resolve()), status.st_size, status.st_mtime_ns]
+    folder = stored(path.stem, key, lambda empty: _unpack(path, empty))
+    arrays = {key: np.load(folder / f"{key}.npy", mmap_mode="r") for key in KEYS}
+    return arrays, (folder / "digest").read_text()
 
 
-def _unpack(path: Path, final: Path) -> None:
-    with zipfile.ZipFile(path) as archive, published(final) as folder:
+def _unpack(path: Path, folder: Path) -> None:
+    with zipfile.ZipFile(path) as archive:
         for key in KEYS:
             try:
                 with archive.open(f"{key}.npy") as member, open(folder / f"{key}.npy", "wb") as copy:
                     shutil.copyfileobj(member, copy, 1 << 22)
                 np.load(folder / f"{key}.npy", mmap_mode="r")
-            except (zipfile.BadZipFile, EOFError, ValueError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
                 raise ValueError(f"{path}: {key} is damaged ({error})") from error
 
 
@@ -162,6 +200,28 @@ def _labels(array: np.ndarray, path: Path, split: str) -> np.ndarray:
             f"{path}: {split}_labels is {array.shape} of {array.dtype}; whole numbers (n, labels) are wanted"
         )
     return np.asarray(array).reshape(len(array), -1)
+
+
+def _inferred(labels: np.ndarray, kind: Kind | None, path: Path) -> tuple[Kind, list[int]]:
+    """The kind and the numbers that stand for classes, from the training labels (n, labels) of a stranger."""
+    width = labels.shape[1]
+    if width > 1 and kind not in (None, "multi-label"):
+        raise ValueError(f"data.kind={kind}: {path} has {width} labels to an image, so that the task is multi-label")
+    if width > 1 or kind == "multi-label":
+        return "multi-label", list(range(width))
+    numbers = np.unique(labels).tolist()
+    return kind or ("binary" if len(numbers) == 2 else "multi-class"), numbers
+
+
+def _numbered(labels: np.ndarray, numbers: list[int], path: Path, split: str) -> np.ndarray:
+    """Labels as places among ``numbers``, (n, 1)."""
+    strange = np.setdiff1d(labels, numbers)
+    if len(strange):
+        raise ValueError(
+            f"{path} has labels {', '.join(map(str, strange[:5]))} in {split} that its training split lacks; that has "
+            f"{', '.join(map(str, numbers[:20]))}"
+        )
+    return np.searchsorted(np.array(numbers, dtype=labels.dtype), labels)
 
 
 def _shaped(labels: np.ndarray, kind: Kind) -> np.ndarray:
@@ -174,21 +234,11 @@ def _shaped(labels: np.ndarray, kind: Kind) -> np.ndarray:
     return labels[:, 0].astype(np.int64) if labels.shape[1] == 1 else labels
 
 
-def _inferred(labels: dict[str, np.ndarray], kind: Kind | None) -> tuple[Kind, tuple[str, ...]]:
-    width = labels["train"].shape[1]
-    if width > 1:
-        return "multi-label", tuple(map(str, range(width)))
-    count = int(labels["train"].max(initial=0)) + 1
-    return kind or ("binary" if count == 2 else "multi-class"), tuple(map(str, range(count)))
-
-
 def _squeezed(images: np.ndarray) -> np.ndarray:
     return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
 
 
-def _notes(name: str | None, counts: dict[str, int]) -> tuple[str, ...]:
-    if name is None:
-        return ()
+def _notes(name: str, counts: dict[str, int]) -> tuple[str, ...]:
     official = _info(name)["n_samples"]
     other = [
         f"{split} {counts[split]:,} (official {official[split]:,})"

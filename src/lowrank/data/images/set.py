@@ -3,21 +3,29 @@
 Images stay ``uint8`` and on the disk until a batch needs them, so that a set need not fit into memory. What the model
 wants (its size, mean and deviation) is an :class:`ImageSpec`, which the model brings.
 
+A source of images announces itself where it is defined, by an :class:`ImageSource` in ``SOURCES``.
+
 Shapes: images (n, h, w) grey or (n, h, w, 3) colour; labels (n,) int64, or (n, classes) uint8 of zeros and ones for
 ``multi-label``.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import dataclass
+import hashlib
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, fields
+from functools import cached_property
+from pathlib import Path
 from typing import Literal, get_args
 
 import numpy as np
 
+from lowrank.data.cache import cache_root, locked, published, remove_leftovers
+from lowrank.data.images.decode import Fit
+
 Kind = Literal["binary", "multi-class", "multi-label", "ordinal"]
 KINDS: tuple[str, ...] = get_args(Kind)
-SPLITS = ("train", "val", "test")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -35,16 +43,6 @@ class ImageSpec:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Reading:
-    """How image files become arrays: pixels of a side, one channel or three, and the options of ``images_decode``."""
-
-    size: int
-    grey: bool = False
-    window: str = "auto"
-    fit: Literal["pad", "crop", "stretch"] = "pad"
-
-
-@dataclass(frozen=True, kw_only=True)
 class Split:
     """One split. ``names`` says what each image is (a file), ``patients`` whose; either may be empty: not known."""
 
@@ -59,13 +57,15 @@ class Split:
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
-    """A data set. ``notes`` says what a reader should know about how it was read."""
+    """A data set. ``notes`` says what a reader should know about how it was read; ``pixels`` is a digest of all pixels,
+    or empty where there are none."""
 
     name: str
     kind: Kind
     classes: tuple[str, ...]
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
+    pixels: str = ""
 
     def __post_init__(self) -> None:
         if self.kind not in KINDS:
@@ -85,6 +85,15 @@ class ImageSet:
     def size(self) -> int:
         """Pixels of the longer side as stored."""
         return max(next(iter(self.splits.values())).images.shape[1:3])
+
+    @cached_property
+    def fingerprint(self) -> str:
+        """Of everything that is learnt from: pixels, labels, classes and splits, wherever the files lie."""
+        found = hashlib.blake2b(repr((self.kind, self.classes, self.pixels)).encode(), digest_size=16)
+        for name, split in self.splits.items():
+            labels = np.ascontiguousarray(split.labels, dtype=np.int64)
+            found.update(repr((name, labels.shape, split.names)).encode() + labels.tobytes())
+        return found.hexdigest()
 
 
 def _check(of: ImageSet, name: str, split: Split) -> None:
@@ -106,3 +115,83 @@ def _check(of: ImageSet, name: str, split: Split) -> None:
         raise ValueError(
             f"{where} has labels {shown}; {of.kind} with {count} classes takes whole numbers from 0 to {count - 1}"
         )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Options:
+    """What a person may say of a source, as ``images`` describes it."""
+
+    dataset: str | None = None
+    size: int | None = None
+    kind: Kind | None = None
+    labels: str | None = None
+    patient_pattern: str | None = None
+    val_fraction: float | None = None
+    test_fraction: float | None = None
+    window: str = "auto"
+    fit: Fit = "pad"
+    skip_damaged: bool = False
+    unpack_large: bool = False
+
+    def given(self) -> list[str]:
+        """The names of those that differ from the default."""
+        return [each.name for each in fields(self) if getattr(self, each.name) != each.default]
+
+
+@dataclass(frozen=True, kw_only=True)
+class ImageSource:
+    """One kind of source of images.
+
+    Attributes:
+        what: what a message calls it, such as "a folder".
+        matches: whether a run's ``--data`` means it.
+        read: the set.
+        takes: the options that say something of it; others are refused.
+        names: what can be named besides files and folders.
+    """
+
+    what: str
+    matches: Callable[[str], bool]
+    read: Callable[[str, Options], ImageSet]
+    takes: tuple[str, ...] = ()
+    names: tuple[str, ...] = ()
+
+
+SOURCES: list[ImageSource] = []
+
+
+def some(names: Sequence[str]) -> str:
+    """The first five names, and how many more there are."""
+    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
+
+
+def stored(name: str, key: object, make: Callable[[Path], None]) -> Path:
+    """The folder in the cache that ``make`` fills, whole or not at all.
+
+    Args:
+        name: the beginning of the folder's name.
+        key: plain values; others give another folder.
+        make: called with an empty folder where there is none yet; beside its arrays stands then their ``digest``, the
+            same wherever and whenever they were made.
+    """
+    mark = hashlib.blake2b(json.dumps(key).encode(), digest_size=8).hexdigest()
+    final = cache_root() / "images" / f"{name}-{mark}"
+    if not final.is_dir():
+        with locked(final) as held:
+            if not final.is_dir():
+                if held:
+                    remove_leftovers(final)
+                with published(final) as folder:
+                    make(folder)
+                    (folder / "digest").write_text(_digest(folder))
+    return final
+
+
+def _digest(folder: Path) -> str:
+    found = hashlib.blake2b(digest_size=16)
+    for path in sorted(folder.glob("*.npy")):
+        found.update(path.name.encode())
+        with path.open("rb") as file:
+            while piece := file.read(1 << 22):
+                found.update(piece)
+    return found.hexdigest()

@@ -1,7 +1,9 @@
 """Images to diagnose: MedMNIST's sets, a ``.npz`` in their layout, people's own folders, and scikit-learn's digits.
 
 :func:`images` is what a run's ``--data`` names; its arguments are the ``--data.…`` options. The model says how large it
-wants its images and how normalised (:meth:`ImageData.for_model`).
+wants its images and how normalised (:meth:`ImageData.for_model`). What a run has learnt (classes, reading,
+normalisation) stays with it: :meth:`ImageData.to_json` is written beside it, and images that are read later are brought
+under it (:meth:`ImageData.learnt_by`).
 """
 
 from __future__ import annotations
@@ -16,13 +18,13 @@ import numpy as np
 from torch import nn
 
 from lowrank.data.catalogue import Data
+from lowrank.data.images import folder, medmnist  # noqa: F401  (the sources that they announce)
 from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
-from lowrank.data.images.decode import Fit
-from lowrank.data.images.folder import Decoding, read_folder
-from lowrank.data.images.medmnist import NAMES, download, read_npz
-from lowrank.data.images.set import ImageSet, ImageSpec, Kind, Reading, Split
+from lowrank.data.images.decode import Fit, Reading
+from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split, some
 from lowrank.data.images.splits import split_by_patient
+from lowrank.data.split_names import SPLITS
 from lowrank.infra.convert import nearest
 from lowrank.infra.registry import register
 
@@ -45,6 +47,11 @@ class ImageData(Data):
     def classes(self) -> tuple[str, ...]:
         return self.set.classes
 
+    @property
+    def fingerprint(self) -> str:
+        """Of the images' content, their labels and splits; the same wherever they lie."""
+        return self.set.fingerprint
+
     def to_json(self) -> dict[str, Any]:
         """What a model needs to know to treat other images in the same way, without the set itself."""
         return {"kind": self.kind, "classes": self.classes, "reading": asdict(self.reading), "spec": asdict(self.spec)}
@@ -55,6 +62,30 @@ class ImageData(Data):
         spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["spec"].items()}
         nothing = ImageSet(name="no images", kind=facts["kind"], classes=tuple(facts["classes"]), splits={})
         return ImageData(set=nothing, reading=Reading(**facts["reading"]), spec=ImageSpec(**spec))
+
+    def learnt_by(self, run: ImageData, *, whole: bool = False) -> ImageData:
+        """The same images with the classes that a run has learnt, in its order, read and normalised as its own were.
+
+        Args:
+            run: what the run says of its images; of its splits nothing is needed.
+            whole: all of its classes must be there, as they must be to train further.
+
+        Raises:
+            ValueError: images of another kind, or of classes that the run does not know.
+        """
+        strange = [name for name in self.classes if name not in run.classes]
+        missing = [name for name in run.classes if name not in self.classes] if whole else []
+        if strange or missing or (self.kind == "multi-label") != (run.kind == "multi-label"):
+            raise ValueError(
+                f"{self.set.name} has the classes {some(self.classes)} ({self.kind}), and the run was trained on "
+                f"{some(run.classes)} ({run.kind})"
+                + (f"; it does not know {some(strange)}" if strange else "")
+                + (f"; missing are {some(missing)}" if missing else "")
+            )
+        place = [run.classes.index(name) for name in self.classes]
+        splits = {name: _relabelled(split, place, len(run.classes)) for name, split in self.set.splits.items()}
+        found = replace(self.set, kind=run.kind, classes=run.classes, splits=splits)
+        return replace(self, set=found, reading=run.reading, spec=run.spec)
 
     def for_model(self, model: nn.Module) -> ImageData:
         """The same images as ``model.image_spec`` wants them; unchanged for a model that does not say."""
@@ -97,7 +128,7 @@ class ImageData(Data):
         )
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
-        """Batches that show every image of ``split`` once."""
+        """Batches that show every image of ``split`` once, or ``limit`` batches of a fixed sample of all classes."""
         return evaluation_batches(self.split(split), self.spec, batch_size, limit)
 
 
@@ -115,6 +146,7 @@ def images(
     window: str = "auto",
     fit: Fit = "pad",
     skip_damaged: bool = False,
+    unpack_large: bool = False,
     augment: Sequence[str] = (),
     balance: Literal["none", "weights", "sampler"] = "none",
 ) -> ImageData:
@@ -132,6 +164,7 @@ def images(
         window: for more than eight bits: auto, full, or low,high.
         fit: images that are not square: pad, crop or stretch.
         skip_damaged: leave out files that cannot be read.
+        unpack_large: unpack a ``.npz`` that becomes more than a hundred times as large.
         augment: any of hflip, vflip, crop, randaugment.
         balance: against rare classes: weights in the loss, or a sampler that draws all classes alike.
 
@@ -141,44 +174,26 @@ def images(
     if balance not in BALANCES:
         raise ValueError(f"data.balance={balance!r}{nearest(balance, BALANCES)}; it is one of {', '.join(BALANCES)}")
     names = check_augment(augment)
-    of_folders = {
-        "labels": labels,
-        "patient_pattern": patient_pattern,
-        "val_fraction": val_fraction,
-        "test_fraction": test_fraction,
-        "skip_damaged": skip_damaged or None,
-        "window": None if window == "auto" else window,
-        "fit": None if fit == "pad" else fit,
-    }
-    path = Path(source).expanduser()
-    if path.is_dir():
-        _refuse(source, "a folder", dataset=dataset)
-        decoding = Decoding(size=size or 224, window=window, fit=fit, skip_damaged=skip_damaged)
-        found = read_folder(
-            path,
-            decoding,
-            table=_table(path, labels),
-            kind=kind,
-            patient_pattern=patient_pattern,
-            val_fraction=val_fraction,
-            test_fraction=test_fraction,
-        )
-    elif source == "digits":
-        _refuse(source, "a built-in set", dataset=dataset, size=size, kind=kind, **of_folders)
-        found = _digits()
-    elif path.suffix == ".npz" and path.is_file():
-        _refuse(source, "a file with splits", **of_folders)
-        found = read_npz(path, dataset=dataset, kind=kind)
-        if size not in (None, found.size):
-            raise ValueError(
-                f"data.size={size}, and {source} holds images of {found.size} pixels: give another file, or "
-                "--data.size none (the model resizes what it gets)"
-            )
-    elif source in NAMES:
-        _refuse(source, "a MedMNIST set", dataset=dataset, kind=kind, **of_folders)
-        found = read_npz(download(source, size or 28), dataset=source)
-    else:
-        raise _nothing(source, path)
+    options = Options(
+        dataset=dataset,
+        size=size,
+        kind=kind,
+        labels=labels,
+        patient_pattern=patient_pattern,
+        val_fraction=val_fraction,
+        test_fraction=test_fraction,
+        window=window,
+        fit=fit,
+        skip_damaged=skip_damaged,
+        unpack_large=unpack_large,
+    )
+    origin = next((each for each in SOURCES if each.matches(source)), None)
+    if origin is None:
+        raise _nothing(source)
+    for name in options.given():
+        if name not in origin.takes:
+            raise ValueError(f"data.{name} has no effect on {source}, {origin.what}: leave it out")
+    found = origin.read(source, options)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     grey = found.splits["train"].images.ndim == 3
@@ -186,33 +201,29 @@ def images(
     return ImageData(set=found, reading=reading, spec=ImageSpec(size=found.size), augment=names, balance=balance)
 
 
-def _table(folder: Path, labels: str | None) -> Path | None:
-    """The table as it was given, or below the folder."""
-    if labels is None:
-        return None
-    path = Path(labels).expanduser()
-    return path if path.is_file() or not (folder / labels).is_file() else folder / labels
-
-
-def _refuse(source: str, what: str, **options: object) -> None:
-    """Raise ValueError for options that would do nothing for this kind of source."""
-    given = [name for name, value in options.items() if value is not None]
-    if given:
-        raise ValueError(f"data.{given[0]} has no effect on {source}, {what}: leave it out")
-
-
-def _nothing(source: str, path: Path) -> Exception:
+def _nothing(source: str) -> Exception:
+    path = Path(source).expanduser()
     if path.suffix == ".npz" or "/" in source or source.startswith((".", "~")):
         return FileNotFoundError(f"there is no file or folder {source}")
     if path.is_file():
         return ValueError(f"{source} is neither a .npz file nor a folder of images")
-    known = ("digits", *NAMES)
+    known = [name for each in SOURCES for name in each.names]
     return ValueError(
         f"there is no data {source!r}{nearest(source, known)}; there are {', '.join(known)}, .npz files and folders"
     )
 
 
-def _digits() -> ImageSet:
+def _relabelled(split: Split, place: list[int], classes: int) -> Split:
+    """The split with its class i called ``place[i]``, of ``classes``."""
+    labels = np.asarray(split.labels)
+    if labels.ndim == 1:
+        return replace(split, labels=np.array(place, dtype=np.int64)[labels])
+    wide = np.zeros((len(labels), classes), dtype=labels.dtype)
+    wide[:, place] = labels
+    return replace(split, labels=wide)
+
+
+def _digits(source: str, options: Options) -> ImageSet:
     """Handwritten digits, 1,797 of 8 × 8 pixels (scikit-learn's copy of UCI's test set), 70/15/15."""
     try:
         from sklearn.datasets import load_digits
@@ -223,7 +234,12 @@ def _digits() -> ImageSet:
     pictures = np.rint(pixels.reshape(-1, 8, 8) * (255 / 16)).astype(np.uint8)
     labels = labels.astype(np.int64)
     places = np.array(split_by_patient(labels, [f"digit {i}" for i in range(len(labels))], 0.15, 0.15))
-    splits = {
-        name: Split(images=pictures[places == name], labels=labels[places == name]) for name in ("train", "val", "test")
-    }
-    return ImageSet(name="digits", kind="multi-class", classes=tuple("0123456789"), splits=splits)
+    splits = {name: Split(images=pictures[places == name], labels=labels[places == name]) for name in SPLITS}
+    return ImageSet(
+        name=source, kind="multi-class", classes=tuple("0123456789"), splits=splits, pixels="scikit-learn's"
+    )
+
+
+SOURCES.append(
+    ImageSource(what="a built-in set", matches=lambda source: source == "digits", read=_digits, names=("digits",))
+)

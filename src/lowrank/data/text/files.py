@@ -20,6 +20,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
+from lowrank.data.split_names import SPLIT_NAMES
 from lowrank.data.text.source import Piece, Source
 from lowrank.infra.extras import import_extra
 
@@ -45,15 +46,6 @@ PLAIN = (
     ".go",
     ".rs",
 )
-SPLIT_NAMES = {
-    "train": "train",
-    "training": "train",
-    "val": "val",
-    "valid": "val",
-    "validation": "val",
-    "dev": "val",
-    "test": "test",
-}
 
 
 def open_files(path: Path, *, column: str | None) -> Source:
