@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -16,11 +17,14 @@ import torch
 from tests.runs.tiny import tiny
 
 import lowrank
-from lowrank.evaluate.evaluator import evaluate
+from lowrank.evaluate.evaluator import _share, evaluate
 from lowrank.infra import checkpoint
-from lowrank.infra.log import read_log
+from lowrank.infra.checkpoint import CheckpointError
+from lowrank.infra.files import FolderInUseError, locked
+from lowrank.infra.log import LogError, read_log
 from lowrank.run.run import Run
 from lowrank.run.session import open_session, restore
+from lowrank.train.checkpointing import Saver
 from lowrank.train.loop import NotFinite, train
 
 METHODS = [name for name in lowrank.METHODS if name != "linear_probe"]  # its output layer is tied here: see below
@@ -104,6 +108,26 @@ def test_compiling_changes_nothing_but_speed(tmp_path: Path, monkeypatch: pytest
     assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
 
 
+def test_the_body_is_compiled_too_where_the_loss_is_computed_in_chunks(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen: list[str] = []
+
+    def compile(module: torch.nn.Module) -> torch.nn.Module:
+        def backend(graph: torch.fx.GraphModule, inputs: object) -> object:
+            seen.append(type(module).__name__)
+            return graph.forward
+
+        return torch._dynamo.optimize(backend)(module)
+
+    train(tiny("lte", steps=4), tmp_path / "plain", quiet=True)
+    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr("lowrank.models.text.CHUNK_ABOVE", 64)
+    train(tiny("lte", steps=4, compile=True), tmp_path / "compiled", quiet=True)
+    assert "GPT2Model" in seen
+    assert losses(tmp_path / "compiled") == pytest.approx(losses(tmp_path / "plain"), rel=1e-5)
+
+
 def test_evaluation_is_on_the_merged_weights_between_two_merges(tmp_path: Path) -> None:
     run = tiny("lte", steps=6, eval_every=6)
     summary = train(run, tmp_path / "run", quiet=True)
@@ -121,6 +145,22 @@ def test_evaluation_does_not_depend_on_the_batch_size() -> None:
     assert one["loss"] == pytest.approx(seven["loss"], rel=1e-6)
     assert one["tokens"] == seven["tokens"]
     assert one["perplexity"] == pytest.approx(math.exp(one["loss"]))
+
+
+def test_each_rank_decodes_its_share_of_an_evaluation_alone() -> None:
+    made: list[int] = []
+
+    class Batches:
+        def __len__(self) -> int:
+            return 5
+
+        def batch(self, n: int) -> dict[str, torch.Tensor]:
+            made.append(n)
+            return {"labels": torch.full((1,), n)}
+
+    mine = [(int(batch["labels"]), counts) for batch, counts in _share(Batches(), rank=1, ranks=2)]  # type: ignore[arg-type]
+    assert mine == [(1, True), (3, True), (4, False)]
+    assert made == [1, 3, 4]
 
 
 def test_the_published_convention_is_the_references_flaw_and_nothing_else() -> None:
@@ -169,6 +209,57 @@ def test_a_longer_horizon_extends_a_finished_run(tmp_path: Path) -> None:
     summary = train(tiny("lte", steps=12), tmp_path / "run", resume=True, quiet=True)
     assert summary["steps"] == 12
     assert len(losses(tmp_path / "run")) == 12
+
+
+@pytest.mark.parametrize("summary", [None, '{"steps": 8', '{"steps": 8, "interrupted": true}'])
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(
+    summary: str | None, tmp_path: Path
+) -> None:
+    whole, path = train(tiny("lte"), tmp_path / "run", quiet=True), tmp_path / "run" / "summary.json"
+    before = (tmp_path / "run" / "log.jsonl").read_text()
+    path.unlink() if summary is None else path.write_text(summary)
+    assert train(tiny("lte"), tmp_path / "run", resume=True, quiet=True) == whole
+    assert json.loads(path.read_text()) == whole
+    assert (tmp_path / "run" / "log.jsonl").read_text() == before
+    with pytest.raises(ValueError, match="already reached step 8 of 8"):
+        train(tiny("lte"), tmp_path / "run", resume=True, quiet=True)
+
+
+def test_what_is_not_finite_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    values = iter([math.nan, 2.0, -math.inf, 1.0, math.nan, 3.0, math.nan, math.nan])
+    monkeypatch.setattr("lowrank.train.loop.evaluate", lambda *_, **__: {"loss": next(values)})
+    summary = train(tiny("full", eval_every=1), tmp_path / "run", quiet=True)
+    assert summary["best_val_loss"] == 1.0
+    assert checkpoint.best(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000004"
+    text = (tmp_path / "run" / "summary.json").read_text()
+    assert json.loads(text, parse_constant=pytest.fail)["val_loss"] is None
+
+
+def test_two_do_not_write_one_run(tmp_path: Path) -> None:
+    train(tiny("full", stop_at=4), tmp_path / "run", quiet=True)
+    (tmp_path / "run" / "checkpoints" / "step-00000004.bak").mkdir()
+    with locked(tmp_path / "run"), pytest.raises(FolderInUseError, match=f"being written by process {os.getpid()} on"):
+        train(tiny("full"), tmp_path / "run", resume=True, quiet=True)
+    assert train(tiny("full"), tmp_path / "run", resume=True, quiet=True)["steps"] == 8
+    assert not (tmp_path / "run" / ".lock").exists()
+
+
+def test_a_folder_deleted_under_a_run_is_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    healthy = Saver.save
+
+    def save(self: Saver, step: int, *args: object, **options: object) -> None:
+        healthy(self, step, *args, **options)  # type: ignore[arg-type]
+        shutil.rmtree(tmp_path / "run")
+
+    monkeypatch.setattr(Saver, "save", save)
+    with pytest.raises(LogError, match=r"run was deleted while .*nothing of it is left: start the run again"):
+        train(tiny("full"), tmp_path / "run", quiet=True)
+
+
+def test_weights_of_another_dtype_are_refused(tmp_path: Path) -> None:
+    train(tiny("full", stop_at=4), tmp_path / "run", quiet=True)
+    with pytest.raises(CheckpointError, match=r"is torch.bfloat16 in the model, torch.float32 in checkpoint.*--prec"):
+        train(tiny("full", precision="bf16-weights"), tmp_path / "run", resume=True, quiet=True)
 
 
 def test_resuming_with_another_method_is_refused_by_name(tmp_path: Path) -> None:

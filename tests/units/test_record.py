@@ -1,6 +1,7 @@
 """The log survives what happens to processes; progress line, other writers and env.json say what they should."""
 
 import doctest
+import errno
 import io
 import json
 import math
@@ -14,7 +15,7 @@ import pytest
 
 from lowrank.infra import progress
 from lowrank.infra.environment import environment
-from lowrank.infra.log import Log, TensorBoard, WeightsAndBiases, open_writers, read_log
+from lowrank.infra.log import Log, LogError, TensorBoard, WeightsAndBiases, open_writers, read_log
 from lowrank.infra.progress import Progress
 
 
@@ -57,6 +58,33 @@ def test_resuming_drops_records_beyond_the_step_and_a_torn_line(tmp_path):
         log.write({"step": 4, "loss": 4.5})
     assert [(each["step"], each["loss"]) for each in read_log(path)] == [(1, 1.0), (2, 2.0), (3, 3.0), (4, 4.5)]
     assert [file.name for file in tmp_path.iterdir()] == ["log.jsonl"]
+
+
+def test_a_log_deleted_under_a_run_begins_anew(tmp_path):
+    with Log(tmp_path / "log.jsonl") as log:
+        log.write({"step": 1})
+        (tmp_path / "log.jsonl").unlink()
+        with pytest.warns(UserWarning, match=r"log.jsonl was deleted .* the records before step 2 are lost"):
+            log.write({"step": 2})
+        log.write({"step": 3})
+    assert [record["step"] for record in read_log(tmp_path / "log.jsonl")] == [2, 3]
+
+
+def test_a_full_disk_leaves_whole_lines_and_says_how_to_go_on(tmp_path):
+    class Full(io.FileIO):
+        def write(self, line):
+            if self.tell():
+                super().write(line[:3])
+                raise OSError(errno.ENOSPC, "No space left on device")
+            return super().write(line)
+
+    with Log(tmp_path / "log.jsonl") as log:
+        log._file.close()
+        log._file = Full(tmp_path / "log.jsonl", "ab")
+        log.write({"step": 1})
+        with pytest.raises(LogError, match=r"step 2 into .*: the disk is full; .*make room .*--resume"):
+            log.write({"step": 2})
+    assert (tmp_path / "log.jsonl").read_text() == '{"step": 1}\n'
 
 
 def test_a_broken_line_in_the_middle_is_an_error_that_names_it(tmp_path):

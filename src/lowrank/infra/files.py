@@ -24,7 +24,7 @@ except ImportError:  # Windows: what is written into the lock is all that is gon
 LOCK = ".lock"
 
 
-class FolderInUseError(RuntimeError):
+class FolderInUseError(OSError):
     """Another process writes the folder; the message says which."""
 
 

@@ -6,13 +6,16 @@ or another metric's name, never `loss`. Everything that takes records is a `Writ
 
 from __future__ import annotations
 
+import errno
 import importlib
 import json
-import math
 import os
-from collections.abc import Iterable, Mapping
+import warnings
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol, TypeAlias
+
+from lowrank.infra.files import finite, write_text_atomically
 
 Value: TypeAlias = float | int | str | bool | None
 Record: TypeAlias = Mapping[str, Value]
@@ -24,6 +27,10 @@ class Writer(Protocol):
     def write(self, record: Record) -> None: ...
 
     def close(self) -> None: ...
+
+
+class LogError(OSError):
+    """A record that could not be written; the message says what is left and how to go on."""
 
 
 class Log:
@@ -42,12 +49,51 @@ class Log:
             if path.exists() and path.stat().st_size:
                 raise FileExistsError(f"{path} already holds the records of a run: resume it or choose another folder")
         elif path.exists():
-            _rewrite(path, (record for record in read_log(path) if record["step"] <= after))
-        self._file = path.open("a", encoding="utf-8")
+            records = [record for record in read_log(path) if record["step"] <= after]
+            write_text_atomically(path, "".join(map(_line, records)))
+        self.path = path
+        self._file = path.open("ab", buffering=0)
 
     def write(self, record: Record) -> None:
-        self._file.write(_line(record))
-        self._file.flush()
+        try:
+            if not self._is_there():
+                self._file.close()
+                self._file = self.path.open("ab", buffering=0)
+                warnings.warn(
+                    f"{self.path} was deleted while the run was writing it: the records before step {record['step']} "
+                    "are lost, and a new one is begun",
+                    stacklevel=2,
+                )
+            self._append(_line(record).encode())
+        except OSError as error:
+            raise LogError(self._why(record, error)) from error
+
+    def _append(self, line: bytes) -> None:
+        """The whole line, or nothing of it."""
+        before = self._file.seek(0, os.SEEK_END)
+        try:
+            while line:
+                line = line[self._file.write(line) :]
+        except OSError:
+            self._file.truncate(before)
+            raise
+
+    def _is_there(self) -> bool:
+        try:
+            return self.path.stat().st_ino == os.fstat(self._file.fileno()).st_ino
+        except FileNotFoundError:
+            return False
+
+    def _why(self, record: Record, error: OSError) -> str:
+        folder = self.path.parent
+        if not folder.is_dir():
+            return f"{folder} was deleted while the run was writing it, and nothing of it is left: start the run again"
+        full = error.errno == errno.ENOSPC
+        cause, remedy = ("the disk is full", "make room") if full else (str(error), "mend that")
+        return (
+            f"could not write the record of step {record['step']} into {self.path}: {cause}; the records before and "
+            f"the checkpoints are untouched; {remedy} and go on with: lowrank train --resume {folder}"
+        )
 
     def close(self) -> None:
         self._file.close()
@@ -165,16 +211,4 @@ def _need(package: str, option: str) -> Any:
 
 def _line(record: Record) -> str:
     """One line of JSON; a number that is not finite becomes null, which every reader of JSON understands."""
-    finite = {
-        name: None if isinstance(value, float) and not math.isfinite(value) else value for name, value in record.items()
-    }
-    return json.dumps(finite) + "\n"
-
-
-def _rewrite(path: Path, records: Iterable[Record]) -> None:
-    temporary = path.with_name(f".{path.name}.writing")
-    with temporary.open("w", encoding="utf-8") as file:
-        file.writelines(_line(record) for record in records)
-        file.flush()
-        os.fsync(file.fileno())
-    temporary.replace(path)
+    return json.dumps(finite(dict(record)), allow_nan=False) + "\n"

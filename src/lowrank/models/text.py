@@ -179,7 +179,7 @@ def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
 
 def _chunked_loss(model: nn.Module, ids: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
     """The same loss from the model's pieces, without a call of the model itself."""
-    body: Any = getattr(model, str(model.base_model_prefix))
+    body = _body(model)
     hidden = body(input_ids=ids, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     width = max(1, CHUNK_ABOVE // (labels.shape[0] * vocabulary))
@@ -187,6 +187,17 @@ def _chunked_loss(model: nn.Module, ids: Tensor, labels: Tensor, vocabulary: int
     for part, wanted in zip(hidden.split(width, dim=1), labels.split(width, dim=1), strict=True):
         total = total + checkpoint(lambda h, y: _cross_entropy(head(h), y), part, wanted, use_reentrant=False)
     return total
+
+
+def _body(model: nn.Module) -> Any:
+    """The model without its output layer; of a compiled model, whose attributes are those of the plain one, compiled as
+    well, once."""
+    body = getattr(model, str(model.base_model_prefix))
+    if not hasattr(model, "_orig_mod"):
+        return body
+    if "compiled_body" not in vars(model):
+        vars(model)["compiled_body"] = torch.compile(body)
+    return vars(model)["compiled_body"]
 
 
 def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:

@@ -16,6 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_type_hints
 
 from lowrank.infra.convert import Setting, convert, nearest
+from lowrank.infra.files import write_json
 
 Settings: TypeAlias = Mapping[str, Setting]
 
@@ -180,9 +181,7 @@ class Run:
 
     def write(self, path: Path) -> None:
         """The whole file or, if the process is killed, what was there before."""
-        beside = path.with_name(f".{path.name}.writing")
-        beside.write_text(json.dumps(self.to_json(), indent=2, allow_nan=False) + "\n", encoding="utf-8")
-        beside.replace(path)
+        write_json(path, self.to_json())
 
     @staticmethod
     def read(path: Path) -> Run:

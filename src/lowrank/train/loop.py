@@ -15,14 +15,13 @@ step, so a resumed run is bitwise the run that was never stopped, on a CPU.
 
 from __future__ import annotations
 
-import json
 import math
 import signal
 import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from lowrank.distributed.process_group import Ranks, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
+from lowrank.infra.files import FolderInUseError, finite, locked, read_json, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
@@ -49,6 +49,8 @@ from lowrank.train.elastic import is_writer, newest
 from lowrank.train.prefetch import Prefetch
 
 __all__ = ["NotFinite", "train"]
+
+SUMMARY = "summary.json"
 
 
 def train(
@@ -78,20 +80,32 @@ def train(
         CheckpointError: nothing to resume from, or the disk is full.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
-    if not (resume or elastic) and (out / "run.json").exists():
-        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
+    _refuse_occupied(out, new=not (resume or elastic))
     with joined(pick_device(run.device)) as ranks:
-        return _train(run, out, resume, init_from, quiet, elastic, ranks)
+        writer = is_writer(out, ranks)
+        with _lock(out, ranks, writer=writer, new=not (resume or elastic)):
+            return _train(
+                run, out, ranks, resume=resume, elastic=elastic, init_from=init_from, writer=writer, quiet=quiet
+            )
 
 
 def _train(
-    run: Run, out: Path, resume: bool, init_from: Path | None, quiet: bool, elastic: bool, ranks: Ranks | None
+    run: Run,
+    out: Path,
+    ranks: Ranks | None,
+    *,
+    resume: bool,
+    elastic: bool,
+    init_from: Path | None,
+    writer: bool,
+    quiet: bool,
 ) -> dict[str, Any]:
     """``train`` among its ranks; nothing of the model outlives this call, and so the group of processes may end."""
-    writer = is_writer(out, ranks)
     found, notes = newest(out, ranks, writer=writer) if elastic else (None, [])
     if resume:
         found = checkpoint.latest(out / "checkpoints")
+    strangers = checkpoint.foreign(out / "checkpoints") if found is not None else []
+    notes += [f"{path} is no checkpoint of this run, and is left alone" for path in strangers]
     saved = None if found is None else checkpoint.load(found)
     session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
     loop = _Loop(session, out, quiet=quiet, writer=writer)
@@ -108,12 +122,36 @@ def _train(
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
         loop.judge()
-    summary = loop.summary(interrupted=stopping.is_set())
+    interrupted = stopping.is_set() and loop.step < loop.end
+    summary = loop.summary(interrupted=interrupted)
     if writer:
-        (out / "summary.json").write_text(json.dumps(summary, indent=2) + "\n")
+        write_json(out / SUMMARY, summary)
     if stopping.is_set():
         loop.coordinator.wait()  # the launcher ends all ranks when the first leaves with an exit status
     return summary
+
+
+@contextmanager
+def _lock(out: Path, ranks: Ranks | None, *, writer: bool, new: bool) -> Iterator[None]:
+    """Meanwhile the run's folder is written by these ranks alone; what is refused to one is refused to all."""
+    refused: OSError | None = None
+    with ExitStack() as held:
+        try:
+            if writer:
+                held.enter_context(locked(out))
+                _refuse_occupied(out, new=new)
+        except (FolderInUseError, FileExistsError) as error:
+            refused = error
+        everyone = [refused] if ranks is None else ranks.gather_objects(refused)
+        for each in everyone:
+            if each is not None:
+                raise each
+        yield
+
+
+def _refuse_occupied(out: Path, *, new: bool) -> None:
+    if new and (out / "run.json").exists():
+        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
 
 
 def _describe(session: Session, out: Path) -> None:
@@ -121,8 +159,8 @@ def _describe(session: Session, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     session.run.write(out / "run.json")
     if isinstance(session.data, ImageData):
-        (out / FACTS).write_text(json.dumps(session.data.to_json(), indent=2) + "\n")
-    (out / "env.json").write_text(json.dumps(environment(), indent=2) + "\n")
+        write_json(out / FACTS, session.data.to_json())
+    write_json(out / "env.json", environment())
 
 
 class _Loop:
@@ -307,6 +345,10 @@ class _Loop:
             extra = f"sent {self.coordinator.sent}  {extra}".rstrip()
         self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
 
+    def _records(self) -> list[dict[str, Any]]:
+        path = self.out / "log.jsonl"
+        return read_log(path) if self.writer and path.is_file() else []
+
     def _write(self, record: dict[str, Any]) -> None:
         for writer in self.writers:
             writer.write(record)
@@ -353,8 +395,9 @@ class _Loop:
                 session = open_session(session.run, data=session.data)
             metrics = judge(session, self.out)
         self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
-        if metrics:
-            self._write({"step": self.step, **self.test_metrics})
+        record = {"step": self.step, **self.test_metrics}
+        if metrics and finite(record) not in self._records():  # a killed run that is finished may have it already
+            self._write(record)
             shown = "  ".join(f"test {name} {metrics[name]:.4f}" for name in task.shown)
             self.progress.note(f"best checkpoint  {shown}  (report in {self.out / 'clinic'})")
 
@@ -362,12 +405,14 @@ class _Loop:
         self.saver.save(self.step, self.latest_metrics, self.best, is_best=best)
 
     def restore(self, saved: checkpoint.Checkpoint, *, ended: bool = False) -> None:
-        """Go back to a checkpoint: weights, optimizer, step; also to a run's end where ``ended``.
+        """Go back to a checkpoint: weights, optimizer, step. To a run's end only where ``ended``, or where its report
+        or summary has not been written.
 
         Raises:
             ValueError: it is of another method or step count, or its state does not fit.
         """
-        if saved.step > self.end or (saved.step == self.end and not ended):
+        complete = any(self.coordinator.gathered(self._is_complete()))
+        if saved.step > self.end or (saved.step == self.end and complete and not ended):
             raise ValueError(
                 f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
                 "go on"
@@ -376,11 +421,18 @@ class _Loop:
         self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
         self.step = saved.step
 
+    def _is_complete(self) -> bool:
+        """Whether the folder has the summary of a run that came to this end."""
+        try:
+            summary = read_json(self.out / SUMMARY)
+            return bool(summary["steps"] == self.end and not summary["interrupted"])
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
+
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""
         run, plan, task = self.session.run, self.session.plan, self.session.task
-        log = read_log(self.out / "log.jsonl") if self.writer else []
-        records = [r for r in log if "step_seconds" in r]
+        records = [r for r in self._records() if "step_seconds" in r]
         seconds = statistics.median(r["step_seconds"] for r in records) if records else None
         rate_name = f"{task.unit}_per_second"
         return {
