@@ -66,7 +66,7 @@ def main() -> int:
     if kind == "step":
         at(int(step), die)
     elif kind == "merge":
-        at(int(step), lambda *_: before(synchronisation, "merge_across_", die))
+        at(int(step), lambda *_: before(synchronisation, "merge_across_workers_", die))
     elif kind == "save":
         at(int(step), lambda *_: before(checkpoint, "measure", die), rank=0)
     elif kind == "part":

@@ -1,4 +1,4 @@
-"""Low-rank weights: trainable changes to frozen matrices, and when they are folded in."""
+"""Low-rank weights: trainable changes to frozen matrices, and when they are merged."""
 
 from typing import TYPE_CHECKING
 
@@ -12,6 +12,7 @@ if TYPE_CHECKING:
     from lowrank.adapters.layers import AdaptedEmbedding, AdaptedLayer, AdaptedLinear
     from lowrank.adapters.lora import LoRA, LoRAAdapter
     from lowrank.adapters.merge import Merge, merge_adapters_, merge_and_unload
+    from lowrank.adapters.split_adapter import SplitAdapter
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -29,6 +30,7 @@ __all__ = [
     "LoRAAdapter",
     "Merge",
     "Site",
+    "SplitAdapter",
     "Unchanged",
     "UnchangedAdapter",
     "merge_adapters_",

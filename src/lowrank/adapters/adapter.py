@@ -14,12 +14,16 @@ the first dimension of x.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import Any
 
+import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.compression import Exchange
+from lowrank.adapters.compression import Compression
 from lowrank.distributed.collectives import share
 from lowrank.linalg.rounding import wide
 
@@ -30,7 +34,7 @@ class Site:
 
     ``weight`` is (out, in) whatever the layer's own orientation; ``seed`` and ``name`` fix the random stream of new
     factors; ``keep`` says whether merges will keep the factors (and subtract them) or restart them. Heads that split
-    the batch are divided between ``ranks`` processes, of which this is ``rank``, and travel as ``exchange`` says.
+    the batch are divided between ``ranks`` processes, of which this is ``rank``, and travel as ``compression`` says.
     """
 
     name: str
@@ -39,7 +43,7 @@ class Site:
     keep: bool = False
     rank: int = 0
     ranks: int = 1
-    exchange: Exchange = "float32"
+    compression: Compression = "float32"
 
     @staticmethod
     def of(linear: Site | nn.Module) -> Site:
@@ -73,16 +77,28 @@ class Site:
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable change to a frozen W (out, in).
+    """A trainable change to a frozen W (out, in), made for a :class:`Site`.
 
     Laws: a fresh one changes nothing; in evaluation ``adapter(x, W) == linear(x, merged(W))``; after
     ``W ← merged(W); settle_()`` again ``merged(W) == W``.
+
+    ``name``, ``seed`` and ``merges``, how often it was merged, say which random numbers it draws: of new factors, and
+    of the rounding of a merge into bfloat16, which must differ between merges, layers and seeds.
     """
 
+    merges: Tensor
+    counts_merges: bool = True  # False where ``merges`` is a property, as where an adapter inside this one counts
+    config: Any = None  # what made it, for the plan's table
     heads: int = 1
     split: bool = False
     all_heads: int = 1  # those on other ranks included
     first_head: int = 0  # the number of the first head here, among all
+
+    def __init__(self, site: Site):
+        super().__init__()
+        self.name, self.seed, self.shape = site.name, site.seed, (site.out_features, site.in_features)
+        if self.counts_merges:
+            self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
 
     @abstractmethod
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
@@ -95,6 +111,13 @@ class Adapter(nn.Module, ABC):
     @abstractmethod
     def settle_(self) -> None:
         """Called after W became ``merged(W)``: restart, or keep the factors and subtract them from now on."""
+
+    @contextmanager
+    def counting_a_merge(self) -> Iterator[None]:
+        """A context for ``settle_`` after a merge: ``merges`` is one more afterwards, whoever counts."""
+        merges = int(self.merges) + 1
+        yield
+        self.merges.fill_(merges)
 
     def row_norms(self, W: Tensor) -> Tensor:
         """The norm of each row of merged(W), (out,), in float32 or wider."""
@@ -118,6 +141,11 @@ class Additive(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         return self.add_(F.linear(x, W), x)
+
+
+def splits_batch(make: object) -> bool:
+    """Whether what makes an adapter, any callable, says that its heads split the batch."""
+    return bool(getattr(make, "split", False))
 
 
 def shard_sizes(batch: int, heads: int) -> list[int]:

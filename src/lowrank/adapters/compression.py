@@ -1,4 +1,4 @@
-"""How numbers travel between ranks: as they are, or on request in fewer bits (``Merge(exchange=...)``).
+"""Compression, or how numbers travel between ranks: as they are, or on request in fewer bits (``Merge(exchange=...)``).
 
     float32    as they are; float64 stays float64
     bfloat16   two bytes a number
@@ -23,78 +23,78 @@ from torch import Tensor
 from lowrank.distributed.collectives import Group, ring_gather_bytes, ring_sum_bytes
 from lowrank.linalg.quantise import Code, round_bfloat16, split
 
-Exchange = Literal["float32", "bfloat16", "int8"]
+Compression = Literal["float32", "bfloat16", "int8"]
 CODE = Code()  # int8, uniform
 
 
-def rounded_bytes(exchange: Exchange, shape: tuple[int, ...], width: int) -> int:
+def rounded_bytes(compression: Compression, shape: tuple[int, ...], width: int) -> int:
     """Bytes of a tensor of this shape, whose numbers have ``width`` bytes, in one message.
 
-    >>> [rounded_bytes(e, (4, 300), 4) for e in ("float32", "bfloat16", "int8")]
+    >>> [rounded_bytes(c, (4, 300), 4) for c in ("float32", "bfloat16", "int8")]
     [4800, 2400, 1220]
     """
-    if exchange == "float32":
+    if compression == "float32":
         return math.prod(shape) * width
-    if exchange == "bfloat16":
+    if compression == "bfloat16":
         return math.prod(shape) * 2
     lead, blocks, size = split(shape)
     return math.prod(lead) * blocks * (size + 4)
 
 
-def sum_bytes(exchange: Exchange, shape: tuple[int, ...], width: int, ranks: int) -> int:
+def sum_bytes(compression: Compression, shape: tuple[int, ...], width: int, ranks: int) -> int:
     """Bytes that each rank sends for a sum of such tensors over the ranks, whichever way is fewer."""
     plain = ring_sum_bytes(math.prod(shape) * width, ranks)
-    if exchange == "float32":
+    if compression == "float32":
         return plain
-    return min(plain, ring_gather_bytes(rounded_bytes(exchange, shape, width), ranks))
+    return min(plain, ring_gather_bytes(rounded_bytes(compression, shape, width), ranks))
 
 
-def encode(x: Tensor, exchange: Exchange, tick: int) -> list[Tensor]:
+def encode(x: Tensor, compression: Compression, tick: int) -> list[Tensor]:
     """``x`` as it travels; what is rounded is dithered by ``tick``, leading dimensions each by itself."""
-    if exchange == "float32":
+    if compression == "float32":
         return [x]
-    if exchange == "bfloat16":
+    if compression == "bfloat16":
         return [round_bfloat16(x, tick)]
     coded = CODE.allocate(x)
     CODE.encode_(coded, x, tick)
     return [coded["codes"], coded["scales"]]
 
 
-def decode(sent: Sequence[Tensor], exchange: Exchange, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def decode(sent: Sequence[Tensor], compression: Compression, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """The numbers of ``encode`` again, in ``shape``."""
-    if exchange == "int8":
+    if compression == "int8":
         codes, scales = sent
         return CODE.decode({"codes": codes, "scales": scales}, shape, dtype)
     return sent[0].to(dtype)
 
 
-def start_add_up(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> Callable[[], None]:
-    """Start to replace each tensor by its sum over the group, rounded as ``exchange`` says where that is fewer bytes;
-    the function returned waits and writes the sums.
+def start_add_up(tensors: Sequence[Tensor], group: Group, compression: Compression, tick: int) -> Callable[[], None]:
+    """Start to replace each tensor by its sum over the group, rounded where that is fewer bytes; the function returned
+    waits and writes the sums.
 
     All members give the same shapes and dtypes, in the same order, and hold the same bits afterwards.
     """
     rounds = [
-        sum_bytes(exchange, tuple(t.shape), t.element_size(), group.count)
+        sum_bytes(compression, tuple(t.shape), t.element_size(), group.count)
         < ring_sum_bytes(t.numel() * t.element_size(), group.count)
         for t in tensors
     ]
-    whole = group.start_sum([t for t, small in zip(tensors, rounds, strict=True) if not small])
+    plain = group.start_sum([t for t, small in zip(tensors, rounds, strict=True) if not small])
     small = [t for t, is_small in zip(tensors, rounds, strict=True) if is_small]
-    coded = [encode(t, exchange, tick * group.count + group.rank) for t in small]
+    coded = [encode(t, compression, tick * group.count + group.rank) for t in small]
     arriving = [group.start_gather(column) for column in zip(*coded, strict=True)]  # first all codes, then all scales
 
     def finish() -> None:
-        whole()
-        parts = [arrive() for arrive in arriving]
+        plain()
+        sent = [arrive() for arrive in arriving]
         for i, target in enumerate(small):
             target.zero_()
             for r in range(group.count):
-                target += decode([part[i][r] for part in parts], exchange, tuple(target.shape), target.dtype)
+                target += decode([column[i][r] for column in sent], compression, tuple(target.shape), target.dtype)
 
     return finish
 
 
-def add_up_(tensors: Sequence[Tensor], group: Group, exchange: Exchange, tick: int) -> None:
+def add_up_(tensors: Sequence[Tensor], group: Group, compression: Compression, tick: int) -> None:
     """``start_add_up``, waited for."""
-    start_add_up(tensors, group, exchange, tick)()
+    start_add_up(tensors, group, compression, tick)()

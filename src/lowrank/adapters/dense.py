@@ -11,6 +11,7 @@ Shapes: W (out, in), D (heads, out, in), x (batch, ..., in).
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -18,8 +19,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, Site, check_whole, shard_sizes
+from lowrank.adapters.adapter import Site, check_whole, shard_sizes
+from lowrank.adapters.compression import Compression
+from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.linalg.rounding import wide
+from lowrank.linalg.subspace import Subspace
 
 
 @dataclass(frozen=True)
@@ -36,20 +40,17 @@ class Dense:
         return DenseAdapter(self, Site.of(linear))
 
 
-class DenseAdapter(Adapter):
+class DenseAdapter(SplitAdapter):
     """The parameter D (heads, out, in), zero at the start."""
 
-    merges: Tensor
+    linear_in = ("D",)
+    merges_in_subspace = True
 
     def __init__(self, config: Dense, site: Site):
-        super().__init__()
-        own = site.own_heads(config.heads) if config.split else range(config.heads)
-        self.config, self.split = config, config.split
-        self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
-        self.name, self.seed = site.name, site.seed
+        super().__init__(site, config.heads, split=config.split)
+        self.config = config
         kind: dict[str, Any] = {"dtype": wide(site.weight.dtype), "device": site.weight.device}
-        self.D = nn.Parameter(torch.zeros(self.heads, site.out_features, site.in_features, **kind))
-        self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
+        self.D = nn.Parameter(torch.zeros(self.heads, *self.shape, **kind))
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         if not self.training:
@@ -66,7 +67,6 @@ class DenseAdapter(Adapter):
         return F.embedding(ids, W) + torch.cat([F.embedding(s, self.D[h]) for h, s in enumerate(shards)]).to(W.dtype)
 
     def delta(self) -> Tensor:
-        """The mean change of the heads here, (out, in)."""
         return self.D.mean(dim=0)
 
     def merged(self, W: Tensor) -> Tensor:
@@ -78,9 +78,18 @@ class DenseAdapter(Adapter):
         self.D.zero_()
 
     @torch.no_grad()
+    def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:
+        outside = None if subspace is None else self.D - subspace.lift(subspace.project(self.D))
+        self.settle_()
+        if outside is not None:
+            self.D.copy_(outside)  # nothing but rounding, unless the subspace has moved since the last merge
+
+    @torch.no_grad()
     def restart_(self) -> None:
-        """Restart the heads held here, as if they had just been merged and had contributed nothing."""
         self.D.zero_()
+
+    def packed_bytes(self, workers: int, compression: Compression) -> int | None:
+        return None  # a sum of changes is never more
 
 
 def _product(x: Tensor, W: Tensor, D: Tensor) -> Tensor:

@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, Site
+from lowrank.adapters.adapter import Adapter, Site, splits_batch
 from lowrank.adapters.lora import LoRA
 
 
@@ -32,7 +32,7 @@ class DoRA:
     inner: Callable[[Site], Adapter] = field(default_factory=LoRA)
 
     def __post_init__(self) -> None:
-        if getattr(self.inner, "split", False):
+        if splits_batch(self.inner):
             raise ValueError(
                 "DoRA has one magnitude for all heads, so its heads cannot train on different data: use split=False"
             )
@@ -44,18 +44,20 @@ class DoRA:
 class DoRAAdapter(Adapter):
     """Parameters: ``magnitude`` (out,) and those of the inner adapter."""
 
+    counts_merges = False
+
     def __init__(self, config: DoRA, site: Site):
-        super().__init__()
+        super().__init__(site)
         self.config = config
         self.inner = config.inner(site)
-        self.heads, self.name, self.seed = self.inner.heads, site.name, site.seed
+        self.heads = self.inner.heads
         with torch.no_grad():
             self.magnitude = nn.Parameter(self.inner.row_norms(site.weight))
 
     @property
-    def merges(self) -> int | Tensor:
+    def merges(self) -> Tensor:  # type: ignore[override]
         """How often the adapter was merged, as the inner one counts it."""
-        return getattr(self.inner, "merges", 0)
+        return self.inner.merges
 
     def _gain(self, W: Tensor) -> Tensor:
         """m / ‖V‖, (out,); exactly 1 for a fresh adapter, and 0 for a row of zeros, which has no direction."""

@@ -1,11 +1,7 @@
-"""Heads on several workers: who holds which, and all of them in one place.
+"""Heads on several workers: all of them in one place.
 
-Adapters whose heads split the batch are divided between workers (LTE, arXiv 2402.16828): each holds a consecutive share
-of the N heads. ``gather_heads`` puts tensors of all heads together; ``whole_heads`` shows every worker all heads for a
-while, for evaluation and checkpoints: adapters then are as in one process, and so is ``state_dict()``. Merges are in
-``across``.
-
-Shapes: N heads in all, H of them on this worker; A (H, rank, in), B (H, out, rank), D (H, out, in).
+``gather_heads`` puts tensors of all heads together; ``consolidated_heads`` shows every worker all heads for a while,
+for evaluation and checkpoints: adapters then are as in one process, and so is ``state_dict()``.
 """
 
 from __future__ import annotations
@@ -17,15 +13,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter
-from lowrank.adapters.dense import DenseAdapter
 from lowrank.adapters.layers import adapted_layers
-from lowrank.adapters.lora import LoRAAdapter
+from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.collectives import Group, largest_share, share
-
-SplitAdapter = LoRAAdapter | DenseAdapter
-KEPT = ("kept_A", "kept_B")
-SENT = ("sent_A", "sent_B")
 
 
 def split_adapters(model: nn.Module) -> list[SplitAdapter]:
@@ -34,25 +24,20 @@ def split_adapters(model: nn.Module) -> list[SplitAdapter]:
     return [adapter for adapter in found.values() if isinstance(adapter, SplitAdapter)]
 
 
-def sends_factors(adapter: Adapter) -> bool:
-    """Whether the adapter's heads travel as factors."""
-    return isinstance(adapter, LoRAAdapter) and adapter.sends_factors
-
-
 @contextmanager
-def whole_heads(model: nn.Module, workers: Group) -> Iterator[None]:
-    """A context in which every split adapter holds the heads of all workers; all of them are sent, dense ones whole."""
+def consolidated_heads(model: nn.Module, workers: Group) -> Iterator[None]:
+    """A context in which every split adapter holds the heads of all workers; all of them are sent, none as a sum."""
     adapters = split_adapters(model)
-    own = [_tensors_by_head(adapter) for adapter in adapters]
+    own = [{n: t for n, t in a.head_tensors().items() if not a.held_by_all(n)} for a in adapters]
     gathered = gather_heads(own, adapters, workers)
     with ExitStack() as stack:
         for adapter, tensors in zip(adapters, gathered, strict=True):
-            stack.enter_context(holding(adapter, tensors, adapter.all_heads))
+            stack.enter_context(adapter.holding(tensors, adapter.all_heads))
         yield
 
 
 def gather_heads(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], workers: Group
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[SplitAdapter], workers: Group
 ) -> list[dict[str, Tensor]]:
     """The tensors of all heads, (N, ...) in the heads' order, from each worker's own, (H, ...).
 
@@ -63,7 +48,7 @@ def gather_heads(
 
 
 def start_gather_heads(
-    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[Adapter], workers: Group
+    tensors: Sequence[Mapping[str, Tensor]], adapters: Sequence[SplitAdapter], workers: Group
 ) -> Callable[[], list[dict[str, Tensor]]]:
     """Start ``gather_heads`` and go on; the function returned waits for it."""
     flat = [(entry, name, t) for entry, named in enumerate(tensors) for name, t in named.items()]
@@ -79,39 +64,6 @@ def start_gather_heads(
         return found
 
     return finish
-
-
-def own_part(adapter: Adapter, name: str, whole: Tensor) -> Tensor:
-    """What this worker's adapter holds under ``name`` of the tensor of all heads, ``whole`` (N, ...)."""
-    if name in KEPT and sends_factors(adapter):
-        return whole
-    return whole[adapter.first_head : adapter.first_head + adapter.heads]
-
-
-def _tensors_by_head(adapter: SplitAdapter) -> dict[str, Tensor]:
-    """Of the adapter's tensors those that another worker has not got."""
-    held = SENT if sends_factors(adapter) else (*KEPT, *SENT)
-    kept = {n: b for n, b in adapter.named_buffers() if n in held}
-    return {**dict(adapter.named_parameters()), **kept}
-
-
-@contextmanager
-def holding(adapter: SplitAdapter, tensors: Mapping[str, Tensor], heads: int) -> Iterator[None]:
-    """Meanwhile the adapter has these ``heads`` heads, and no others exist."""
-    parameters, buffers = dict(adapter._parameters), dict(adapter._buffers)
-    before = adapter.heads, adapter.all_heads, adapter.first_head
-    for name, tensor in tensors.items():
-        if name in parameters:
-            adapter._parameters[name] = nn.Parameter(tensor, requires_grad=False)
-        else:
-            adapter._buffers[name] = tensor
-    adapter.heads, adapter.all_heads, adapter.first_head = heads, heads, 0
-    try:
-        yield
-    finally:
-        adapter._parameters.update(parameters)
-        adapter._buffers.update(buffers)
-        adapter.heads, adapter.all_heads, adapter.first_head = before
 
 
 def _padded(tensor: Tensor, heads: int) -> Tensor:

@@ -211,7 +211,7 @@ def check_embedding(module: nn.Embedding, name: str) -> None:
 
 
 @torch.no_grad()
-def fold_(layer: AdaptedLayer, skip: set[int], merge: Merge | None = None) -> None:
+def merge_layer_(layer: AdaptedLayer, skip: set[int], merge: Merge | None = None) -> None:
     """W ← merged(W) for every adapter of ``layer`` not in ``skip`` (tied layers share one), which then settles. With
     ``merge`` W goes where its outer optimizer says.
 
@@ -224,7 +224,8 @@ def fold_(layer: AdaptedLayer, skip: set[int], merge: Merge | None = None) -> No
         before = W.to(wide(W.dtype))
         merged = adapter.merged(before)
         write_merged_(W, merged if merge is None else merge.step(before, merged, adapter), adapter, part)
-        adapter.settle_()
+        with adapter.counting_a_merge():
+            adapter.settle_()
 
 
 @torch.no_grad()
@@ -239,8 +240,7 @@ def write_merged_(W: Tensor, merged: Tensor, adapter: Adapter, part: str) -> Non
             f"the adapter on part {part!r} of a layer has grown to values that are not finite; nothing was merged "
             "into it. Resume from the last checkpoint with a smaller learning rate"
         )
-    stream = (getattr(adapter, "seed", 0), getattr(adapter, "name", ""), int(getattr(adapter, "merges", 0)))
-    round_into_(W, merged, generator(W.device, "merge", *stream))
+    round_into_(W, merged, generator(W.device, "merge", adapter.seed, adapter.name, int(adapter.merges)))
 
 
 def adapted_layers(model: nn.Module) -> Iterator[tuple[str, AdaptedLayer]]:

@@ -16,13 +16,14 @@
 * merging with a restart (ReLoRA): A is drawn anew and B is zero.
 
 New factors come from the stream (seed, layer, head, merge count): they do not depend on which rank draws them. Over
-several ranks (``adapters.exchange``) split heads are divided between them, and ``heads`` counts those of this rank.
+several workers (``split_adapter``) split heads are divided between them, and ``heads`` counts those of this one.
 
 Shapes: W (out, in), A (heads, rank, in), B (heads, out, rank), x (batch, ..., in).
 """
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
 
@@ -31,11 +32,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes
-from lowrank.adapters.compression import Exchange, rounded_bytes, sum_bytes
 from lowrank.adapters.low_rank_product import add_low_rank_
-from lowrank.distributed.collectives import largest_share, ring_gather_bytes
+from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.infra.seeds import draw_normal, generator
 from lowrank.linalg.rounding import wide
+from lowrank.linalg.subspace import Subspace
 
 Init = Literal["kaiming", "orthogonal", "reference", "pissa"]
 
@@ -87,40 +88,32 @@ class LoRA:
         return LoRAAdapter(self, Site.of(linear))
 
 
-class LoRAAdapter(Additive):
+class LoRAAdapter(Additive, SplitAdapter):
     """The factors of :class:`LoRA` on one matrix: parameters A (heads, rank, in) and B (heads, out, rank)."""
 
-    merges: Tensor
+    linear_in = ("B",)
+    overlaps = True
     kept_A: Tensor
     kept_B: Tensor
-    sent: Tensor
-    sent_A: Tensor
-    sent_B: Tensor
 
     def __init__(self, config: LoRA, site: Site):
-        super().__init__()
         smaller = min(site.in_features, site.out_features)
         if config.rank > smaller:
             raise ValueError(
                 f"rank={config.rank} is above the smaller side of {site.name or 'the matrix'} "
                 f"({site.out_features} × {site.in_features}); use a rank of at most {smaller}"
             )
-        self.config, self.name, self.seed, self.keep = config, site.name, site.seed, site.keep
-        own = site.own_heads(config.heads) if config.split else range(config.heads)
-        self.heads, self.all_heads, self.first_head = len(own), config.heads, own.start
-        self.split = config.split
+        super().__init__(site, config.heads, split=config.split)
+        self.config, self.keep, self.subtracts = config, site.keep, config.init == "pissa"
         kind: dict[str, Any] = {"dtype": wide(site.weight.dtype), "device": site.weight.device}
-        shape, width = tuple(site.weight.shape), kind["dtype"].itemsize
-        self.sends_factors = factors_are_fewer(config.heads, config.rank, shape, width, site.ranks, site.exchange)
         self.A = nn.Parameter(torch.empty(self.heads, config.rank, site.in_features, **kind))
         self.B = nn.Parameter(torch.zeros(self.heads, site.out_features, config.rank, **kind))
-        self.register_buffer("merges", torch.zeros((), dtype=torch.int64))
-        self.subtracts = config.init == "pissa"
+        self.gathers_heads = self.packed_bytes(site.ranks, site.compression) is not None
         if self.keep or self.subtracts:
-            # Where factors are sent, every rank keeps what all heads have merged, so that it need never be sent.
-            kept = config.heads if self.sends_factors else self.heads
-            self.register_buffer("kept_A", self.A.new_zeros(kept, *self.A.shape[1:]))
-            self.register_buffer("kept_B", self.B.new_zeros(kept, *self.B.shape[1:]))
+            # Where heads are gathered, every worker keeps what all of them have merged, so that it need never be sent.
+            kept = config.heads if self.gathers_heads else self.heads
+            self.register_buffer("kept_A", self.A.new_zeros(kept, *self.A.shape[1:], requires_grad=False))
+            self.register_buffer("kept_B", self.B.new_zeros(kept, *self.B.shape[1:], requires_grad=False))
         if not site.weight.is_meta:
             self._start(site.weight)
 
@@ -220,29 +213,25 @@ class LoRAAdapter(Additive):
         self.subtracts = True
 
     @torch.no_grad()
-    def settle_with_(self, A: Tensor, B: Tensor) -> None:
-        """``settle_``, keeping the factors, where what was merged are not the present ones but these: of as many heads
-        as are kept."""
+    def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:
+        merged = self.pack() if packed is None and "sent" in self._buffers else packed
+        if merged is None or not self.keep:
+            self.settle_()
+            return
         self.merges += 1
-        self.kept_A.copy_(A)
-        self.kept_B.copy_(B)
+        self.kept_A.copy_(merged["A"])
+        self.kept_B.copy_(merged["B"])
         self.subtracts = True
 
-    @torch.no_grad()
-    def remember_(self) -> None:
-        """Copy the factors as they are, for a merge that will be under way while they go on (``Merge.overlap``)."""
-        self.sent_A.copy_(self.A)
-        self.sent_B.copy_(self.B)
-        self.sent += 1
-
-    @property
-    def is_in_flight(self) -> bool:
-        """Whether factors were sent that have not been merged yet."""
-        return "sent" in self._buffers and int(self.sent) > int(self.merges)
+    def known(self, heads: Sequence[int]) -> dict[str, Tensor]:
+        if not self.keep:
+            return super().known(heads)
+        counting = torch.zeros(self.all_heads, 1, 1, dtype=self.A.dtype, device=self.A.device)
+        counting[list(heads)] = 1
+        return {"A": self.kept_A * counting, "B": self.kept_B * counting}
 
     @torch.no_grad()
     def restart_(self) -> None:
-        """Restart the heads held here, as if they had just been merged and had contributed nothing."""
         self._draw()
         if self.keep:
             self.kept_A[self._own].copy_(self.A)
@@ -257,25 +246,10 @@ class LoRAAdapter(Additive):
         own = ((B @ (A @ A.mT)) * B).sum(dim=1)
         return (W.square().sum(dim=1) + 2 * cross + own).clamp_min(0).sqrt()
 
-    def _load_from_state_dict(self, *args, **kwargs) -> None:
-        super()._load_from_state_dict(*args, **kwargs)
+    def _load_from_state_dict(self, *args: Any) -> None:
+        super()._load_from_state_dict(*args)
         self.subtracts = self.config.init == "pissa" and not (int(self.merges) and not self.keep)
         self.subtracts |= self.keep and int(self.merges) > 0
 
     def extra_repr(self) -> str:
         return f"{self.config}, out={self.B.shape[1]}, in={self.A.shape[2]}"
-
-
-def factor_bytes(rank: int, shape: tuple[int, ...], width: int, exchange: Exchange = "float32") -> int:
-    """Bytes of one head's factors for a matrix (out, in), as they travel; ``width``: bytes of a number."""
-    out, inside = shape
-    return rounded_bytes(exchange, (rank, inside), width) + rounded_bytes(exchange, (out, rank), width)
-
-
-def factors_are_fewer(
-    heads: int, rank: int, shape: tuple[int, ...], width: int, ranks: int, exchange: Exchange = "float32"
-) -> bool:
-    """Whether at a merge of ``ranks`` processes everyone's factors to everyone are no more bytes than a sum of dense
-    changes of this shape (out, in); ``width``: bytes of a number."""
-    factors = largest_share(heads, ranks) * factor_bytes(rank, shape, width, exchange)
-    return ring_gather_bytes(factors, ranks) <= sum_bytes(exchange, shape, width, ranks)

@@ -1,4 +1,4 @@
-"""When adapters fold into the weights.
+"""When adapters are merged into the weights.
 
 At a boundary W becomes merged(W), the mean over the heads, and every adapter settles: it keeps its factors and
 subtracts them from then on (LTE's reset-less merge, arXiv 2402.16828), or starts anew (ReLoRA, arXiv 2307.05695).
@@ -11,7 +11,7 @@ U = merged(W) − W, which is minus its outer gradient):
 
 At outer_lr 1 and μ = 0 that is the plain merge. M is one float32 matrix per adapted matrix, a buffer of the adapter.
 
-``exchange``, ``weigh`` and ``overlap`` are for several ranks (``exchange``, ``boundary``).
+``exchange``, ``weigh`` and ``overlap`` are for several workers (``merge_across_workers``).
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, check_whole
-from lowrank.adapters.compression import Exchange
-from lowrank.adapters.layers import adapted_layers, fold_, replace
-from lowrank.adapters.lora import LoRAAdapter
+from lowrank.adapters.compression import Compression
+from lowrank.adapters.layers import adapted_layers, merge_layer_, replace
+from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.process_group import Ranks
 from lowrank.distributed.shards import is_sharded, unsharded_parameter
 from lowrank.linalg.rounding import wide
@@ -35,7 +35,7 @@ Weigh = Literal["equal", "tokens", "steps", "seconds"]
 
 @dataclass(frozen=True)
 class Merge:
-    """Fold the adapters into the weights every ``merge_every`` steps.
+    """Merge the adapters into the weights every ``merge_every`` steps.
 
     Args:
         merge_every: steps between merges, the paper's T.
@@ -45,7 +45,7 @@ class Merge:
         exchange: what travels between ranks, at merges and at averages of the rest: numbers as they are, or rounded.
         weigh: what a rank's heads weigh in the mean, and its local rest: the same, or by what the rank has done since
             the last: tokens seen (images, where it learns images), steps, or seconds of training.
-        overlap: what is sent at one merge arrives at the next, while training goes on (``across``).
+        overlap: what is sent at one merge arrives at the next, while training goes on.
 
     Raises:
         ValueError: a number out of its range, an unknown word, or ``overlap`` with what it cannot go with.
@@ -56,7 +56,7 @@ class Merge:
     forget: float = 0.0
     outer_lr: float = 1.0
     outer_momentum: float = 0.0
-    exchange: Exchange = "float32"
+    exchange: Compression = "float32"
     weigh: Weigh = "equal"
     overlap: bool = False
 
@@ -68,36 +68,34 @@ class Merge:
             raise ValueError(f"outer_lr={self.outer_lr} must be above 0 and finite: at 0 merges would add nothing")
         if not 0.0 <= self.outer_momentum < 1.0:
             raise ValueError(f"outer_momentum={self.outer_momentum} must lie in [0, 1)")
-        for option, allowed in (("exchange", get_args(Exchange)), ("weigh", get_args(Weigh))):
+        for option, allowed in (("exchange", get_args(Compression)), ("weigh", get_args(Weigh))):
             if getattr(self, option) not in allowed:
                 raise ValueError(f"{option}={getattr(self, option)!r} is unknown; it is one of {', '.join(allowed)}")
 
         if self.overlap and not self.keep:
             raise ValueError(
-                "overlap=True goes on with factors that are under way, and keep=False restarts them: use keep=True, "
+                "overlap=True goes on with factors that are in flight, and keep=False restarts them: use keep=True, "
                 "or overlap=False"
             )
         if self.overlap and self.weigh != "equal":
             raise ValueError(
-                f"weigh={self.weigh!r} is lost where a run resumes while a merge is under way (overlap=True): use "
+                f"weigh={self.weigh!r} is lost where a run resumes while a merge is in flight (overlap=True): use "
                 "weigh='equal', or overlap=False"
             )
 
     def prepare_(self, adapter: Adapter, W: Tensor) -> None:
-        """Give an adapter on W (out, in) what the outer optimizer keeps, and a place for what is under way.
+        """Give an adapter on W (out, in) what the outer optimizer keeps, and a place for what is in flight.
 
         Raises:
             ValueError: overlap= for other adapters than LoRA heads that split the batch.
         """
         if self.overlap:
-            if not isinstance(adapter, LoRAAdapter) or not adapter.split:
+            if not (isinstance(adapter, SplitAdapter) and adapter.split and adapter.overlaps):
                 raise ValueError(
                     f"overlap=True is for LoRA heads that split the batch (lte), not for {type(adapter).__name__}: "
                     "use overlap=False"
                 )
-            adapter.register_buffer("sent", torch.zeros((), dtype=torch.int64))
-            adapter.register_buffer("sent_A", torch.zeros_like(adapter.A, requires_grad=False))
-            adapter.register_buffer("sent_B", torch.zeros_like(adapter.B, requires_grad=False))
+            adapter.prepare_overlap_()
         if self.outer_momentum:
             adapter.register_buffer("momentum", torch.zeros_like(W, dtype=wide(W.dtype)))
 
@@ -121,9 +119,9 @@ class Merge:
 
 
 def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Ranks | None = None) -> None:
-    """Fold every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
+    """Merge every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
 
-    A weight that is sharded over ``ranks`` is whole for the moment, one layer at a time: DoRA's norms, transposed
+    A weight that is sharded over ``ranks`` is unsharded for the moment, one layer at a time: DoRA's norms, transposed
     weights and the noise of rounding are then those of one process.
 
     Raises:
@@ -140,11 +138,11 @@ def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Ranks |
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue
         with unsharded_parameter(layer, "weight", ranks):
-            fold_(layer, done, merge)
+            merge_layer_(layer, done, merge)
 
 
 def merge_and_unload(model: nn.Module) -> nn.Module:
-    """``model`` with every adapter folded in and the original layers back: a plain model with its own state-dict keys.
+    """``model`` with every adapter merged and the original layers back: a plain model with its own state-dict keys.
 
     In place, and returned. Parameters that were frozen stay frozen; call ``model.requires_grad_(True)`` to train it
     further.

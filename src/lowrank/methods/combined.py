@@ -22,7 +22,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import Dense, LoRA, Merge
-from lowrank.adapters.compression import Exchange
+from lowrank.adapters.compression import Compression
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
@@ -45,7 +45,7 @@ def lte_galore(
     merge_every: int = 10,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
-    exchange: Exchange = "float32",
+    exchange: Compression = "float32",
     weigh: Weigh = "equal",
     galore_modules: Targets = "all-linear",
     galore_rank: int = 128,

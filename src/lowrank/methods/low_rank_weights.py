@@ -5,7 +5,7 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
-from lowrank.adapters.compression import Exchange
+from lowrank.adapters.compression import Compression
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
@@ -179,7 +179,7 @@ def lte(
     forget: float = 0.0,
     outer_lr: float = 1.0,
     outer_momentum: float = 0.0,
-    exchange: Exchange = "float32",
+    exchange: Compression = "float32",
     weigh: Weigh = "equal",
     overlap: bool = False,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",

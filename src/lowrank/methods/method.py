@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Literal, get_args
 
 from lowrank.adapters import Adapter, Merge, Site, Unchanged
+from lowrank.adapters.adapter import splits_batch
 from lowrank.adapters.targets import Targets, as_list
 from lowrank.methods.schedule import Schedule, constant
 from lowrank.optim.projected import Projected
@@ -123,4 +124,4 @@ class Method:
     @property
     def splits(self) -> bool:
         """Whether some adapters have heads that split the batch, which several ranks divide between them."""
-        return any(getattr(adapt.make, "split", False) for adapt in self.adapt)
+        return any(splits_batch(adapt.make) for adapt in self.adapt)

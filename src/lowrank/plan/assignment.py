@@ -22,8 +22,7 @@ from typing import Literal
 import torch
 from torch import nn
 
-from lowrank.adapters import Adapter, Site, targets
-from lowrank.adapters.head_gather import SplitAdapter
+from lowrank.adapters import Adapter, Site, SplitAdapter, targets
 from lowrank.adapters.layers import (
     WHOLE,
     AdaptedLayer,
@@ -215,7 +214,7 @@ class Binding:
         for part, adapt in self.claims[layer.name].items():
             W = matrix[layer.rows(part)]
             site = Site(layer.label(part), W, self.seed, keep, self.layout.worker, self.layout.workers_count)
-            made[part] = adapt.make(site if merge is None else replace_field(site, exchange=merge.exchange))
+            made[part] = adapt.make(site if merge is None else replace_field(site, compression=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)
             if made[part].split and self.layout.workers_count > 1 and not isinstance(made[part], SplitAdapter):

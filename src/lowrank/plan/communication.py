@@ -21,10 +21,9 @@ from typing import Any
 
 import torch
 
-from lowrank.adapters import Adapter, LoRAAdapter
-from lowrank.adapters.compression import Exchange, rounded_bytes
-from lowrank.adapters.lora import factor_bytes, factors_are_fewer
-from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.adapters import SplitAdapter
+from lowrank.adapters.compression import Compression, rounded_bytes
+from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
 from lowrank.distributed.shards import Shard, largest_piece
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
@@ -98,7 +97,7 @@ class _Mesh:
             ring_gather_bytes(carried, self.workers), ring_gather_bytes(self.workers * carried, self.intra_worker)
         )
 
-    def exchanged(self, exchange: Exchange, shape: tuple[int, ...], width: int) -> _Sent:
+    def exchanged(self, exchange: Compression, shape: tuple[int, ...], width: int) -> _Sent:
         """A sum of such tensors, rounded where that is fewer bytes."""
         plain, rounded = math.prod(shape) * width, rounded_bytes(exchange, shape, width)
         less = exchange != "float32" and ring_gather_bytes(rounded, self.workers) < ring_sum_bytes(plain, self.workers)
@@ -135,7 +134,8 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     plain = [row for row in plan.rows if not row.is_factor]
     parameters = dict(plan.model.named_parameters())
     rule_of = {id(parameters[row.name]): row.rule for row in trained}
-    split = [a for a in {id(a): a for a in plan.adapters.values()}.values() if a.split and not plan.layout.in_step]
+    adapters = {id(a): a for a in plan.adapters.values() if isinstance(a, SplitAdapter) and a.split}.values()
+    split = [] if plan.layout.in_step else list(adapters)
     own, rest = ([row for row in trained if row.across == across] for across in ("own", "local"))
     under = sum(row.numel * _width(row.dtype) for row in plain if row.why == "under an adapter")
     merge, exchange = plan.method.merge, plan.method.merge.exchange if plan.method.merge is not None else "float32"
@@ -233,23 +233,19 @@ def merge_words(plan: Plan, ranks: int, *, loop: bool = True) -> int:
     )
 
 
-def _merge(adapter: Adapter, rule: Rule | None, mesh: _Mesh, exchange: Exchange) -> _Sent:
-    if isinstance(adapter, LoRAAdapter):
-        rank, shape, width = adapter.config.rank, (adapter.B.shape[1], adapter.A.shape[2]), adapter.A.dtype.itemsize
-        if factors_are_fewer(adapter.all_heads, rank, shape, width, mesh.workers, exchange):
-            heads = largest_share(adapter.all_heads, mesh.workers)
-            return mesh.gatherings(heads * factor_bytes(rank, shape, width, exchange))
-        return mesh.exchanged(exchange, shape, width)
-    dense = next(adapter.parameters())
-    within = rule.span_shape(tuple(dense.shape)) if isinstance(rule, Projected) else None
-    return mesh.exchanged(exchange, within or tuple(dense.shape[1:]), dense.dtype.itemsize)
+def _merge(adapter: SplitAdapter, rule: Rule | None, mesh: _Mesh, exchange: Compression) -> _Sent:
+    packed, p = adapter.packed_bytes(mesh.workers, exchange), next(adapter.parameters())
+    if packed is not None:
+        return mesh.gatherings(packed)
+    inside = rule.span_shape(tuple(p.shape)) if adapter.merges_in_subspace and isinstance(rule, Projected) else None
+    return mesh.exchanged(exchange, inside or adapter.shape, p.dtype.itemsize)
 
 
 def _basis_numbers(row: Row) -> int:
     return row.rule.agreed_numbers(row.shape) if isinstance(row.rule, Projected) else 0
 
 
-def _average(rows: list[Row], mesh: _Mesh, exchange: Exchange) -> _Sent:
+def _average(rows: list[Row], mesh: _Mesh, exchange: Compression) -> _Sent:
     if exchange == "float32":
         return mesh.sums(sum(map(_bytes, rows)))
     return sum((mesh.exchanged(exchange, row.shape, _width(row.dtype)) for row in rows), _Sent())

@@ -166,7 +166,7 @@ def _headline(plan: Plan) -> str:
 def _adapter_lines(plan: Plan) -> list[str]:
     kinds: dict[str, list[str]] = {}
     for name, adapter in plan.adapters.items():
-        kinds.setdefault(brief(getattr(adapter, "config", type(adapter).__name__)), []).append(name)
+        kinds.setdefault(brief(adapter.config or type(adapter).__name__), []).append(name)
     lines = [f"{len(names)} layers with {kind}" for kind, names in kinds.items()]
     if plan.method.merge is not None:
         lines.append(brief(plan.method.merge))

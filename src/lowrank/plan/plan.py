@@ -16,8 +16,7 @@ from typing import Any, Literal
 import torch
 from torch import nn
 
-from lowrank.adapters import Adapter
-from lowrank.adapters.head_gather import SplitAdapter
+from lowrank.adapters import Adapter, SplitAdapter
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import Ranks

@@ -26,12 +26,11 @@ from typing import TYPE_CHECKING, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters import Adapter
+from lowrank.adapters import Adapter, SplitAdapter
 from lowrank.adapters.compression import add_up_
-from lowrank.adapters.dense import DenseAdapter
-from lowrank.adapters.head_gather import SplitAdapter, split_adapters, whole_heads
+from lowrank.adapters.head_gather import consolidated_heads, split_adapters
 from lowrank.adapters.merge import Merge, merge_adapters_
-from lowrank.adapters.merge_across_workers import Terms, in_flight, merge_across_, remember_, start_merge
+from lowrank.adapters.merge_across_workers import MergeWeights, in_flight, merge_across_workers_, remember_, start_merge
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.shards import is_sharded, reshard_, to_local
 from lowrank.distributed.workers import ProcessLayout
@@ -172,14 +171,14 @@ class Synchroniser:
         merge, workers, opt = self.merge, self.layout.workers, self.optimizer
         if participants.merge is not None:
             _total(participants.merge)
-        terms = Terms(participants.left_out, participants.merge, self._spans(), self.layout.intra_worker)
+        terms = MergeWeights(participants.left_out, participants.merge, self._spans(), self.layout.intra_worker)
         reshard_(self.model)
         if merge is not None and merge.overlap:
             remember_(self.model)
             if workers is not None:
                 self._in_flight = self._merges_sent(), start_merge(self.model, workers, merge, terms)
         elif workers is not None and self.own and merge is not None:
-            merge_across_(self.model, workers, merge, terms)
+            merge_across_workers_(self.model, workers, merge, terms)
         else:
             merge_adapters_(self.model, merge, self.layout.intra_worker)
         if opt is not None and merge is not None and merge.forget:
@@ -194,7 +193,7 @@ class Synchroniser:
         if pending is not None and pending[0] == self._merges_sent():
             pending[1]()
         else:  # in one process, after a resume or another's merge: what has been remembered is sent now
-            terms = Terms(intra_worker=self.layout.intra_worker)
+            terms = MergeWeights(intra_worker=self.layout.intra_worker)
             start_merge(self.model, self.layout.workers, self.merge, terms)()
 
     def _merges_sent(self) -> int:
@@ -204,7 +203,7 @@ class Synchroniser:
         """The subspace that the changes of dense heads lie in, where the rule that trains them keeps to one."""
         opt = self.optimizer
         found = {} if opt is None else {adapter: opt.span(p) for p, adapter in self.own.items()}
-        return {adapter: span for adapter, span in found.items() if span and isinstance(adapter, DenseAdapter)}
+        return {adapter: span for adapter, span in found.items() if span and adapter.merges_in_subspace}
 
     # --- who takes part ------------------------------------------------------------------------------------------
 
@@ -324,7 +323,7 @@ class Synchroniser:
         reshard_(self.model)
         rest = [to_local(p) for p in self.local]
         copies = [tensor.clone() for tensor in rest]
-        with whole_heads(self.model, workers):
+        with consolidated_heads(self.model, workers):
             try:
                 with torch.no_grad():
                     self._average_(rest, 1.0, workers.count)

@@ -22,7 +22,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.head_gather import KEPT, SENT, SplitAdapter, gather_heads, own_part
+from lowrank.adapters import SplitAdapter
+from lowrank.adapters.head_gather import gather_heads
 from lowrank.distributed.sharded_checkpoint import read_sharded, save_sharded
 from lowrank.distributed.shards import Shard, ShardSpec, reshard_, shard_of, to_local
 from lowrank.infra import checkpoint
@@ -189,7 +190,10 @@ def load_model_(plan: Plan, saved: Checkpoint) -> None:
     heads = _split_tensors(plan.model)
 
     def own(name: str, tensor: Tensor) -> Tensor:
-        return own_part(*heads[name], tensor) if name in heads else tensor
+        if name not in heads:
+            return tensor
+        adapter, own_name = heads[name]
+        return adapter.own_heads(tensor, own_name)
 
     reshard_(plan.model)
     held: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
@@ -226,8 +230,7 @@ def _split_tensors(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:
     found: dict[str, tuple[SplitAdapter, str]] = {}
     for prefix, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, SplitAdapter) and module.split:
-            tensors = [*module.named_parameters(), *((n, b) for n, b in module.named_buffers() if n in (*KEPT, *SENT))]
-            found |= {f"{prefix}.{name}": (module, name) for name, _ in tensors}
+            found |= {f"{prefix}.{name}": (module, name) for name in module.head_tensors()}
     return found
 
 
@@ -276,7 +279,7 @@ def local_optimizer_state(plan: Plan, opt: Optimizer, saved: Checkpoint) -> dict
         states = find_saved(own, opt.param_groups)
         for p, adapter in zip(plan.own, plan.own_adapters, strict=True):
             tree = states[p][1]
-            tree.update(mapped(tree, lambda _, t, a=adapter: own_part(a, "", t) if t.dim() else t))  # type: ignore[misc]
+            tree.update(mapped(tree, lambda _, t, a=adapter: a.own_heads(t) if t.dim() else t))  # type: ignore[misc]
     return own
 
 
