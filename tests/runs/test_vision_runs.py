@@ -6,17 +6,22 @@ import csv
 import json
 from pathlib import Path
 
+import numpy as np
 import pytest
 import torch
 from tests.images import class_folders, medmnist_file
 
 from lowrank.cli.app import main
-from lowrank.evaluate.predict import predict
+from lowrank.data.images.source import images as data_of
+from lowrank.evaluate import evaluate
+from lowrank.evaluate import predict as predicting
+from lowrank.evaluate.predict import classify, predict
+from lowrank.evaluate.score import score
 from lowrank.infra.checkpoint import latest, load
 from lowrank.infra.log import read_log
 from lowrank.recipes import RECIPES
 from lowrank.run.run import Run
-from lowrank.run.session import restore
+from lowrank.run.session import Session, restore
 
 SMALL = [
     "--model.width",
@@ -144,6 +149,66 @@ def test_scoring_another_file_wants_the_same_classes(
     other = medmnist_file(tmp_path / "other.npz", classes=5)
     assert main(["eval", str(tmp_path / "x"), "--data", str(other)]) == 2
     assert "the run was trained on normal, pneumonia" in capsys.readouterr().err
+
+
+def test_classes_belong_to_the_run_whatever_becomes_of_its_folder(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    root = class_folders(tmp_path / "photos", per_class=12, classes=("a", "b", "c"))
+    monkeypatch.chdir(tmp_path)
+    assert train(tmp_path / "x", "photos", "full", "--steps", "4", "--data.size", "20", "--quiet") == 0
+    facts = json.loads((tmp_path / "x" / "images.json").read_text())
+    assert load(latest(tmp_path / "x" / "checkpoints")).meta["learnt"] == facts
+    expected = score(str(tmp_path / "x"), split="train")
+    (tmp_path / "elsewhere").mkdir()
+    monkeypatch.chdir(tmp_path / "elsewhere")
+    assert score(str(tmp_path / "x"), split="train") == expected
+    monkeypatch.chdir(tmp_path)
+    (root / "a").rename(root / "z")
+    for command in (["eval", str(tmp_path / "x")], ["train", "--resume", str(tmp_path / "x"), "--steps", "6"]):
+        assert main(command) == 2
+        assert "trained on a, b, c (multi-class); it does not know z" in capsys.readouterr().err
+    (root / "z").rename(tmp_path / "a")  # what is left is known by name, though its numbers are others
+    session, _ = restore(tmp_path / "x", device="cpu")
+    assert score(str(tmp_path / "x"), split="train")["acc"] == pytest.approx(accuracy_of(session, root, ("b", "c")))
+    assert main(["train", "--resume", str(tmp_path / "x"), "--steps", "6"]) == 2
+    assert "missing are a" in capsys.readouterr().err
+    root.rename(tmp_path / "gone")
+    assert main(["export", str(tmp_path / "x"), str(tmp_path / "plain")]) == 0
+    assert json.loads((tmp_path / "plain" / "images.json").read_text()) == facts
+    assert predict([str(tmp_path / "gone")], base=str(tmp_path / "x"))[0].scores.keys() == {"a", "b", "c"}
+
+
+def accuracy_of(session: Session, root: Path, classes: tuple[str, ...]) -> float:
+    """Of a session's model on the training split of a folder, by names alone."""
+    data = data_of(str(root), size=20)
+    split = data.split("train")
+    named = [(name, split.images[i]) for i, name in enumerate(split.names)]
+    right = [each.answer == (each.path.split("/")[0],) for each in classify(session.model, named, session.data)]
+    assert data.classes == classes
+    return sum(right) / len(right)
+
+
+def test_a_model_with_nan_is_an_error(tmp_path: Path, file: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert train(tmp_path / "x", file, "full", "--steps", "2", "--quiet") == 0
+    session, _ = restore(tmp_path / "x", device="cpu")
+    session.model.head.weight.data[0, 0] = torch.nan
+    image = np.zeros((28, 28), np.uint8)
+    with pytest.raises(FloatingPointError, match="answers to 1 of 1 images are not finite"):
+        classify(session.model, [("x", image)], session.data)
+    data = data_of(str(file))
+    with pytest.raises(FloatingPointError, match="not finite"):
+        evaluate(session.model, data.for_model(session.model).evaluation("test", 4), session.task)
+
+
+def test_images_are_predicted_as_they_are_read(tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert train(tmp_path / "x", file, "full", "--steps", "2", "--quiet") == 0
+    root, events = class_folders(tmp_path / "photos", per_class=4), []
+    read, told = predicting.read_image, predicting.classify
+    monkeypatch.setattr(predicting, "read_image", lambda *a: events.append("read") or read(*a))
+    monkeypatch.setattr(predicting, "classify", lambda *a: events.append("told") or told(*a))
+    assert len(predict([str(root)], base=str(tmp_path / "x"), batch_size=3)) == 8
+    assert events == ["read"] * 3 + ["told"] + ["read"] * 3 + ["told"] + ["read"] * 2 + ["told"]
 
 
 @pytest.mark.parametrize(

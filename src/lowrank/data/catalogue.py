@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from collections.abc import Iterable
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from lowrank.infra.registry import Registry
@@ -32,6 +33,23 @@ class Data(ABC):
     def for_model(self, model: nn.Module) -> Self:
         """The same data as ``model`` wants it."""
         return self
+
+    @property
+    def unread(self) -> bool:
+        """Whether it only stands for data that is not here: enough for a model, and nothing to train on or score."""
+        return False
+
+    def learnt_by(self, run: Any, *, whole: bool = False) -> Self:
+        """The same data under what a run has learnt, ``run`` being the data of its facts; ``whole``: to train on it."""
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        """What a run has learnt of its data, for its checkpoints, in plain JSON; empty: nothing."""
+        return {}
+
+    def write_facts(self, folder: Path) -> None:
+        """Write into a run's folder, or an exported model's, what the model must know when the data is gone."""
+        return
 
     def bytes_per_token(self, split: str) -> float | None:
         """Of text: UTF-8 bytes for one token, to turn nats a token into bits a byte; None where not known."""

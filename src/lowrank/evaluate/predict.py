@@ -26,7 +26,7 @@ from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
 from lowrank.models.vision import logits_of
 from lowrank.run.run import Call, Run
-from lowrank.run.session import facts_of_images, pick_checkpoint, pick_device, restore, run_folder
+from lowrank.run.session import pick_checkpoint, pick_device, restore, run_folder
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -74,7 +74,7 @@ def predict(
         bank.add("adapter", info, tensors)
         model = bank.use("adapter").eval()
     elif base is not None:
-        session, _ = restore(Path(base), device=device, data=facts_of_images(Path(base)))
+        session, _ = restore(Path(base), device=device)
         if session.run.task != "images":
             raise ValueError(f"{base} is a run on {session.run.task}: only models of images predict")
         model, data = session.model, session.data

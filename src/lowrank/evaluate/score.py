@@ -127,6 +127,7 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
     if session.run.task == "text":
         session.data.tokenizer.save(out)
+    session.data.write_facts(out)
     return step
 
 
@@ -152,25 +153,16 @@ def _is_run(folder: Path) -> bool:
 def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]) -> Session:
     """The session with other data, text under the run's own tokenizer."""
     options = {f"data.{name}": value for name, value in changes.items() if value is not None}
-    if source is None and not options:
+    if source is None and not options and not session.data.unread:
         return session
     if source is not None and session.run.task == "text":
         own = {"data.tokenizer": _same_tokenizer(session), "data.column": None, "data.limit": None}
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
+    if source is None and session.data.unread and not Path(str(session.run.data.args.get("source"))).exists():
+        source = session.data.origin or None  # the run's own, where it was given from another working directory
     run = override(session.run, options if source is None else {"data": source, **options})
-    made = catalogue().make("data", run)
-    if isinstance(made, ImageData):
-        made = _same_classes(made.for_model(session.model), session.data)
+    made = catalogue().make("data", run).for_model(session.model).learnt_by(session.data)
     return replace(session, run=run, data=made)
-
-
-def _same_classes(data: ImageData, trained: ImageData) -> ImageData:
-    if (data.kind, data.classes) != (trained.kind, trained.classes):
-        raise ValueError(
-            f"{data.set.name} has the classes {', '.join(data.classes)} ({data.kind}), and the run was trained on "
-            f"{', '.join(trained.classes)} ({trained.kind})"
-        )
-    return data
 
 
 def _same_tokenizer(session: Session) -> str:

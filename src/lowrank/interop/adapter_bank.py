@@ -35,7 +35,7 @@ from lowrank.infra.convert import nearest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.run import Call
-from lowrank.run.session import facts_of_images, pick_checkpoint, restore, run_folder
+from lowrank.run.session import pick_checkpoint, restore, run_folder
 
 FORMAT = 1
 ADAPTER = ".adapters."
@@ -106,7 +106,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         raise ValueError(f"--checkpoint {which}: it is best or latest")
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another folder")
-    session, step = restore(source, which, device="cpu", data=facts_of_images(source))  # type: ignore[arg-type]
+    session, step = restore(source, which, device="cpu")  # type: ignore[arg-type]
     run, plan = session.run, session.plan
     _refuse_inseparable(plan, source)
     tensors = trained_tensors(plan)
@@ -120,7 +120,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         base={row.name: digest(dict(plan.model.named_parameters())[row.name]) for row in plan.rows if row.rule is None},
         origin=f"{source} at step {step}",
         metrics=saved.meta["metrics"],
-        **(session.data.to_json() if isinstance(session.data, ImageData) else {}),
+        **{name: value for name, value in session.data.to_json().items() if name != "origin"},
     )
     write_adapter(out, info, tensors)
     return info

@@ -8,7 +8,6 @@ Nothing here trains.
 
 from __future__ import annotations
 
-import json
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,17 +18,16 @@ import torch
 from torch import nn
 
 from lowrank.adapters import merge_and_unload
-from lowrank.data.images.source import ImageData
+from lowrank.data.images.source import FACTS, ImageData
 from lowrank.distributed.process_group import Ranks
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
+from lowrank.infra.files import read_json
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.overrides import catalogue
 from lowrank.run.run import Run
 from lowrank.run.task import Task
-
-FACTS = "images.json"  # beside run.json: classes, and how images are read
 
 
 @dataclass
@@ -46,19 +44,29 @@ class Session:
     needs_scaler: bool
 
 
-def open_session(run: Run, *, init_from: Path | None = None, data: Any = None, ranks: Ranks | None = None) -> Session:
+def open_session(
+    run: Run,
+    *,
+    init_from: Path | None = None,
+    data: Any = None,
+    learnt: Any = None,
+    ranks: Ranks | None = None,
+) -> Session:
     """Make a run's data, model and plan.
 
     Args:
         run: what to make.
         init_from: a run's folder or a checkpoint: its merged weights are the model's start (ReLoRA's warm start, say).
         data: the run's data where it has been made already.
+        learnt: what the run has learnt of its data, where it goes on: the data must still be of that kind.
         ranks: the processes that train it together.
     """
     device = pick_device(run.device)
     autocast, needs_scaler = precision(run.precision, device)
     offer = catalogue()
     data = offer.make("data", run) if data is None else data
+    if learnt is not None:
+        data = data.learnt_by(learnt, whole=True)
     torch.manual_seed(run.seed)
     model = offer.make("model", run, data)
     data = data.for_model(model)
@@ -88,24 +96,31 @@ def restore(
 ) -> tuple[Session, int]:
     """(session, step) of a run's folder, or of one of its checkpoints: the trained weights, in evaluation mode.
 
+    The session's data is what the run has learnt of it (classes, normalisation) where that is all a model needs: images
+    are not opened (``data.unread``).
+
     Raises:
         FileNotFoundError: the folder holds no run.
         CheckpointError: it holds no sound checkpoint.
     """
     root = run_folder(folder)
     run = Run.read(root / "run.json")
-    found = folder if folder != root else pick_checkpoint(root, which)
+    saved = checkpoint.load(folder if folder != root else pick_checkpoint(root, which))
+    data = learnt_by_run(root, saved) if data is None else data
     session = open_session(run if device == "auto" else _on(run, device), data=data)
-    saved = checkpoint.load(found)
     session.model.load_state_dict(saved.tensors)
     session.model.eval()
     return session, saved.step
 
 
-def facts_of_images(folder: Path) -> ImageData | None:
-    """What a run on images wrote down about its data, so that its model can be used where the data is not."""
-    file = run_folder(folder) / FACTS
-    return ImageData.without_images(json.loads(file.read_text())) if file.is_file() else None
+def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | None:
+    """What a checkpoint says of the images that the run was trained on, or the run's folder where it says nothing; None
+    where both are silent: the data is opened anew then.
+    """
+    facts = saved.meta.get("learnt")
+    if not facts and (root / FACTS).is_file():
+        facts = read_json(root / FACTS)
+    return ImageData.without_images(facts) if facts else None
 
 
 def run_folder(folder: Path) -> Path:
@@ -128,7 +143,7 @@ def load_plain_(model: nn.Module, source: Path) -> None:
     Raises:
         ValueError: the other run's model has other parameters or shapes; the first few are named.
     """
-    session, _ = restore(source, device="cpu", data=facts_of_images(source))
+    session, _ = restore(source, device="cpu")
     state = merge_and_unload(session.model).state_dict()
     ours = model.state_dict()
     wrong = [k for k in ours if k not in state or state[k].shape != ours[k].shape] + [k for k in state if k not in ours]

@@ -15,7 +15,7 @@ many ranks as saved it. State in 8 bits is kept in blocks of the shard: the rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -58,7 +58,8 @@ def not_finite(what: str, step: int, root: Path) -> NotFinite:
 class Saver:
     """Writes the checkpoints of a run into ``root``, and puts the run back where one of them was; all ranks have one.
 
-    ``writer``: whether this rank writes. ``last``: the step that was last saved.
+    ``writer``: whether this rank writes. ``last``: the step that was last saved. ``learnt``: what the model must know
+    of its data (``Data.to_json``), which every checkpoint takes along.
     """
 
     def __init__(
@@ -71,10 +72,12 @@ class Saver:
         root: Path,
         *,
         writer: bool,
+        learnt: Mapping[str, Any] | None = None,
     ):
         self.run, self.plan, self.optimizer, self.scaler, self.coordinator = run, plan, optimizer, scaler, coordinator
         self.root, self.writer, self.last = root, writer, -1
         self.role: SaveRole = "full" if writer else "assist"
+        self.learnt = dict(learnt or {})
 
     def prepare(self) -> None:
         """Find out, when the run's folder may be made, what each rank is to save; every rank must call it."""
@@ -109,6 +112,7 @@ class Saver:
             "best": best,
             "metrics": metrics,
             "method": self.run.method.to_json(),
+            "learnt": self.learnt,
         }
         what = (self.root, step, model, optimizer, meta)
         options: dict[str, Any] = {"keep": self.run.keep, "best": is_best}

@@ -29,7 +29,6 @@ import torch
 from torch import Tensor
 
 from lowrank import __version__
-from lowrank.data.images.source import ImageData
 from lowrank.distributed.process_group import Ranks, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
@@ -41,7 +40,7 @@ from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
-from lowrank.run.session import FACTS, Session, open_session, pick_device
+from lowrank.run.session import Session, learnt_by_run, open_session, pick_device
 from lowrank.run.task import Batch, to_device
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
@@ -107,7 +106,8 @@ def _train(
     strangers = checkpoint.foreign(out / "checkpoints") if found is not None else []
     notes += [f"{path} is no checkpoint of this run, and is left alone" for path in strangers]
     saved = None if found is None else checkpoint.load(found)
-    session = open_session(run, init_from=None if saved else init_from, ranks=ranks)
+    learnt = None if saved is None else learnt_by_run(out, saved)
+    session = open_session(run, init_from=None if saved else init_from, learnt=learnt, ranks=ranks)
     loop = _Loop(session, out, quiet=quiet, writer=writer)
     if saved is not None:
         loop.restore(saved, ended=elastic)
@@ -158,8 +158,7 @@ def _describe(session: Session, out: Path) -> None:
     """What the run is and what it runs on, into its folder."""
     out.mkdir(parents=True, exist_ok=True)
     session.run.write(out / "run.json")
-    if isinstance(session.data, ImageData):
-        write_json(out / FACTS, session.data.to_json())
+    session.data.write_facts(out)
     write_json(out / "env.json", environment())
 
 
@@ -201,7 +200,8 @@ class _Loop:
         self.writers: list[Writer] = []
         self.progress = Progress(self.end, quiet=True)
         root = out / "checkpoints"
-        self.saver = Saver(run, session.plan, self.optimizer, self.scaler, self.coordinator, root, writer=writer)
+        parts = (run, session.plan, self.optimizer, self.scaler, self.coordinator, root)
+        self.saver = Saver(*parts, writer=writer, learnt=session.data.to_json())
         self.clock = StepClock()
 
     def _check_merge(self) -> None:

@@ -8,6 +8,7 @@ under it (:meth:`ImageData.learnt_by`).
 
 from __future__ import annotations
 
+import json
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
@@ -18,7 +19,8 @@ import numpy as np
 from torch import nn
 
 from lowrank.data.catalogue import Data
-from lowrank.data.images import folder, medmnist  # noqa: F401  (the sources that they announce)
+from lowrank.data.images import folder as _folder  # noqa: F401  (for the sources that they announce)
+from lowrank.data.images import medmnist as _medmnist  # noqa: F401
 from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
 from lowrank.data.images.decode import Fit, Reading
@@ -26,18 +28,25 @@ from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, K
 from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.convert import nearest
+from lowrank.infra.files import write_json
 from lowrank.infra.registry import register
+
+FACTS = "images.json"  # beside run.json: classes, and how images are read
 
 
 @dataclass(frozen=True, kw_only=True)
 class ImageData(Data):
-    """A set of images with the way in which it is read: what the loop, the evaluator and the models know of it."""
+    """A set of images with the way in which it is read: what the loop, the evaluator and the models know of it.
+
+    ``origin``: the file or folder, from wherever one looks; empty for what has a name.
+    """
 
     set: ImageSet
     reading: Reading
     spec: ImageSpec
     augment: tuple[str, ...] = ()
     balance: Literal["none", "weights", "sampler"] = "none"
+    origin: str = ""
 
     @property
     def kind(self) -> Kind:
@@ -53,15 +62,25 @@ class ImageData(Data):
         return self.set.fingerprint
 
     def to_json(self) -> dict[str, Any]:
-        """What a model needs to know to treat other images in the same way, without the set itself."""
-        return {"kind": self.kind, "classes": self.classes, "reading": asdict(self.reading), "spec": asdict(self.spec)}
+        """What a model needs to know to treat other images in the same way, without the set itself; plain JSON."""
+        facts = {"kind": self.kind, "classes": self.classes, "reading": asdict(self.reading), "spec": asdict(self.spec)}
+        plain: dict[str, Any] = json.loads(json.dumps(facts | {"origin": self.origin}))
+        return plain
 
     @staticmethod
     def without_images(facts: Mapping[str, Any]) -> ImageData:
         """From ``to_json``: enough for a model and for predictions, with no image in any split."""
         spec: dict[str, Any] = {k: tuple(v) if isinstance(v, list) else v for k, v in facts["spec"].items()}
         nothing = ImageSet(name="no images", kind=facts["kind"], classes=tuple(facts["classes"]), splits={})
-        return ImageData(set=nothing, reading=Reading(**facts["reading"]), spec=ImageSpec(**spec))
+        reading, origin = Reading(**facts["reading"]), facts.get("origin", "")
+        return ImageData(set=nothing, reading=reading, spec=ImageSpec(**spec), origin=origin)
+
+    @property
+    def unread(self) -> bool:
+        return not self.set.splits
+
+    def write_facts(self, folder: Path) -> None:
+        write_json(folder / FACTS, self.to_json())
 
     def learnt_by(self, run: ImageData, *, whole: bool = False) -> ImageData:
         """The same images with the classes that a run has learnt, in its order, read and normalised as its own were.
@@ -198,7 +217,15 @@ def images(
         print(f"note: {note}", file=sys.stderr)
     grey = found.splits["train"].images.ndim == 3
     reading = Reading(size=found.size, grey=grey, window=window, fit=fit)
-    return ImageData(set=found, reading=reading, spec=ImageSpec(size=found.size), augment=names, balance=balance)
+    path = Path(source).expanduser()
+    return ImageData(
+        set=found,
+        reading=reading,
+        spec=ImageSpec(size=found.size),
+        augment=names,
+        balance=balance,
+        origin=str(path.resolve()) if path.exists() else "",
+    )
 
 
 def _nothing(source: str) -> Exception:
