@@ -3,13 +3,14 @@
 import gzip
 import json
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 
 from lowrank.data import list_sources, open_source, prepare
-from lowrank.data.text import sources
+from lowrank.data.text.source import SOURCES
 from lowrank.data.text.sources import builtin
 
 Write = Callable[[str, str | bytes], Path]
@@ -21,6 +22,12 @@ def test_builtin_repeats_nothing() -> None:
     assert len(set(paragraphs)) == len(paragraphs)
     assert sum(map(len, documents)) > 250_000
     assert len(documents) >= 200
+
+
+def redirect(name: str, monkeypatch: pytest.MonkeyPatch, **elsewhere: Any) -> None:
+    """Let a corpus be read from another place."""
+    info = SOURCES[name]
+    monkeypatch.setitem(SOURCES, name, replace(info, open=replace(info.open, **elsewhere)))  # type: ignore[type-var]
 
 
 class Table:
@@ -68,10 +75,7 @@ def test_a_corpus_through_datasets_itself(tmp_path: Path, monkeypatch: pytest.Mo
     text = "First Citizen:\n\nBefore we proceed é\nany further\n"
     path = write("input.txt", text)
     monkeypatch.setattr(datasets.config, "HF_DATASETS_CACHE", tmp_path / "hf")
-    local = sources.CORPORA["tiny-shakespeare"].__class__(
-        **{**vars(sources.CORPORA["tiny-shakespeare"]), "data_files": {"train": str(path)}}
-    )
-    monkeypatch.setitem(sources.CORPORA, "tiny-shakespeare", local)
+    redirect("tiny-shakespeare", monkeypatch, data_files={"train": str(path)})
     assert list(open_source("tiny-shakespeare").documents()) == [text]
 
 
@@ -79,10 +83,7 @@ def test_streaming_through_datasets_itself(monkeypatch: pytest.MonkeyPatch, writ
     pytest.importorskip("datasets")
     lines = "".join(json.dumps({"text": f"page {n}", "url": "u"}) + "\n" for n in range(10))
     path = write("c4-train.00000-of-00001.json.gz", gzip.compress(lines.encode()))
-    local = sources.CORPORA["c4"].__class__(
-        **{**vars(sources.CORPORA["c4"]), "path": "json", "config": None, "data_files": {"train": str(path)}}
-    )
-    monkeypatch.setitem(sources.CORPORA, "c4", local)
+    redirect("c4", monkeypatch, path="json", config=None, data_files={"train": str(path)})
     assert list(open_source("c4").documents()) == [f"page {n}" for n in range(10)]
 
 

@@ -8,8 +8,8 @@ from hypothesis import given
 from hypothesis import strategies as st
 
 from lowrank.data import open_source
-from lowrank.data.text.prepare import check_fractions, divided, limited, survey
 from lowrank.data.text.source import Piece, Source
+from lowrank.data.text.splits import check_fractions, divided, limited, survey
 
 Write = Callable[[str, str | bytes], Path]
 

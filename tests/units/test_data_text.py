@@ -130,7 +130,7 @@ def test_names_make_splits_when_every_file_has_one(names: list[str], splits: set
         ("a.csv", b"id,text\n1,caf\xe9\n", r"a\.csv is not UTF-8 \(byte 0xe9\); convert it"),
         ("a.csv", b"\xff\xfei\x00d\x00", r"a\.csv is not UTF-8 \(byte 0xff\)"),
         ("a.parquet", "not a table of any kind", r"a\.parquet is not a Parquet file"),
-        ("a.csv", "id,text\n1,a\n2\n", r"line 3: 1 columns, but the text is in column 2"),
+        ("a.csv", "id,text\n1,a\n2\n", r"line 3: 1 cells, but the header has 2"),
     ],
 )
 def test_damaged_files_name_the_place(name: str, content: str | bytes, message: str, write: Write) -> None:

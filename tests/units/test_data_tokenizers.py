@@ -183,7 +183,7 @@ def test_a_wrong_specification_says_what_is_right(spec: str) -> None:
 def test_neither_a_kind_nor_a_folder_nor_a_name(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     transformers = pytest.importorskip("transformers")
 
-    def refuse(name: str) -> None:
+    def refuse(name: str, **options: object) -> None:
         raise OSError(f"{name} is not a local folder\nand more")
 
     monkeypatch.setattr(transformers.AutoTokenizer, "from_pretrained", refuse)

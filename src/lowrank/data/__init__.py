@@ -9,10 +9,12 @@ from lowrank.data.catalogue import DATA, Data
 from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
+    from lowrank.data.images.source import ImageData
     from lowrank.data.text.batches import Documents, EvaluationDocuments, Streamed, Windows, evaluation_batches
+    from lowrank.data.text.corpora import StreamedText, TextData, UnreadText, open_run_tokenizer, save_run_tokenizer
     from lowrank.data.text.prepare import prepare
-    from lowrank.data.text.source import Piece, Source
-    from lowrank.data.text.sources import SourceInfo, list_sources, open_source
+    from lowrank.data.text.source import Piece, Source, SourceInfo, text_source
+    from lowrank.data.text.sources import list_sources, open_source
     from lowrank.data.text.token_files import Tokens, check_vocabulary
     from lowrank.data.text.tokenizers import Tokenizer, load_tokenizer, open_tokenizer
 
@@ -23,18 +25,25 @@ __all__ = [
     "Data",
     "Documents",
     "EvaluationDocuments",
+    "ImageData",
     "Piece",
     "Source",
     "SourceInfo",
     "Streamed",
+    "StreamedText",
+    "TextData",
     "Tokenizer",
     "Tokens",
+    "UnreadText",
     "Windows",
     "check_vocabulary",
     "evaluation_batches",
     "list_sources",
     "load_tokenizer",
+    "open_run_tokenizer",
     "open_source",
     "open_tokenizer",
     "prepare",
+    "save_run_tokenizer",
+    "text_source",
 ]

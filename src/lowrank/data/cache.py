@@ -2,11 +2,12 @@
 
 Data is prepared once into ``$LOWRANK_CACHE`` (default ``~/.cache/lowrank``), never beside the originals. A folder is
 written under a temporary name in the same place and renamed when it is complete, so a reader sees all of it or none of
-it; a process that is killed leaves only a temporary folder, which the next one removes. A lock file makes a second
-process wait for the first instead of doing the work again; where the file system offers no locks the rename alone keeps
-the result correct.
+it, and needs no lock: a cache of another user, or on a read-only disk, is read like one's own. A process that is
+killed leaves only a temporary folder, which the next one removes. A lock file makes a second process wait for the first
+instead of doing the work again; where the file system offers no locks the rename alone keeps the result correct.
 """
 
+import errno
 import os
 import shutil
 import sys
@@ -22,11 +23,24 @@ try:
 except ImportError:  # Windows: the rename alone keeps the result correct
     fcntl = None  # type: ignore[assignment]
 
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.ENOENT)
+
 
 def cache_root() -> Path:
-    """The folder for prepared data: ``$LOWRANK_CACHE``, or ``~/.cache/lowrank``."""
+    """The folder for prepared data: ``$LOWRANK_CACHE``, or ``~/.cache/lowrank``.
+
+    Raises:
+        OSError: there is no home folder, and nothing else is told.
+    """
     told = os.environ.get("LOWRANK_CACHE")
-    return Path(told).expanduser() if told else Path.home() / ".cache" / "lowrank"
+    try:
+        return Path(told).expanduser() if told else Path.home() / ".cache" / "lowrank"
+    except RuntimeError as error:
+        raise OSError(
+            f"there is no home folder to keep prepared data in ({error}): set LOWRANK_CACHE to a folder that can be "
+            "written"
+        ) from error
 
 
 @contextmanager
@@ -36,33 +50,36 @@ def locked(final: Path) -> Iterator[bool]:
     Yields True if the lock is held and False where locks are not to be had. The lock goes with the process, however it
     ends; the empty lock file stays, because removing it would let two processes lock two different files of the same
     name.
+
+    Raises:
+        OSError: the place cannot be written, or its disk is full; says what to do.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    if fcntl is None:
-        yield False
-        return
-    with open(final.parent / f".{final.name}.lock", "w") as file:
-        try:
-            if not _taken_soon(file):
-                print(f"waiting for another process that prepares {final}", file=sys.stderr, flush=True)
-                fcntl.flock(file, fcntl.LOCK_EX)
-        except OSError:
+    with _explained(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        if fcntl is None:
             yield False
             return
-        yield True
+        with open(final.parent / f".{final.name}.lock", "w") as file:
+            yield _taken(file, final)
 
 
-def _taken_soon(file: IO[str], seconds: float = 1.0) -> bool:
-    """Whether the lock could be had at once, or from somebody who only looked in."""
+def _taken(file: IO[str], final: Path, seconds: float = 1.0) -> bool:
+    """Take the lock, and say so if that means to wait for longer than for somebody who only looks in."""
     end = time.monotonic() + seconds
-    while True:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            return True
-        except BlockingIOError:
-            if time.monotonic() > end:
-                return False
-            time.sleep(0.02)
+    try:
+        while True:
+            try:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                return True
+            except BlockingIOError:
+                if time.monotonic() > end:
+                    break
+                time.sleep(0.02)
+        print(f"waiting for another process that prepares {final}", file=sys.stderr, flush=True)
+        fcntl.flock(file, fcntl.LOCK_EX)
+        return True
+    except OSError:
+        return False
 
 
 def remove_leftovers(final: Path) -> None:
@@ -77,22 +94,44 @@ def published(final: Path) -> Iterator[Path]:
 
     A ``final`` that exists by then (another process was faster) is left as it is: both were made from the same
     description.
+
+    Raises:
+        OSError: the place cannot be written, or its disk is full; says what to do.
     """
-    final.parent.mkdir(parents=True, exist_ok=True)
-    folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
-    try:
-        yield folder
-        for path in folder.rglob("*"):
-            if path.is_file():
-                _flush(path)
-        folder.chmod(0o777 & ~_umask())
+    with _explained(final):
+        final.parent.mkdir(parents=True, exist_ok=True)
+        folder = Path(tempfile.mkdtemp(prefix=f".{final.name}.", suffix=".part", dir=final.parent))
         try:
-            os.rename(folder, final)
-        except OSError:
-            if not final.is_dir():
-                raise
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
+            yield folder
+            for path in folder.rglob("*"):
+                if path.is_file():
+                    _flush(path)
+            folder.chmod(0o777 & ~_umask())
+            try:
+                os.rename(folder, final)
+            except OSError:
+                if not final.is_dir():
+                    raise
+        finally:
+            shutil.rmtree(folder, ignore_errors=True)
+
+
+@contextmanager
+def _explained(final: Path) -> Iterator[None]:
+    """A full disk or a place that may not be written, in words, with the way out."""
+    try:
+        yield
+    except OSError as error:
+        place, named = final.parent, Path(str(error.filename))
+        ours = place in named.parents or named in (place, *place.parents)
+        if not (error.errno in _FULL or (error.errno in _REFUSED and ours)):
+            raise
+        what = "its disk is full" if error.errno in _FULL else f"it cannot be written ({error.strerror})"
+        remedy = "set LOWRANK_CACHE to another folder" if cache_root() in final.parents else "choose another folder"
+        raise OSError(
+            f"{place} is to hold {final.name}, and {what}; nothing half-written is left there: {remedy}, make room, or "
+            "give yourself the right to write"
+        ) from error
 
 
 def _flush(path: Path) -> None:

@@ -127,14 +127,12 @@ def resolve(run: Run, offer: Catalogue | None = None) -> Run:
 def fingerprint(run: Run, offer: Catalogue | None = None) -> str:
     """SHA-256 over everything that determines the numbers of a run, in hexadecimal.
 
-    Names, logging, and arguments that are announced as ``without_effect`` do not count; a default left out, the same
-    value written out, and the same number written otherwise are one run; so is a file of one's own, wherever it lies.
+    Names and logging do not count; a default left out, the same value written out, and the same number written
+    otherwise are one run; so is a file of one's own, wherever it lies.
     """
     offer = offer or catalogue()
     run = identified(resolve(run, offer))
-    idle = {f"{kind}.{name}" for kind in _CALLS for name in without_effect(run, kind, offer)} | names_that(
-        "counts", False
-    )
+    idle = names_that("counts", False)
     content = {name: value for name, value in flat(run.to_json()).items() if name not in idle}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
     return hashlib.sha256(text.encode()).hexdigest()
@@ -144,12 +142,6 @@ def identified(run: Run) -> Run:
     """The run with the digests of its own files in their names' place."""
     named: dict[str, Any] = {kind: replace(getattr(run, kind), name=_identity(run, kind)) for kind in _CALLS}
     return replace(run, task=own_files.identity(run.task, run.files), **named)
-
-
-def without_effect(run: Run, kind: str, offer: Catalogue) -> tuple[str, ...]:
-    """Arguments of a call that change no number, such as how many processes tokenise."""
-    names: tuple[str, ...] = offer.facts(kind, getattr(run, kind).name).get("without_effect", ())
-    return names
 
 
 def options() -> dict[str, Any]:

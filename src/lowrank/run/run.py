@@ -21,6 +21,7 @@ from lowrank.infra.files import write_json
 Settings: TypeAlias = Mapping[str, Setting]
 
 _CALLS = ("model", "data", "method")
+_RETIRED = ("workers",)  # arguments of data "text" that changed no number, in runs written when there were some
 
 
 def _setting(
@@ -173,6 +174,9 @@ class Run:
         if missing:
             raise ValueError(f"a run needs {', '.join(missing)}")
         calls: dict[str, Any] = {name: Call.from_json(content[name]) for name in _CALLS}
+        if (data := calls["data"]).name == "text":
+            args = {name: value for name, value in data.args.items() if name not in _RETIRED}
+            calls["data"] = Call(name="text", args=args)
         hints = get_type_hints(Run)
         mappings: dict[str, Any] = {name: _mapping(content.get(name, {}), name) for name in ("per_method", "files")}
         plain = content.keys() - calls.keys() - mappings.keys()

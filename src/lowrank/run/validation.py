@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowrank.run.overrides import Catalogue, catalogue, identified, resolve, without_effect
+from lowrank.run.overrides import Catalogue, catalogue, identified, resolve
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run, flat, names_that
 
@@ -64,9 +64,7 @@ def refuse_changed(old: Run, new: Run) -> None:
     Raises:
         ValueError: naming each setting with its old and its new value.
     """
-    offer = catalogue()
-    free = names_that("may_change") | {f"data.{name}" for name in without_effect(new, "data", offer)}
-    free |= {"data.source"} if new.own_data else set()
+    free = names_that("may_change") | ({"data.source"} if new.own_data else set())
     before, after = _compared(old), _compared(new)
     changed = [
         f"--{name.replace('_', '-') if '.' not in name else name} ({before.get(name)} -> {after.get(name)})"

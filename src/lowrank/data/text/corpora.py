@@ -6,10 +6,14 @@ to prepare (C4). Both read packed windows, or one document a sequence as the GaL
 
 from __future__ import annotations
 
+import hashlib
+import json
 from collections.abc import Iterable
 from dataclasses import dataclass, field
+from pathlib import Path
 from typing import Literal, Protocol
 
+from lowrank.data.cache import published
 from lowrank.data.catalogue import Data
 from lowrank.data.text.batches import (
     Batch,
@@ -24,9 +28,10 @@ from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
-from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
+from lowrank.data.text.tokenizers import Bytes, Tokenizer, load_tokenizer, pretrained_tokenizer
 from lowrank.infra.registry import register
 
+RUN_TOKENIZER = "tokenizer"  # a folder beside run.json
 Packing = Literal["packed", "documents"]
 
 
@@ -69,6 +74,11 @@ class TextData(Data):
         """Raise ValueError if an id is beyond a model's vocabulary."""
         check_vocabulary(self.tokens, vocab_size)
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the tokens: equal where, and only where, training would read the same."""
+        return self.tokens.fingerprint
+
     def bytes_per_token(self, split: str) -> float | None:
         """UTF-8 bytes of text for one token, to turn nats a token into bits a byte; None where not known."""
         return self.tokens.bytes_per_token(split)
@@ -106,6 +116,12 @@ class StreamedText(Data):
         """Ids are checked against this vocabulary as they come: T5's 32,100 hold sentinels that no text has."""
         self._vocabulary = vocab_size
 
+    @property
+    def fingerprint(self) -> str:
+        """A digest of what is known of the source before it is read (files: their content), and of the tokenizer."""
+        known = json.dumps([self.source.fingerprint, self.tokenizer.fingerprint], sort_keys=True)
+        return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches, shuffled within a buffer."""
         return self._read("train", batch_size, seed, rank, ranks)
@@ -133,18 +149,61 @@ class StreamedText(Data):
         )
 
 
-@register("data", without_effect=("workers",))
+@dataclass(frozen=True, kw_only=True)
+class UnreadText:
+    """Stands for the text of a run whose model is only used: its tokenizer and context, and nothing to train on."""
+
+    tokenizer: Tokenizer
+    context: int
+
+    @property
+    def vocab_size(self) -> int:
+        return self.tokenizer.vocab_size
+
+    @property
+    def end_of_document(self) -> int | None:
+        return self.tokenizer.end_of_document
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        """There are no ids to check."""
+
+
+def save_run_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
+    """Write a run's tokenizer into ``folder/tokenizer``, whole or not at all; one that lies there already stays.
+
+    Args:
+        tokenizer: the one that made what the run trains on.
+        folder: the run's, a checkpoint's, or wherever its weights go.
+    """
+    final = folder / RUN_TOKENIZER
+    if not final.is_dir():
+        with published(final) as beside:
+            tokenizer.save(beside)
+    return final
+
+
+def open_run_tokenizer(folder: Path) -> Tokenizer | None:
+    """The tokenizer that ``save_run_tokenizer`` wrote into ``folder``, exactly; None where a run was saved without one.
+
+    Raises:
+        ValueError: it is damaged.
+    """
+    final = folder / RUN_TOKENIZER
+    return load_tokenizer(final) if final.is_dir() else None
+
+
+@register("data")
 def text(
     source: str = "builtin",
     *,
     tokenizer: str | None = None,
     column: str | None = None,
+    delimiter: str | None = None,
     context: int = 128,
     packing: Packing = "packed",
     val_fraction: float | None = None,
     test_fraction: float | None = None,
     limit: int | None = None,
-    workers: int | None = None,
 ) -> TextData:
     """Text to model, tokenised at first use.
 
@@ -152,7 +211,7 @@ def text(
         source: a name from ``lowrank data list``, a file, a folder, or a folder of tokens.
         context: tokens in a sequence.
         packing: ``packed`` cuts the text into windows; ``documents`` takes one document a sequence, cut or padded.
-        tokenizer, column, val_fraction, test_fraction, limit, workers: as in :func:`lowrank.data.prepare`.
+        tokenizer, column, delimiter, val_fraction, test_fraction, limit: as in :func:`lowrank.data.prepare`.
 
     Raises:
         ValueError, OSError: as in :func:`lowrank.data.prepare`.
@@ -163,10 +222,10 @@ def text(
         source,
         tokenizer=tokenizer,
         column=column,
+        delimiter=delimiter,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         limit=limit,
-        workers=workers,
     )
     return TextData(tokens, context, packing)
 
@@ -177,6 +236,7 @@ def stream(
     *,
     tokenizer: str = "t5-base",
     column: str | None = None,
+    delimiter: str | None = None,
     context: int = 256,
     packing: Packing = "documents",
 ) -> StreamedText:
@@ -185,14 +245,14 @@ def stream(
     Resuming reads the source again up to its place.
 
     Args:
-        source, column: as in ``text``.
+        source, column, delimiter: as in ``text``.
         tokenizer: one that exists already (``bytes``, or transformers'); the papers' is T5's.
         context, packing: as in ``text``; the papers' are 256 and one document a sequence.
     """
     if tokenizer == "chars" or tokenizer.startswith("bpe:"):
         raise ValueError(f"data.tokenizer={tokenizer!r} is learnt from the whole text, which a stream does not have")
     return StreamedText(
-        open_source(source, column=column),
+        open_source(source, column=column, delimiter=delimiter),
         pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
         context,
         packing,

@@ -14,13 +14,14 @@ import hashlib
 import io
 import json
 import re
+import zlib
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any, BinaryIO
 
-from lowrank.data.split_names import SPLIT_NAMES
+from lowrank.data.split_names import SPLIT_NAMES, SPLITS
 from lowrank.data.text.source import Piece, Source
 from lowrank.infra.extras import import_extra
 
@@ -28,51 +29,41 @@ PIECE_BYTES = 1 << 18  # a large text file is cut into pieces of about this size
 HASH_WHOLE_BYTES = 1 << 26  # up to this size a file is known by its content, above it by size, time, head and tail
 COMPRESSION = 3  # how much larger text is than its gzip or Parquet, roughly
 PLAIN = (
-    ".txt",
-    ".md",
-    ".rst",
-    ".text",
-    ".tex",
-    ".html",
-    ".htm",
-    ".xml",
-    ".py",
-    ".c",
-    ".h",
-    ".cpp",
-    ".js",
-    ".ts",
-    ".java",
-    ".go",
-    ".rs",
+    *(".txt", ".md", ".rst", ".text", ".tex", ".html", ".htm", ".xml"),
+    *(".py", ".c", ".h", ".cpp", ".js", ".ts", ".java", ".go", ".rs"),
+)
+TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
+DELIMITERS = (",", ";", "\t", "|")
+TEXT_COLUMNS = (
+    *("text", "article", "content", "document", "story", "body"),
+    *("passage", "sentence", "abstract", "review", "output"),
 )
 
 
-def open_files(path: Path, *, column: str | None) -> Source:
+def open_files(path: Path, *, column: str | None, delimiter: str | None = None) -> Source:
     """A file or folder as a source.
 
     Raises:
         ValueError: nothing readable or empty, a missing text column, a column told for plain text.
     """
-    files = [path] if path.is_file() else _files_of(path)
-    if path.is_file() and kind_of(path) not in TABLES + PLAIN:
-        raise ValueError(
-            f"{path} is none of the files that can be read: {' '.join(PLAIN[:2] + TABLES)} (also .gz), "
-            f"or a folder of them"
-        )
+    files = _files_of(path)
+    kinds = {kind_of(file) for file in files}
     if not sum(file.stat().st_size for file in files):
         raise ValueError(f"{path} is empty: there is nothing to train on")
-    if column is not None and kind_of(files[0]) in PLAIN:
+    if column is not None and not kinds & set(TABLES):
         raise ValueError(f"{path} is plain text and has no columns: leave column={column!r} out")
+    if delimiter is not None and (not kinds & {".csv", ".tsv"} or len(delimiter) != 1 or delimiter in '"\r\n'):
+        raise ValueError(f"delimiter={delimiter!r}: it is one character that stands between the cells of CSV files")
     for file in files:
         if kind_of(file) in TABLES:
-            check_columns(file, column)
+            check_columns(file, column, delimiter)
     splits = _splits(path, files)
+    named = {"files": [[_relative(file, path), *_fingerprint(file)] for file in files], "column": column}
     return Source(
         name=re.sub(r"\W+", "-", path.resolve().name.split(".")[0]).strip("-") or "text",
         description=str(path) if path.is_file() else f"{path} ({len(files)} files)",
-        fingerprint={"files": [[_relative(file, path), *_fingerprint(file)] for file in files], "column": column},
-        splits={split: partial(_read_all, own, column) for split, own in splits.items()},
+        fingerprint=named if delimiter is None else named | {"delimiter": delimiter},
+        splits={split: partial(_read_all, own, column, delimiter) for split, own in splits.items()},
         size_bytes=sum(file.stat().st_size * (COMPRESSION if compressed(file) else 1) for file in files),
     )
 
@@ -132,13 +123,14 @@ def _utf8(data: bytes, name: str, start: int) -> str:
         ) from error
 
 
-def _read_all(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
+def _read_all(files: Sequence[Path], column: str | None, delimiter: str | None) -> Iterator[Piece]:
     for file in files:
-        if kind_of(file) in PLAIN:
-            with open_binary(file) as stream:
-                yield from read_text(stream, str(file))
-        else:
-            for text in rows(file, column):
+        with _naming(file):
+            if kind_of(file) in PLAIN:
+                with open_binary(file) as stream:
+                    yield from read_text(stream, str(file))
+                continue
+            for text in rows(file, column, delimiter):
                 if not isinstance(text, str | None):
                     raise ValueError(
                         f"{file}: the column {column or 'chosen'} holds {type(text).__name__}, not text; choose another"
@@ -148,6 +140,14 @@ def _read_all(files: Sequence[Path], column: str | None) -> Iterator[Piece]:
 
 
 def _files_of(folder: Path) -> list[Path]:
+    """The files to read, in order; what is hidden, a pipe, a socket or a device is none of them."""
+    readable = f"{' '.join(PLAIN[:2] + TABLES)} (also .gz)"
+    if folder.is_file():
+        if kind_of(folder) not in TABLES + PLAIN:
+            raise ValueError(f"{folder} is none of the files that can be read: {readable}, or a folder of them")
+        return [folder]
+    if not folder.is_dir():
+        raise ValueError(f"{folder} is a pipe, socket or device, which cannot be read twice: write it into a file")
     paths = [
         path
         for path in folder.rglob("*")
@@ -159,10 +159,7 @@ def _files_of(folder: Path) -> list[Path]:
     )
     if not found:
         kinds = sorted({kind_of(path) or path.name for path in paths})
-        raise ValueError(
-            f"{folder} has no text files: found {' '.join(kinds[:8]) or 'nothing'}, "
-            f"read are {' '.join(PLAIN[:2] + TABLES)}"
-        )
+        raise ValueError(f"{folder} has no text files: found {' '.join(kinds[:8]) or 'nothing'}, read are {readable}")
     return found
 
 
@@ -172,9 +169,7 @@ def _splits(root: Path, files: Sequence[Path]) -> dict[str, list[Path]]:
     if "train" not in told or None in told:
         return {"train": list(files)}
     return {
-        split: [file for file, of in zip(files, told, strict=True) if of == split]
-        for split in SPLIT_NAMES.values()
-        if split in told
+        split: [file for file, of in zip(files, told, strict=True) if of == split] for split in SPLITS if split in told
     }
 
 
@@ -200,59 +195,90 @@ def _relative(file: Path, root: Path) -> str:
     return file.relative_to(root).as_posix() if root.is_dir() else file.name
 
 
-TABLES = (".csv", ".tsv", ".jsonl", ".ndjson", ".json", ".parquet")
-TEXT_COLUMNS = (
-    "text",
-    "article",
-    "content",
-    "document",
-    "story",
-    "body",
-    "passage",
-    "sentence",
-    "abstract",
-    "review",
-    "output",
-)
+def rows(file: Path, column: str | None, delimiter: str | None = None) -> Iterator[Any]:
+    """The text column of each row, in order: strings, or whatever else the file holds there (None if nothing).
 
-
-def rows(file: Path, column: str | None) -> Iterator[Any]:
-    """The text column of each row, in order: strings, or whatever else the file holds there (None if nothing)."""
+    CSV and JSON lines are read by Python's own modules and not by pyarrow, whose streaming readers have a limit on a
+    row's length, infer types and cannot say in which line a damaged row begins.
+    """
     kind = kind_of(file)
     if kind == ".parquet":
         return _parquet_rows(file, column)
-    return _csv_rows(file, column) if kind in (".csv", ".tsv") else _json_rows(file, column)
+    return _csv_rows(file, column, delimiter) if kind in (".csv", ".tsv") else _json_rows(file, column)
 
 
-def _csv_rows(file: Path, column: str | None) -> Iterator[Any]:
-    with open_binary(file) as stream, _naming(file):
-        reader = _csv_reader(file, stream)
-        _, index = _choose(file, next(reader, []), column)
-        for row in reader:
-            if row and len(row) <= index:
-                raise ValueError(
-                    f"{file}, line {reader.line_num}: {len(row)} columns, but the text is in column {index + 1}"
-                )
-            if row:
-                yield row[index]
+def check_columns(file: Path, column: str | None, delimiter: str | None) -> None:
+    """Find the text column now, so that a wrong one is an error before any work."""
+    kind = kind_of(file)
+    with _naming(file):
+        if kind == ".parquet":
+            with _parquet(file) as table:
+                _choose(file, table.schema_arrow.names, column)
+        elif kind in (".csv", ".tsv"):
+            _choose(file, _layout(file, column, delimiter)[1], column)
+        else:
+            _, row = next(_json_lines(file), (0, ""))
+            if isinstance(row, dict):
+                _choose(file, list(row), column)
 
 
-def _csv_reader(file: Path, stream: BinaryIO) -> Any:
+def _csv_rows(file: Path, column: str | None, delimiter: str | None) -> Iterator[Any]:
+    delimiter, header = _layout(file, column, delimiter)
+    _, index = _choose(file, header, column)
+    lines = _csv_lines(file, delimiter)
+    next(lines, None)
+    for line, row in lines:
+        if len(row) != len(header):
+            raise ValueError(
+                f"{file}, line {line}: {len(row)} cells, but the header has {len(header)} "
+                f"({', '.join(map(repr, header))}); put a cell that holds {delimiter!r} or a line end into quotes, or "
+                "say what stands between cells: delimiter=…"
+            )
+        yield row[index]
+
+
+def _layout(file: Path, column: str | None, delimiter: str | None) -> tuple[str, list[str]]:
+    """The delimiter and the header: as told, else by the first delimiter under which the text column has its name,
+    else by the one that makes most columns."""
+    usual = "\t" if kind_of(file) == ".tsv" else ","
+    candidates = (delimiter,) if delimiter else (usual, *(other for other in DELIMITERS if other != usual))
+    found: list[tuple[str, list[str]]] = []
+    for candidate in candidates:
+        try:
+            header = next(_csv_lines(file, candidate), (0, []))[1]
+        except _BadRow:
+            if candidate == candidates[-1] and not found:
+                raise
+            continue
+        found.append((candidate, header))
+        if column in header or (column is None and {name.lower() for name in header} & set(TEXT_COLUMNS)):
+            return found[-1]
+    return max(found, key=lambda each: len(each[1]))
+
+
+class _BadRow(ValueError):
+    """A row of a table that is not written as CSV."""
+
+
+def _csv_lines(file: Path, delimiter: str) -> Iterator[tuple[int, list[str]]]:
+    """Rows that are not blank, the header too, each with the number of the line in which it begins."""
     csv.field_size_limit(max(csv.field_size_limit(), 2**31 - 1))  # the default refuses documents above 128 KiB
-    text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
-    return csv.reader(text, delimiter="\t" if kind_of(file) == ".tsv" else ",")
-
-
-@contextmanager
-def _naming(file: Path) -> Iterator[None]:
-    """Errors of the csv module and of its decoding, with the file and the remedy."""
-    try:
-        yield
-    except UnicodeDecodeError as error:
-        byte = error.object[error.start]
-        raise ValueError(f"{file} is not UTF-8 (byte 0x{byte:02x}); convert it, for example with `iconv`") from error
-    except csv.Error as error:
-        raise ValueError(f"{file} is not a table that can be read: {error}") from error
+    with open_binary(file) as stream:
+        text = io.TextIOWrapper(stream, encoding="utf-8-sig", newline="")
+        reader = csv.reader(text, delimiter=delimiter, strict=True)
+        while True:
+            line = reader.line_num + 1
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                raise _BadRow(
+                    f"{file}, line {line}: {error}; a cell that begins with a quote must end with one, and a quote in "
+                    "it is written twice"
+                ) from error
+            if row:
+                yield line, row
 
 
 def _json_rows(file: Path, column: str | None) -> Iterator[Any]:
@@ -278,11 +304,19 @@ def _json_lines(file: Path) -> Iterator[tuple[int, Any]]:
             if not line.strip():
                 continue
             try:
-                yield number, json.loads(line)
-            except ValueError as error:
+                yield number, json.loads(line, object_pairs_hook=_object)
+            except (ValueError, RecursionError) as error:
                 raise ValueError(
                     f"{file}, line {number}: not JSON ({error}); one JSON value a line is expected"
                 ) from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    made = dict(pairs)
+    if len(made) != len(pairs):
+        names = [name for name, _ in pairs]
+        raise ValueError(f"an object has {next(name for name in names if names.count(name) > 1)!r} twice")
+    return made
 
 
 def _parquet_rows(file: Path, column: str | None) -> Iterator[Any]:
@@ -293,46 +327,51 @@ def _parquet_rows(file: Path, column: str | None) -> Iterator[Any]:
 
 
 def _parquet(file: Path) -> Any:
-    parquet = import_extra("pyarrow.parquet", "text")
+    return import_extra("pyarrow.parquet", "text").ParquetFile(file)
+
+
+@contextmanager
+def _naming(file: Path) -> Iterator[None]:
+    """Errors of the libraries that read, with the file and the remedy."""
     try:
-        return parquet.ParquetFile(file)
-    except ValueError as error:
+        yield
+    except UnicodeDecodeError as error:
+        byte = error.object[error.start]
+        raise ValueError(f"{file} is not UTF-8 (byte 0x{byte:02x}); convert it, for example with `iconv`") from error
+    except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+        raise ValueError(f"{file} is cut short or damaged ({error}): get it again") from error
+    except (ValueError, OSError, NotImplementedError) as error:
+        if kind_of(file) != ".parquet" or str(file) in str(error):
+            raise
         raise ValueError(f"{file} is not a Parquet file, or damaged ({error})") from error
 
 
-def check_columns(file: Path, column: str | None) -> None:
-    """Find the text column now, so that a wrong one is an error before any work."""
-    kind = kind_of(file)
-    if kind == ".parquet":
-        with _parquet(file) as table:
-            _choose(file, table.schema_arrow.names, column)
-    elif kind in (".csv", ".tsv"):
-        with open_binary(file) as stream, _naming(file):
-            _choose(file, next(_csv_reader(file, stream), []), column)
-    else:
-        _, row = next(_json_lines(file), (0, ""))
-        if isinstance(row, dict):
-            _choose(file, list(row), column)
-
-
 def _choose(file: Path, columns: Sequence[str], column: str | None) -> tuple[str, int]:
-    """The text column's name and place."""
+    """The text column's name and place.
+
+    Raises:
+        ValueError: there is none, or more than one, of the name told or of a usual one.
+    """
     have = ", ".join(map(repr, columns)) or "none"
-    if column is not None:
-        if column in columns:
-            return column, list(columns).index(column)
+    if column is not None and column not in columns:
         near = difflib.get_close_matches(column, columns, n=1)
         raise ValueError(
             f"{file} has no column {column!r}; it has {have}{f' (did you mean {near[0]!r}?)' if near else ''}"
         )
-    by_lower = {name.lower(): name for name in columns}
-    known = [by_lower[name] for name in TEXT_COLUMNS if name in by_lower]
-    if not known and len(columns) != 1:
+    usual = next((name for name in TEXT_COLUMNS if name in map(str.lower, columns)), None)
+    if column is None and usual is None and len(columns) != 1:
         raise ValueError(
             f"{file} has no column of a usual name ({', '.join(TEXT_COLUMNS[:4])}, …); say which: column=… of {have}"
         )
-    chosen = known[0] if known else columns[0]
-    return chosen, list(columns).index(chosen)
+    if column is None and usual is not None:
+        chosen = [name for name in columns if name.lower() == usual]
+    else:
+        chosen = [name for name in columns if column in (None, name)]
+    if len(chosen) > 1:
+        raise ValueError(
+            f"{file} has {len(chosen)} columns {chosen[0]!r}, and one is wanted: it has {have}; rename one"
+        )
+    return chosen[0], list(columns).index(chosen[0])
 
 
 def kind_of(file: Path) -> str:

@@ -2,13 +2,14 @@
 
 A document may be larger than memory (a 5 GB text file), so that a source yields *pieces*: a document's text in order,
 the last piece marked as its end. Pieces of one document put together are the document, to the byte.
+
+A source with a name announces itself where it is defined, with :func:`text_source`.
 """
 
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, NamedTuple
-
-SPLITS = ("train", "val", "test")
 
 
 class Piece(NamedTuple):
@@ -67,3 +68,39 @@ def encodable(text: str) -> str:
     except UnicodeEncodeError:
         return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     return text
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceInfo:
+    """A row of ``lowrank data list``, and how it is opened. ``prepared``: its folders of tokens in the cache."""
+
+    name: str
+    about: str
+    size: str
+    licence: str
+    needs_network: bool
+    open: Callable[[], Source]
+    prepared: tuple[Path, ...] = ()
+
+
+SOURCES: dict[str, SourceInfo] = {}
+
+
+def text_source(
+    *, name: str, about: str, size: str, licence: str, needs_network: bool = True
+) -> Callable[[Callable[[], Source]], Callable[[], Source]]:
+    """Decorator: the function opens the source of this name. Opening reads nothing yet.
+
+    Raises:
+        ValueError: there is a source of that name already.
+    """
+
+    def register(opener: Callable[[], Source]) -> Callable[[], Source]:
+        if name in SOURCES:
+            raise ValueError(f"there is a source of text called {name!r} already")
+        SOURCES[name] = SourceInfo(
+            name=name, about=about, size=size, licence=licence, needs_network=needs_network, open=opener
+        )
+        return opener
+
+    return register

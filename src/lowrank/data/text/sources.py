@@ -16,21 +16,76 @@ import json
 import platform
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 from lowrank.data.cache import cache_root
 from lowrank.data.text.files import nearest_names, open_files
-from lowrank.data.text.source import Piece, Source
+from lowrank.data.text.source import SOURCES, Piece, Source, SourceInfo, text_source
 from lowrank.data.text.token_files import FORMAT, META
 from lowrank.infra.extras import import_extra
 
 PASSAGE = 1500
 SHORT = 20  # headings and single words may repeat
+ROWS = 256  # rows fetched at a time
 
 
+def open_source(name_or_path: str | Path, *, column: str | None = None, delimiter: str | None = None) -> Source:
+    """A source of text by name, or from a local file or folder (one that is called like a source is written ``./c4``).
+
+    Args:
+        name_or_path: ``builtin``, a corpus of ``list_sources``, or a path.
+        column: the text's column in tables.
+        delimiter: what stands between the cells of CSV files; by default what their header says.
+
+    Raises:
+        FileNotFoundError: neither a name nor a path.
+        ValueError: not readable as text; see ``files.open_files``.
+    """
+    path, name = Path(name_or_path).expanduser(), str(name_or_path)
+    if name in SOURCES:
+        for option, value in (("column", column), ("delimiter", delimiter)):
+            if value is not None:
+                raise ValueError(f"{name} has its own text column: leave {option}={value!r} out")
+        return SOURCES[name].open()
+    if path.exists():
+        return open_files(path, column=column, delimiter=delimiter)
+    near = difflib.get_close_matches(name, SOURCES, n=1)
+    raise FileNotFoundError(
+        f"no file or folder {name!r} and no source of that name{nearest_names(path)}"
+        f"{f'; did you mean {near[0]!r}?' if near else ''} (sources: {', '.join(SOURCES)})"
+    )
+
+
+def list_sources() -> list[SourceInfo]:
+    """Every source with a name, what it is, and where it lies prepared."""
+    prepared = _prepared()
+    return [replace(info, prepared=tuple(prepared.get(name, ()))) for name, info in SOURCES.items()]
+
+
+def _prepared() -> dict[str, list[Path]]:
+    """Token folders in the cache by the name of their source; folders that are damaged or not ours are left out."""
+    found: dict[str, list[Path]] = {}
+    for file in sorted((cache_root() / "tokens").glob(f"[!.]*/{META}")):
+        try:
+            meta = json.loads(file.read_text(encoding="utf-8"))
+            fingerprint = meta["source"]["fingerprint"]
+            if meta["format"] == FORMAT and ("hub" in fingerprint or "files" not in fingerprint):  # no local files
+                found.setdefault(meta["source"]["name"], []).append(file.parent)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError):
+            continue
+    return found
+
+
+@text_source(
+    name="builtin",
+    about="Python's own language reference",
+    size="0.4 MB",
+    licence="PSF-2.0",
+    needs_network=False,
+)
 def builtin() -> Source:
     """Python's language reference as a source of passages."""
     passages = list(_passages())
@@ -63,9 +118,6 @@ def _passages() -> Iterator[str]:
             yield passage
 
 
-ROWS = 256  # rows fetched at a time
-
-
 def _one_a_row(texts: Iterable[str]) -> Iterator[Piece]:
     return (Piece(text, True) for text in texts)
 
@@ -84,8 +136,9 @@ def _articles(lines: Iterable[str]) -> Iterator[Piece]:
 
 @dataclass(frozen=True, kw_only=True)
 class Hub:
-    """Where a corpus is on the hub and how it is read. ``splits`` maps our names to its own."""
+    """A corpus on the hub and how it is read. ``splits`` maps our names to its own. Opening one loads nothing."""
 
+    name: str
     path: str
     config: str | None = None
     data_files: Mapping[str, str] | None = None
@@ -99,11 +152,50 @@ class Hub:
     size_bytes: int | None = None
     licence: str
 
+    def __call__(self) -> Source:
+        files = dict(self.data_files or {})
+        return Source(
+            name=self.name,
+            description=f"{self.about} ({self.path}{f', {self.config}' if self.config else ''})",
+            fingerprint={"hub": self.path, "config": self.config, "files": files, "column": self.column},
+            splits={ours: partial(self.read, theirs) for ours, theirs in self.splits.items()},
+            size_bytes=self.size_bytes,
+        )
 
-THREE = {"train": "train", "val": "validation", "test": "test"}
+    def read(self, split: str) -> Iterator[Piece]:
+        """Pieces of a split by the hub's name for it."""
+        data = self._load(split)
+        if data.column_names is not None and self.column not in data.column_names:
+            raise ValueError(
+                f"{self.name} ({self.path}) has no column {self.column!r} any more; it has "
+                f"{', '.join(data.column_names)}"
+            )
+        texts = (
+            text
+            for rows in data.select_columns([self.column]).iter(batch_size=ROWS)
+            for text in rows[self.column]
+            if text is not None
+        )
+        yield from self.pieces(texts)
 
-CORPORA: dict[str, Hub] = {
-    "tiny-shakespeare": Hub(
+    def _load(self, split: str) -> Any:
+        datasets = import_extra("datasets", "text")
+        options = {"data_files": None if self.data_files is None else dict(self.data_files), **self.options}
+        try:
+            return datasets.load_dataset(self.path, self.config, split=split, streaming=self.streaming, **options)
+        except (OSError, ValueError, RuntimeError) as error:
+            scripts = "; its loading script needs datasets<4" if "script" in str(error) else ""
+            raise OSError(
+                f"{self.name} could not be loaded through datasets ({type(error).__name__}: {error}){scripts}. Without "
+                "a network give a local copy as a file or folder (.txt .csv .jsonl .parquet), or a folder of prepared "
+                "tokens; 'builtin' needs nothing"
+            ) from error
+
+
+_THREE = {"train": "train", "val": "validation", "test": "test"}
+_CORPORA = (
+    Hub(
+        name="tiny-shakespeare",
         path="text",
         data_files={
             "train": "https://raw.githubusercontent.com/karpathy/char-rnn/master/data/tinyshakespeare/input.txt"
@@ -111,39 +203,43 @@ CORPORA: dict[str, Hub] = {
         options={"sample_by": "document"},
         splits={"train": "train"},
         about="Shakespeare's plays, the toy corpus of char-rnn and nanoGPT",
-        size="1.1 MB",
         size_bytes=1_115_394,
+        size="1.1 MB",
         licence="public domain",
     ),
-    "wikitext": Hub(
+    Hub(
+        name="wikitext",
         path="Salesforce/wikitext",
         config="wikitext-103-raw-v1",
-        splits=THREE,
+        splits=_THREE,
         pieces=_articles,
         about="WikiText-103 (1609.07843): 28,000 good and featured articles of Wikipedia",
-        size="545 MB",
         size_bytes=545_000_000,
+        size="545 MB",
         licence="CC BY-SA 3.0, GFDL",
     ),
-    "cnn_dailymail": Hub(
+    Hub(
+        name="cnn_dailymail",
         path="abisee/cnn_dailymail",
         config="3.0.0",
         column="article",
-        splits=THREE,
+        splits=_THREE,
         about="CNN/DailyMail 3.0.0 (1704.04368): 312,000 news articles",
-        size="1.3 GB",
         size_bytes=1_260_000_000,
+        size="1.3 GB",
         licence="Apache-2.0",
     ),
-    "openwebtext": Hub(
+    Hub(
+        name="openwebtext",
         path="Skylion007/openwebtext",
         splits={"train": "train"},
         about="OpenWebText: 8 million pages linked from Reddit, GPT-2's corpus rebuilt",
-        size="40 GB",
         size_bytes=39_800_000_000,
+        size="40 GB",
         licence="CC0-1.0 (the pages keep their own)",
     ),
-    "c4": Hub(
+    Hub(
+        name="c4",
         path="allenai/c4",
         config="en",
         splits={"train": "train", "val": "validation"},
@@ -152,126 +248,6 @@ CORPORA: dict[str, Hub] = {
         size="305 GB compressed",
         licence="ODC-BY",
     ),
-}
-
-
-def open_hub(name: str) -> Source:
-    """A corpus of ``CORPORA``; nothing is loaded before its text is read."""
-    hub = CORPORA[name]
-    return Source(
-        name=name,
-        description=f"{hub.about} ({hub.path}{f', {hub.config}' if hub.config else ''})",
-        fingerprint={"hub": hub.path, "config": hub.config, "files": dict(hub.data_files or {}), "column": hub.column},
-        splits={ours: partial(_read, name, theirs) for ours, theirs in hub.splits.items()},
-        size_bytes=hub.size_bytes,
-    )
-
-
-def _read(name: str, split: str) -> Iterator[Piece]:
-    hub = CORPORA[name]
-    data = _load(name, hub, split)
-    if data.column_names is not None and hub.column not in data.column_names:
-        raise ValueError(
-            f"{name} ({hub.path}) has no column {hub.column!r} any more; it has {', '.join(data.column_names)}"
-        )
-    texts = (
-        text
-        for rows in data.select_columns([hub.column]).iter(batch_size=ROWS)
-        for text in rows[hub.column]
-        if text is not None
-    )
-    yield from hub.pieces(texts)
-
-
-def _load(name: str, hub: Hub, split: str) -> Any:
-    datasets = import_extra("datasets", "text")
-    files = None if hub.data_files is None else dict(hub.data_files)
-    try:
-        return datasets.load_dataset(
-            hub.path, hub.config, data_files=files, split=split, streaming=hub.streaming, **hub.options
-        )
-    except (OSError, ValueError, RuntimeError) as error:
-        scripts = "; its loading script needs datasets<4" if "script" in str(error) else ""
-        raise OSError(
-            f"{name} could not be loaded through datasets ({type(error).__name__}: {error}){scripts}. Without a "
-            f"network give a local copy "
-            f"as a file or folder (.txt .csv .jsonl .parquet), or a folder of prepared tokens; 'builtin' needs nothing"
-        ) from error
-
-
-NAMES = ("builtin", *CORPORA)
-
-
-@dataclass(frozen=True, kw_only=True)
-class SourceInfo:
-    """A row of ``lowrank data list``. ``prepared``: folders of tokens made from it, in the cache."""
-
-    name: str
-    about: str
-    size: str
-    licence: str
-    needs_network: bool
-    prepared: tuple[Path, ...]
-
-
-def open_source(name_or_path: str | Path, *, column: str | None = None) -> Source:
-    """A source of text by name, or from a local file or folder (one that is called like a source is written ``./c4``).
-
-    Args:
-        name_or_path: ``builtin``, a corpus of ``list_sources``, or a path.
-        column: the text's column in tables.
-
-    Raises:
-        FileNotFoundError: neither a name nor a path.
-        ValueError: not readable as text; see ``files.open_files``.
-    """
-    path, name = Path(name_or_path).expanduser(), str(name_or_path)
-    if name in NAMES:
-        if column is not None:
-            raise ValueError(f"{name} has its own text column: leave column={column!r} out")
-        return builtin() if name == "builtin" else open_hub(name)
-    if path.exists():
-        return open_files(path, column=column)
-    near = difflib.get_close_matches(name, NAMES, n=1)
-    raise FileNotFoundError(
-        f"no file or folder {name!r} and no source of that name{nearest_names(path)}"
-        f"{f'; did you mean {near[0]!r}?' if near else ''} (sources: {', '.join(NAMES)})"
-    )
-
-
-def list_sources() -> list[SourceInfo]:
-    """Every source with a name, what it is, and where it lies prepared."""
-    prepared = _prepared()
-    python = SourceInfo(
-        name="builtin",
-        about="Python's own language reference",
-        size="0.4 MB",
-        licence="PSF-2.0",
-        needs_network=False,
-        prepared=tuple(prepared.get("builtin", ())),
-    )
-    hub = [
-        SourceInfo(
-            name=name,
-            about=of.about,
-            size=of.size,
-            licence=of.licence,
-            needs_network=True,
-            prepared=tuple(prepared.get(name, ())),
-        )
-        for name, of in CORPORA.items()
-    ]
-    return [python, *hub]
-
-
-def _prepared() -> dict[str, list[Path]]:
-    """Token folders in the cache by the name of their source; folders that are damaged or not ours are left out."""
-    found: dict[str, list[Path]] = {}
-    for file in sorted((cache_root() / "tokens").glob(f"[!.]*/{META}")):
-        try:
-            meta = json.loads(file.read_text(encoding="utf-8"))
-            if meta["format"] == FORMAT and meta["source"]["fingerprint"].keys() & {"builtin", "hub"}:
-                found.setdefault(meta["source"]["name"], []).append(file.parent)
-        except (ValueError, KeyError, TypeError, AttributeError):
-            continue
-    return found
+)
+for _hub in _CORPORA:
+    text_source(name=_hub.name, about=_hub.about, size=_hub.size, licence=_hub.licence)(_hub)

@@ -7,6 +7,7 @@ for each split the counts of tokens, documents and UTF-8 bytes and the largest i
 nothing but the ``.bin`` files, is read too.
 """
 
+import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -15,11 +16,12 @@ from typing import Any
 
 import numpy as np
 
-from lowrank.data.text.source import SPLITS
-from lowrank.data.text.tokenizers import Characters, Tokenizer, load_tokenizer, pretrained_tokenizer
+from lowrank.data.split_names import SPLITS
+from lowrank.data.text.tokenizers import Characters, Tokenizer, load_tokenizer, pretrained_tokenizer, saved_tokenizer
 
 FORMAT, VERSION = "lowrank-tokens", 1
 META = "meta.json"
+HASH_WHOLE_BYTES, STRETCHES = 1 << 26, 1024
 CHUNK = 1 << 24  # tokens looked at in one go when a whole split is scanned
 
 
@@ -51,14 +53,36 @@ class Tokens:
         """
         folder = Path(folder).expanduser()
         if (folder / META).is_file():
-            meta = _checked_meta(folder)
-            made_by = meta["tokenizer"]["spec"]
-            if tokenizer is not None and tokenizer != made_by:
+            tokens = cls(folder=folder, meta=_checked_meta(folder))
+            made_by = tokens.meta["tokenizer"]["spec"]
+            saved = None if tokenizer in (None, made_by) else saved_tokenizer(str(tokenizer))
+            same = saved is not None and saved.fingerprint == tokens.tokenizer.fingerprint
+            if tokenizer not in (None, made_by) and not same:
                 raise ValueError(
                     f"the tokens in {folder} were made by tokenizer {made_by!r}, not {tokenizer!r}; leave it out"
                 )
-            return cls(folder=folder, meta=meta)
+            return tokens
         return _from_nanogpt(cls, folder, tokenizer)
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the tokens themselves, wherever they lie and by whatever path or version they were made.
+
+        A split of up to 64 MB counts whole, of a larger one 1,024 stretches spread over it; a file's own name and time
+        do not count, so that copies on several machines are the same data.
+        """
+        if "fingerprint" not in self._cache:
+            found = hashlib.blake2b(digest_size=16)
+            for split in self.splits:
+                ids = self.ids(split)
+                found.update(f"{split} {ids.dtype.str} {len(ids)}".encode())
+                whole = ids.nbytes <= HASH_WHOLE_BYTES
+                length = max(1, len(ids) if whole else HASH_WHOLE_BYTES // (STRETCHES * ids.itemsize))
+                starts = [0] if whole else np.linspace(0, len(ids) - length, STRETCHES).astype(np.int64)
+                for start in starts:
+                    found.update(ids[start : start + length].tobytes())
+            self._cache["fingerprint"] = found.hexdigest()
+        return self._cache["fingerprint"]
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -214,7 +238,8 @@ def _checked_meta(folder: Path) -> Mapping[str, Any]:
             (f"{split}.bin", of["tokens"] * np.dtype(meta["dtype"]).itemsize) for split, of in meta["splits"].items()
         ]
         expected += [(f"{split}.ends.bin", of["documents"] * 8) for split, of in meta["splits"].items()]
-    except (json.JSONDecodeError, KeyError, TypeError) as error:
+        _ = meta["tokenizer"]["spec"], meta["source"]["name"], meta["source"]["description"]
+    except (json.JSONDecodeError, UnicodeDecodeError, KeyError, TypeError, AttributeError) as error:
         raise ValueError(
             f"{folder / META} is damaged ({error}); delete the folder and prepare the text again"
         ) from error

@@ -16,11 +16,14 @@ Special tokens are never added to a text and never recognised inside it (as in t
 that spells ``<|endoftext|>`` does not end a document. Documents are ended by the caller with ``end_of_document``.
 """
 
+import contextlib
 import hashlib
 import json
-import threading
+import subprocess
+import sys
+import tempfile
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -60,6 +63,18 @@ class Tokenizer(ABC):
     def save(self, folder: Path) -> None:
         """Write what ``load_tokenizer`` needs into an existing folder."""
         (Path(folder) / SAVED).write_text(json.dumps(self.described(), ensure_ascii=False) + "\n", encoding="utf-8")
+
+    @property
+    def fingerprint(self) -> str:
+        """A short digest of all that turns text into ids; how the tokenizer was asked for is no part of it."""
+        found = hashlib.blake2b(digest_size=8)
+        with tempfile.TemporaryDirectory() as folder:
+            self.save(Path(folder))
+            for file in sorted(path for path in Path(folder).rglob("*") if path.is_file() and path.name != SAVED):
+                found.update(file.name.encode() + file.read_bytes())
+        own = {name: value for name, value in self.described().items() if name != "spec"}
+        found.update(json.dumps(own, sort_keys=True).encode())
+        return found.hexdigest()
 
     def described(self) -> dict[str, Any]:
         """What the saved file says."""
@@ -220,21 +235,21 @@ def open_tokenizer(
 
 def train_bpe(vocab_size: int, texts: Iterable[str]) -> Fast:
     """Train a byte-level BPE of at most ``vocab_size`` ids (fewer if the text has no more pairs to merge)."""
-    backend = trained_backend(vocab_size, texts, END_OF_DOCUMENT)
+    backend = _trained(vocab_size, texts)
     return Fast(backend, f"bpe:{vocab_size}", backend.token_to_id(END_OF_DOCUMENT))
 
 
 def pretrained_tokenizer(spec: str) -> Tokenizer:
     """A tokenizer from a folder, a ``tokenizer.json``, or by its name on the hub (or in transformers' own cache)."""
+    if (saved := saved_tokenizer(spec)) is not None:
+        return saved
     path = Path(spec).expanduser()
-    if (path / SAVED).is_file():
-        return load_tokenizer(path)
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         return _from_file(file, spec)
     loader = import_extra("transformers", "text").AutoTokenizer
     try:
-        backend = loader.from_pretrained(str(path) if path.is_dir() else spec)
+        backend = loader.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise type(error)(
             f"tokenizer {spec!r} is neither bytes, chars or bpe:N, nor a folder with a tokenizer, nor a name that "
@@ -254,7 +269,15 @@ def load_tokenizer(folder: Path) -> Tokenizer:
     folder = Path(folder)
     if not (folder / SAVED).is_file():
         raise FileNotFoundError(f"{folder} holds no saved tokenizer ({SAVED})")
-    saved = json.loads((folder / SAVED).read_text(encoding="utf-8"))
+    try:
+        return _loaded(folder, json.loads((folder / SAVED).read_text(encoding="utf-8")))
+    except ImportError:
+        raise
+    except Exception as error:  # the library raises plain Exception
+        raise ValueError(f"the tokenizer in {folder} cannot be read, it is damaged or incomplete: {error}") from error
+
+
+def _loaded(folder: Path, saved: Mapping[str, Any]) -> Tokenizer:
     if saved["kind"] == Bytes.kind:
         return Bytes()
     if saved["kind"] == Characters.kind:
@@ -264,12 +287,20 @@ def load_tokenizer(folder: Path) -> Tokenizer:
         return Fast(backend, saved["spec"], saved["end_of_document"])
     if saved["kind"] == Slow.kind:
         loader = import_extra("transformers", "text").AutoTokenizer
-        return Slow(loader.from_pretrained(str(folder / Slow.subfolder)), saved["spec"])
-    raise ValueError(f"{folder / SAVED} names an unknown kind of tokenizer: {saved['kind']!r}")
+        return Slow(loader.from_pretrained(str(folder / Slow.subfolder), trust_remote_code=False), saved["spec"])
+    raise ValueError(f"{saved['kind']!r} is an unknown kind")
+
+
+def saved_tokenizer(spec: str) -> Tokenizer | None:
+    """The tokenizer of ours that lies in the folder ``spec``; None where ``spec`` names no such folder."""
+    folder = Path(spec).expanduser()
+    return load_tokenizer(folder) if (folder / SAVED).is_file() else None
 
 
 def tokenizer_fingerprint(spec: str) -> str:
     """What the tokens depend on: the spec itself, and for a folder or file also what it contains."""
+    if (saved := saved_tokenizer(spec)) is not None:
+        return f"saved@{saved.fingerprint}"
     path = Path(spec).expanduser()
     if spec in ("bytes", "chars") or spec.startswith("bpe:") or not path.exists():
         return spec
@@ -299,51 +330,53 @@ def _end_of(backend: Any) -> int | None:
     return backend.eos_token_id if backend.eos_token_id is not None else backend.sep_token_id
 
 
-def trained_backend(vocab_size: int, texts: Iterable[str], end_of_document: str) -> Any:
-    """A ``tokenizers.Tokenizer`` of at most ``vocab_size`` ids: ``end_of_document`` (id 0), the 256 bytes, merges.
+# Runs by itself, without this package: reads texts (8 bytes of length, then UTF-8) and writes a tokenizer as JSON.
+_TRAINER = """
+import sys
+sys.path[:] = sys.argv[3:]
+import tokenizers as t
+read, size = sys.stdin.buffer.read, int(sys.argv[1])
+def texts():
+    while (head := read(8)) != b"\\xff" * 8:
+        if len(head) < 8:
+            raise SystemExit("whoever sent the text is gone")
+        yield read(int.from_bytes(head, "big")).decode()
+backend = t.Tokenizer(t.models.BPE())
+backend.pre_tokenizer = t.pre_tokenizers.ByteLevel(add_prefix_space=False)
+backend.decoder = t.decoders.ByteLevel()
+alphabet = t.pre_tokenizers.ByteLevel.alphabet()
+options = {"special_tokens": [sys.argv[2]], "initial_alphabet": alphabet, "show_progress": False}
+backend.train_from_iterator(texts(), t.trainers.BpeTrainer(vocab_size=size, **options))
+sys.stdout.buffer.write(backend.to_str().encode())
+"""
 
-    The same texts in the same order give the same tokenizer.
+
+def _trained(vocab_size: int, texts: Iterable[str]) -> Any:
+    """A ``tokenizers.Tokenizer`` of at most ``vocab_size`` ids: END_OF_DOCUMENT (id 0), the 256 bytes, merges.
+
+    It is trained in a process of its own: Ctrl-C is heard at once, and where memory runs out, which the library answers
+    by ending its process, there is somebody left to say so.
     """
-    library = import_extra("tokenizers", "text")
-    backend = library.Tokenizer(library.models.BPE())
-    backend.pre_tokenizer = library.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    backend.decoder = library.decoders.ByteLevel()
-    trainer = library.trainers.BpeTrainer(
-        vocab_size=vocab_size,
-        special_tokens=[end_of_document],
-        initial_alphabet=library.pre_tokenizers.ByteLevel.alphabet(),
-        show_progress=False,
-    )
-    _interruptible(lambda texts: backend.train_from_iterator(texts, trainer), texts)
-    return backend
-
-
-def _interruptible(train: Callable[[Iterable[str]], None], texts: Iterable[str]) -> None:
-    """Call ``train(texts)`` in a thread, so that Ctrl-C is heard at once and not when the library is done."""
-    stopped = threading.Event()
-    failures: list[BaseException] = []
-
-    def until_stopped() -> Iterator[str]:
-        for text in texts:
-            if stopped.is_set():
-                raise InterruptedError
-            yield text
-
-    def work() -> None:
+    library = import_extra("tokenizers", "text").Tokenizer
+    command = [sys.executable, "-c", _TRAINER, str(vocab_size), END_OF_DOCUMENT, *sys.path]
+    with tempfile.TemporaryFile() as problems:
+        pipes: dict[str, Any] = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "stderr": problems}
+        process = subprocess.Popen(command, **pipes, start_new_session=True)
         try:
-            train(until_stopped())
-        except BaseException as error:
-            failures.append(error)
-
-    thread = threading.Thread(target=work, daemon=True)
-    try:
-        thread.start()
-        while thread.is_alive():
-            thread.join(timeout=0.2)
-    except BaseException:
-        stopped.set()
-        if thread.is_alive():
-            thread.join(timeout=1)
-        raise
-    if failures:
-        raise failures[0]
+            with contextlib.suppress(BrokenPipeError):  # it has ended, and says below why
+                for data in (text.encode() for text in texts):
+                    process.stdin.write(len(data).to_bytes(8, "big") + data)  # type: ignore[union-attr]
+                process.stdin.write(b"\xff" * 8)  # type: ignore[union-attr]
+            made, _ = process.communicate()
+        finally:
+            process.kill()
+            with process, contextlib.suppress(BrokenPipeError):
+                process.stdin.close()  # type: ignore[union-attr]
+        if process.returncode == 0:
+            return library.from_str(made.decode())
+        problems.seek(0)
+        said = problems.read().decode("utf-8", "replace").strip().splitlines() or ["killed, as for want of memory"]
+        raise MemoryError(
+            f"training a BPE of {vocab_size} ids ended with status {process.returncode} ({said[-1]}): give it less "
+            "text (limit=BYTES) or more memory, or take a tokenizer that exists, such as 'gpt2'"
+        )
