@@ -56,6 +56,11 @@ def test_every_variant_is_planned_under_every_seed_and_rate():
     assert runs[2].run.method.args["rank"] == 2
 
 
+def test_a_comparison_of_nothing_is_refused():
+    with pytest.raises(ValueError, match="--methods names no method; give some, as in --methods full,"):
+        plan()
+
+
 def test_without_seeds_and_rates_the_recipe_s_hold():
     assert [(each.run.lr, each.run.seed) for each in plan("full", "lora")] == [(1e-3, 0), (3e-3, 0)]
 
@@ -109,14 +114,20 @@ def test_a_run_that_fails_does_not_stop_the_others_and_is_tried_again(tmp_path):
     assert train.calls[0][1] != outcomes[1].folder, "the failed run's folder is kept for looking at"
 
 
-def test_a_run_with_a_checkpoint_is_resumed(tmp_path):
+@pytest.mark.parametrize("summary", [None, '{"steps": 4', '{"steps": 20}'])
+def test_a_run_with_a_checkpoint_and_no_sound_summary_of_its_end_is_resumed(tmp_path, summary):
+    """Killed between its last checkpoint and its summary, or while that was written, or continued with more steps."""
     execute(plan("full"), tmp_path, FakeTrain(), say=quiet, offer=OFFER)
-    folder = tmp_path / "full_seed_0"
+    folder, said = tmp_path / "full_seed_0", []
     (folder / "summary.json").unlink()
-    (folder / "checkpoints" / "step-00000010").mkdir(parents=True)
+    if summary is not None:
+        (folder / "summary.json").write_text(summary)
+    (folder / "checkpoints" / "step-00000040").mkdir(parents=True)
     train = FakeTrain()
-    execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)
+    execute(plan("full"), tmp_path, train, say=said.append, offer=OFFER)
     assert [(path, resume) for _, path, resume in train.calls] == [(folder, True)]
+    assert any(f"{folder / 'summary.json'} is damaged" in line for line in said) == (summary == '{"steps": 4')
+    assert not execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)[0].executed
 
 
 def test_stopping_a_run_stops_the_comparison(tmp_path):

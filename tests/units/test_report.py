@@ -3,10 +3,12 @@
 import json
 import re
 import statistics
+import sys
 from dataclasses import replace
 from html.parser import HTMLParser
 
 import pytest
+from matplotlib.figure import Figure
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
 from lowrank.report import html
@@ -16,11 +18,14 @@ from lowrank.report.table import (
     cells,
     differences,
     find_results,
+    groups,
     is_finished,
-    markdown_table,
+    printable,
+    printed,
     rows,
     text_table,
 )
+from lowrank.run.run import Call
 
 
 @pytest.fixture
@@ -45,11 +50,37 @@ def test_results_are_found_in_folders_and_below_them(runs, tmp_path):
         find_results([found[0].folder])
 
 
-def test_what_was_stopped_is_not_finished(tmp_path):
-    (tmp_path / "summary.json").write_text('{"interrupted": true}')
-    assert not is_finished(tmp_path)
-    (tmp_path / "summary.json").write_text('{"interrupted": false}')
-    assert is_finished(tmp_path)
+@pytest.mark.parametrize("change", [{"interrupted": True}, {"steps": 39}])
+def test_what_was_stopped_or_has_not_reached_its_steps_is_not_finished(runs, change):
+    """A run that was continued with more steps and killed has the summary of its first end."""
+    (result,) = runs("full")
+    assert is_finished(result.folder)
+    (result.folder / "summary.json").write_text(json.dumps({**result.summary, **change}))
+    assert not is_finished(result.folder)
+
+
+@pytest.mark.parametrize(
+    ("name", "content"),
+    [
+        ("summary.json", '{"method": "full", "st'),
+        ("summary.json", "[]"),
+        ("summary.json", "{}"),
+        ("summary.json", b"\xff\xfe"),
+        ("run.json", "{"),
+        ("run.json", '{"recipe": "x"}'),
+        ("log.jsonl", '{"step": 1\n{"step": 2}\n'),
+        ("log.jsonl", '{"loss": 1}\n{"step": 2}\n'),
+    ],
+)
+def test_a_damaged_file_is_named_and_its_run_left_out(runs, tmp_path, capsys, name, content):
+    broken, sound = runs("full", "lora")
+    (broken.folder / name).write_bytes(content if isinstance(content, bytes) else content.encode())
+    said = []
+    assert find_results([tmp_path / "runs"], say=said.append) == [sound]
+    assert len(said) == 1
+    assert str(broken.folder / name) in said[0]
+    assert not is_finished(broken.folder)
+    assert str(broken.folder / name) in capsys.readouterr().err
 
 
 def test_seeds_are_averaged_with_their_sample_deviation(runs):
@@ -105,6 +136,25 @@ def test_the_best_rate_of_each_method_is_kept(runs):
     assert [(row.label, row.lr) for row in best_rates(every)] == [("full", 1e-3), ("lora", 1e-3)]
 
 
+def test_runs_of_other_lengths_or_on_other_data_are_not_ranked_with_each_other(runs, tmp_path):
+    long, short = a_run(), a_run(steps=4, eval_every=2)
+    other = a_run(data=Call(name="text", args={"tokenizer": "bytes", "context": 64}))
+    found = [*runs("full", "lora", base=long), *runs("lora", base=short)[2:], *runs("full", base=other)[3:]]
+    titles = ["40 steps, data.context=128", "4 steps, data.context=128", "40 steps, data.context=64"]
+    assert [(each.title, [r.method for r in each.results]) for each in groups(found)] == list(
+        zip(titles, [["full", "lora"], ["lora"], ["full"]], strict=True)
+    )
+    text = printed(found, 100)
+    assert text.startswith("Runs of different lengths or on different data are not ranked with each other")
+    assert [text.count(f"{title}:") for title in titles] == [1, 1, 1]
+    assert [each.title for each in groups(found[:2])] == [""]
+    html.write(found, tmp_path / "out")
+    assert {f"curves{n}.png" for n in ("", "_2", "_3")} < {file.name for file in (tmp_path / "out").iterdir()}
+    for name in ("report.md", "report.html"):
+        content = (tmp_path / "out" / name).read_text()
+        assert all(title in content for title in titles)
+
+
 def test_figures_that_are_missing_or_not_finite_are_left_out(runs):
     found = runs("full", seeds=(1, 2))
     summary = found[0].folder / "summary.json"
@@ -128,9 +178,17 @@ def test_text_tables_are_aligned():
     assert lines == ["method           loss", "──────────────  ─────", "full             2.00", "multihead_lora  10.00"]
 
 
-def test_markdown_tables_escape_bars():
-    text = markdown_table(["method", "loss"], [["a|b", "2"]])
-    assert text == "| method | loss |\n| --- | ---: |\n| a\\|b | 2 |"
+@pytest.mark.parametrize("width", [80, 100])
+def test_what_is_printed_fits_and_loses_nothing(runs, width):
+    found = runs("full", "lora", "lora:rank=2:target_modules=q,v,a_very_long_name_of_modules", seeds=(1, 2))
+    text = printed(found, width)
+    assert max(map(len, text.splitlines())) <= width
+    header, body = cells(best_rates(rows(found)))
+    for cell in [*header, *(cell for line in body for cell in line[1:])]:
+        assert cell in text
+    assert body[2][0].replace(" ", "") in "".join(
+        line.split("  ")[0].strip() or line.strip() for line in text.split("\n\n")[0].splitlines()
+    ).replace(" ", ""), "the long name is folded, not cut"
 
 
 class Tags(HTMLParser):
@@ -153,10 +211,8 @@ class Tags(HTMLParser):
 
 
 def test_the_report_is_written_whole(runs, tmp_path):
-    pytest.importorskip("matplotlib")
     found = runs("full", "lora", "lte", seeds=(1, 2), rates=(1e-3, 2e-3))
-    table = html.write(found, tmp_path / "out")
-    assert [line.split()[0] for line in table.splitlines()[2:]] == ["full", "lora", "lte"]
+    html.write(found, tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "Every learning rate tried:" in markdown
@@ -171,22 +227,49 @@ def test_the_report_is_written_whole(runs, tmp_path):
         assert word in tags.words
 
 
-def test_names_from_outside_are_escaped(runs, tmp_path):
-    pytest.importorskip("matplotlib")
-    html.write(runs("full", base=a_run(recipe="<script>alert(1)</script>")), tmp_path / "out")
-    assert "<script>" not in (tmp_path / "out" / "report.html").read_text()
+STRANGE = [
+    "<script>alert(1)</script>",
+    "a$b$c",
+    "=1+1",
+    "_x",
+    "\x1b[31mred\x07",
+    "a|b",
+    "[x](http://y)",
+    "\u202eabc",
+    "{{x}}",
+]
+
+
+@pytest.mark.parametrize("name", STRANGE)
+def test_strange_names_change_nothing(runs, tmp_path, monkeypatch, name):
+    """In the terminal, on the page, in Markdown and in the picture."""
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: (figures.append(self), path.touch()))
+    result = runs("full", base=a_run(recipe=name))[0]
+    found = [replace(result, settings={**result.settings, "method": name}), result]
+    html.write(found, tmp_path / "out")
+    seen = printable(name)
+    assert seen.isprintable()
+    assert seen in printed(found, 100)
+    page, markdown = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
+    tags = Tags()
+    tags.feed(page)
+    assert not tags.open
+    assert seen in tags.words
+    assert seen in re.sub(r"\\(\W)", r"\1", markdown)
+    assert "<script>" not in page
+    for text in (page, markdown, printed(found, 80)):
+        assert all(c.isprintable() or c == "\n" for c in text)
+    legend = figures[0].legends[0].get_texts()
+    assert [(text.get_text(), text.get_parse_math()) for text in legend] == [(seen, False), ("full", False)]
 
 
 def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatch):
-    pytest.importorskip("matplotlib")
-    from matplotlib.figure import Figure
-
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path: figures.append(self))
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: figures.append(self))
     html.draw_curves(rows(runs("full", "lora", seeds=(1, 2))), tmp_path / "curves.png")
     training, validation = figures[0].axes
     for axes in (training, validation):
-        assert [line.get_label() for line in axes.lines] == ["full", "lora"]
         assert len({line.get_color() for line in axes.lines}) == 2
         assert len(axes.collections) == 2, "the seeds of each as a band"
         assert axes.get_xlabel() == "optimizer step"
@@ -196,7 +279,8 @@ def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatc
     assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["full", "lora"]
 
 
-def test_without_matplotlib_the_remedy_is_named(runs, tmp_path, monkeypatch):
-    monkeypatch.setitem(__import__("sys").modules, "matplotlib.figure", None)
-    with pytest.raises(ImportError, match=re.escape("pip install 'lowrank-training[report]'")):
-        html.draw_curves(rows(runs("full")), tmp_path / "curves.png")
+@pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
+def test_without_a_library_the_remedy_is_named(runs, tmp_path, monkeypatch, library):
+    monkeypatch.setitem(sys.modules, library, None)
+    with pytest.raises(ImportError, match=re.escape(f"needs {library}: pip install 'lowrank-training[report]'")):
+        html.write(runs("full"), tmp_path / "out")

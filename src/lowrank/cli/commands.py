@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import shutil
 import sys
 import textwrap
 from collections.abc import Callable, Mapping, Sequence
@@ -265,9 +266,9 @@ def _free_folder(run: Run) -> Path:
 def _show_report(results: Sequence[Any], out: Path) -> None:
     """The table first: it needs no extra package, the pictures do."""
     from lowrank.report import html
-    from lowrank.report.table import best_rates, cells, rows, text_table
+    from lowrank.report.table import printed
 
-    print(text_table(*cells(best_rates(rows(results)))))
+    print(printed(results, shutil.get_terminal_size((100, 24)).columns))
     html.write(results, out)
     print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png")
 

@@ -93,8 +93,10 @@ def planned(
         changes: settings for all; an argument of a method ("method.rank") reaches the variants that have it.
 
     Raises:
-        ValueError: an unknown or contradictory setting in any of them, or an argument that no method has.
+        ValueError: no variant, an unknown or contradictory setting in any of them, or an argument that no method has.
     """
+    if not variants:
+        raise ValueError(f"--methods names no method; give some, as in --methods full,{base.method.name}:lr=1e-3")
     offer = offer or catalogue()
     changes = changes or {}
     _refuse_unreached(variants, changes, offer)
@@ -124,7 +126,7 @@ def execute(
         offer: as in `planned`.
     """
     found = _fingerprints(out, offer)
-    done = {mark: folder for folder, mark in found if is_finished(folder)}
+    done = {mark: folder for folder, mark in found if is_finished(folder, say=say)}
     begun = {mark: folder for folder, mark in found if checkpoint.saved(folder / "checkpoints")}
     outcomes = []
     for number, each in enumerate(runs, start=1):

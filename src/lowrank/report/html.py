@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import math
 import statistics
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -12,13 +13,16 @@ from lowrank.infra.extras import import_extra
 from lowrank.report.table import (
     Result,
     Row,
+    Table,
+    apart,
     best_rates,
     cells,
     differences,
+    groups,
     markdown_table,
     printable,
     rows,
-    text_table,
+    said,
 )
 
 # Okabe and Ito's colours, which people with colour blindness tell apart; beyond eight methods the dashes change.
@@ -26,32 +30,30 @@ _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#
 _DASHES = ("-", "--", ":", "-.")
 _POINTS = 2000  # of a curve; more cannot be seen
 
-_NOTE = (
-    "Figures are means over the seeds, ± the sample standard deviation; state is the optimizer's. "
-    "The lowest validation loss is set in bold."
-)
-
-Table: TypeAlias = tuple[list[str], list[list[str]]]
+Series: TypeAlias = Sequence[tuple[int, float]]
 
 
-def write(results: Sequence[Result], out: Path) -> str:
-    """Write `report.md`, `curves.png` and `report.html` into a folder; return the table for a terminal.
+def write(results: Sequence[Result], out: Path) -> None:
+    """Write `report.md`, `report.html` and `curves.png` (a picture more for each further group) into a folder.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing.
     """
-    every = rows(results)
-    chosen = best_rates(every)
     out.mkdir(parents=True, exist_ok=True)
-    draw_curves(chosen, out / "curves.png")
-    table = cells(chosen)
-    tried = cells(every) if len(every) > len(chosen) else None
-    markdown = [markdown_table(*table), "", "![loss curves](curves.png)"]
-    if tried:
-        markdown += ["", "Every learning rate tried:", "", markdown_table(*tried)]
-    (out / "report.md").write_text("\n".join(markdown) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(_page(results, chosen, tried, out / "curves.png"), encoding="utf-8")
-    return text_table(*table)
+    found = groups(results)
+    sections, markdown = [], [apart(found)] if len(found) > 1 else []
+    for number, group in enumerate(found, start=1):
+        every = rows(group.results)
+        chosen = best_rates(every)
+        picture = out / ("curves.png" if number == 1 else f"curves_{number}.png")
+        draw_curves(chosen, picture)
+        tried = cells(every) if len(every) > len(chosen) else None
+        sections.append(_section(group.title, chosen, tried, picture))
+        markdown += [f"## {printable(group.title)}"] if group.title else []
+        markdown += [markdown_table(*cells(chosen)), f"![loss curves]({picture.name})"]
+        markdown += ["Every learning rate tried:", markdown_table(*tried)] if tried else []
+    (out / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
+    (out / "report.html").write_text(_page(results, sections, apart(found)), encoding="utf-8")
 
 
 def draw_curves(chosen: Sequence[Row], path: Path) -> None:
@@ -60,41 +62,30 @@ def draw_curves(chosen: Sequence[Row], path: Path) -> None:
     Raises:
         ImportError: matplotlib is missing.
     """
-    try:
-        from matplotlib.backends.backend_agg import FigureCanvasAgg
-        from matplotlib.figure import Figure
-    except ImportError as error:
-        raise ImportError("pictures need matplotlib: pip install 'lowrank-training[report]'") from error
-
-    figure = Figure(figsize=(12, 5.2), dpi=150, layout="constrained")
-    FigureCanvasAgg(figure)
-    training, validation = figure.subplots(1, 2)
-    for index, row in enumerate(chosen):
-        look = {
-            "color": _COLOURS[index % len(_COLOURS)],
-            "linestyle": _DASHES[index // len(_COLOURS) % len(_DASHES)],
-        }
-        _curve(training, [_smooth(_series(each, "loss")) for each in row.results], row.label, look)
-        _curve(validation, [_series(each, "val_loss") for each in row.results], row.label, look | {"marker": "o"})
-    unit = _unit(chosen)
-    for axes, title in ((training, "training loss, smoothed"), (validation, "validation loss")):
-        axes.set_title(title, loc="left", fontsize=13)
-        axes.set_xlabel("optimizer step", fontsize=12)
-        axes.set_ylabel(f"loss ({unit})", fontsize=12)
-        axes.grid(color="#d8dee4", linewidth=0.6)
-        axes.spines[["top", "right"]].set_visible(False)
-        axes.tick_params(labelsize=11)
-    handles, labels = training.get_legend_handles_labels()
-    if not handles:
-        handles, labels = validation.get_legend_handles_labels()
-    if handles:
-        figure.legend(
-            handles, labels, loc="outside lower center", ncols=min(5, len(labels)), fontsize=11, frameon=False
-        )
-    figure.savefig(path)
-
-
-Series = Sequence[tuple[int, float]]
+    matplotlib = import_extra("matplotlib", "report")
+    Figure = import_extra("matplotlib.figure", "report").Figure
+    with matplotlib.rc_context({"text.parse_math": False}):  # a dollar in a name is a dollar
+        figure = Figure(figsize=(12, 5.2), layout="constrained")
+        training, validation = figure.subplots(1, 2)
+        handles: dict[str, Any] = {}
+        for index, row in enumerate(chosen):
+            dashes = _DASHES[index // len(_COLOURS) % len(_DASHES)]
+            look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dashes}
+            seen = _curve(validation, [_series(each, "val_loss") for each in row.results], look | {"marker": "o"})
+            line = _curve(training, [_smooth(_series(each, "loss")) for each in row.results], look) or seen
+            handles |= {printable(row.label): line} if line else {}
+        for axes, title in ((training, "training loss, smoothed"), (validation, "validation loss")):
+            axes.set_title(title, loc="left", fontsize=13)
+            axes.set_xlabel("optimizer step", fontsize=12)
+            axes.set_ylabel(f"loss ({_unit(chosen)})", fontsize=12)
+            axes.grid(color="#d8dee4", linewidth=0.6)
+            axes.spines[["top", "right"]].set_visible(False)
+            axes.tick_params(labelsize=11)
+        if handles:
+            columns = max(1, min(5, len(handles), 120 // (6 + max(map(len, handles)))))
+            place = {"loc": "outside lower center", "ncols": columns, "fontsize": 11, "frameon": False}
+            figure.legend(list(handles.values()), list(handles), **place)
+        figure.savefig(path, dpi=150)
 
 
 def _series(result: Result, name: str) -> Series:
@@ -112,17 +103,17 @@ def _smooth(series: Series) -> Series:
     return smoothed
 
 
-def _curve(axes: Any, seeds: Sequence[Series], label: str, look: Mapping[str, Any]) -> None:
-    """The mean over the seeds at each step that all of them have, between their lowest and highest."""
+def _curve(axes: Any, seeds: Sequence[Series], look: Mapping[str, Any]) -> Any:
+    """The seeds' mean at each step that all of them have, between their lowest and highest; the line, if any."""
     tables = [dict(series) for series in seeds if series]
     if not tables:
-        return
+        return None
     steps = [step for step in tables[0] if all(step in table for table in tables)]
     values = [[table[step] for table in tables] for step in steps]
-    size = {"markersize": 4} if "marker" in look else {}
-    axes.plot(steps, list(map(statistics.fmean, values)), label=label, linewidth=1.8, **look, **size)
+    (line,) = axes.plot(steps, list(map(statistics.fmean, values)), linewidth=1.8, markersize=4, **look)
     if len(tables) > 1:
         axes.fill_between(steps, list(map(min, values)), list(map(max, values)), color=look["color"], alpha=0.15, lw=0)
+    return line
 
 
 def _unit(chosen: Sequence[Row]) -> str:
@@ -135,58 +126,42 @@ def _unit(chosen: Sequence[Row]) -> str:
     return units.pop() if len(units) == 1 else "nats per token"
 
 
-def _page(results: Sequence[Result], chosen: Sequence[Row], tried: Table | None, picture: Path) -> str:
+def _page(results: Sequence[Result], sections: Sequence[Mapping[str, Any]], apart: str) -> str:
     """The page ``report.html.jinja``, filled."""
     jinja2 = import_extra("jinja2", "report")
-    loader = jinja2.FileSystemLoader(Path(__file__).parent)
-    environment = jinja2.Environment(
-        loader=loader, autoescape=True, trim_blocks=True, undefined=jinja2.StrictUndefined, finalize=_shown
-    )
-    losses = [row.mean("val_loss") for row in chosen]
-    known = [loss for loss in losses if loss is not None]
-    group = {
-        "title": "",
-        "table": cells(chosen),
-        "best": losses.index(min(known)) if known else None,
-        "picture": base64.b64encode(picture.read_bytes()).decode(),
-        "tried": tried,
-    }
+    how = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined, "finalize": _harmless}
+    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
     shared, differ = differences(results)
     return environment.get_template("report.html.jinja").render(
         recipes=", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in results)),
-        methods=len(chosen),
-        apart="",
-        groups=[group],
-        note=_NOTE,
-        differ={name: _listed(values) for name, values in differ.items()},
-        shared={name: _listed([value]) for name, value in shared.items()},
+        methods=len({row.label for row in rows(results)}),
+        apart=apart,
+        sections=sections,
+        differ={name: " · ".join(map(said, values)) for name, values in differ.items()},
+        shared={name: said(value) for name, value in shared.items()},
         runs=_runs(results),
     )
 
 
-def _shown(value: Any) -> Any:
+def _section(title: str, chosen: Sequence[Row], tried: Table | None, picture: Path) -> dict[str, Any]:
+    """What the page shows of one group of runs."""
+    ranks = [row.rank for row in chosen]
+    best = ranks.index(min(ranks)) if min(ranks) < math.inf else None
+    image = base64.b64encode(picture.read_bytes()).decode()
+    return {"title": title, "table": cells(chosen), "best": best, "tried": tried, "picture": image}
+
+
+def _harmless(value: Any) -> Any:
     """What the page shows of a value: text without control characters; jinja2's own markup as it is."""
     return printable(value) if type(value) is str else value
 
 
-def _listed(values: Sequence[Any]) -> str:
-    return " · ".join("none" if value is None else str(value) for value in values)
-
-
-def _runs(results: Sequence[Result]) -> tuple[list[str], list[list[str]]]:
+def _runs(results: Sequence[Result]) -> Table:
     header = ["folder", "method", "lr", "seed", "steps", "val loss", "best val loss"]
-    body = [
-        [
-            each.folder.name,
-            each.method,
-            f"{each.settings['lr']:.3g}",
-            str(each.settings["seed"]),
-            str(each.summary.get("steps", "–")),
-            *(
-                f"{value:.4f}" if isinstance(value := each.summary.get(n), float) else "–"
-                for n in ("val_loss", "best_val_loss")
-            ),
-        ]
-        for each in results
-    ]
+    body = []
+    for each in results:
+        losses = (each.summary.get(name) for name in ("val_loss", "best_val_loss"))
+        shown = [f"{loss:.4f}" if isinstance(loss, float) else "–" for loss in losses]
+        lr, seed, steps = f"{each.settings['lr']:.3g}", str(each.settings["seed"]), str(each.summary.get("steps", "–"))
+        body.append([each.folder.name, each.method, lr, seed, steps, *shown])
     return header, body
