@@ -117,26 +117,42 @@ def test_rest_trained_from_scratch_travels_too() -> None:
     assert torch.equal(say(bank.use(None)), plain)
 
 
-def test_what_does_not_fit_is_refused_and_leaves_the_base_alone(tmp_path: Path) -> None:
+def refused() -> dict[str, tuple[AdapterInfo, dict[str, Tensor], str]]:
+    """What does not fit the common base, with the words in which it is refused."""
     info, tensors, _ = trained("lora", 1)
-    other = vit(seed=5)
-    bank, plain = AdapterBank(other), say(other)
-    with pytest.raises(ValueError, match=r"trained on another base: \d+ of \d+ weights differ"):
-        bank.add("x", info, tensors)
-    with pytest.raises(ValueError, match="for another model: the base has no head"):
-        AdapterBank(nn.Sequential(nn.Linear(3, 3))).add("x", replace(info, base={}), tensors)
-    wrong = tensors | {"head.weight": torch.zeros(3, 9)}
-    with pytest.raises(ValueError, match=r"for another shape: head\.weight is \(3, 9\)"):
-        bank.add("x", replace(info, base={}), wrong)
-    fewer = {n: t for n, t in tensors.items() if "blocks.1.attn.qkv.adapters.v" not in n}
-    with pytest.raises(ValueError, match=r"does not fit the base at blocks\.1\.attn\.qkv\.adapters\.v\.A"):
-        bank.add("x", replace(info, base={}), fewer)
-    bank.add("x", replace(info, base={}), tensors)
-    with pytest.raises(ValueError, match="loaded already"):
-        bank.add("x", info, tensors)
-    with pytest.raises(ValueError, match=r"no adapter 'y' is loaded.*loaded are x"):
+    bare, factors = replace(info, base={}), [n for n in tensors if ".adapters." in n]
+    unfit = replace(bare, method=Call(name="lora", args={"rank": 2, "target_modules": "nothing"}))
+    return {
+        "a taken name": (info, tensors, "loaded already"),
+        "another base": (replace(info, base=dict.fromkeys(info.base, "0")), tensors, r"\d+ of \d+ weights differ"),
+        "another model": (bare, tensors | {"fc.weight": torch.zeros(1)}, r"another model: .* has no fc\.weight"),
+        "another shape": (bare, tensors | {"head.weight": torch.zeros(3, 9)}, r"head\.weight is \(3, 9\)"),
+        "a missing factor": (bare, {n: t for n, t in tensors.items() if n != factors[0]}, "does not fit the base at"),
+        "a factor too many": (bare, tensors | {"x.adapters.v.A": torch.zeros(1)}, r"does not fit the base at x\."),
+        "other layers": (unfit, tensors, "matched no linear layer"),
+        "another rank": (replace(bare, method=Call(name="lora", args={"rank": 3})), tensors, "does not fit the base"),
+        "an unknown method": (replace(bare, method=Call(name="none")), tensors, "a method that is not known here"),
+    }
+
+
+@pytest.mark.parametrize("in_use", [None, "x"])
+@pytest.mark.parametrize("case", refused())
+def test_what_does_not_fit_is_refused_and_changes_nothing(case: str, in_use: str | None) -> None:
+    bank = AdapterBank(vit())
+    bank.add("x", *trained("lora", 7)[:2])
+    before, flags = say(bank.use(in_use)), {n: p.requires_grad for n, p in bank.model.named_parameters()}
+    info, tensors, says = refused()[case]
+    with pytest.raises(ValueError, match=says):
+        bank.add("x" if case == "a taken name" else "new", info, tensors)
+    assert (bank.names, bank.current) == (("x",), in_use)
+    assert torch.equal(say(bank.model), before)
+    assert {n: p.requires_grad for n, p in bank.model.named_parameters()} == flags
+
+
+def test_folders_that_hold_no_adapter_and_models_that_are_no_base(tmp_path: Path) -> None:
+    bank = AdapterBank(vit())
+    with pytest.raises(ValueError, match=r"no adapter 'y' is loaded.*loaded are none"):
         bank.use("y")
-    assert torch.equal(say(bank.use(None)), plain)
     with pytest.raises(FileNotFoundError, match=r"has no adapter\.json"):
         bank.load(tmp_path)
     (tmp_path / "adapter.json").write_text(json.dumps({"format": 7}))

@@ -225,17 +225,17 @@ class AdapterBank:
         """Add an adapter from memory; it is not put in use.
 
         Raises:
-            ValueError: the name is taken, or the adapter does not fit the base.
+            ValueError: the name is taken, or the adapter does not fit the base; nothing has changed.
         """
         if name in self._known:
             raise ValueError(f"an adapter {name!r} is loaded already; give another name")
-        before, flags = self.current, {n: p.requires_grad for n, p in self._base.items()}
-        self.use(None)
         own = {n: nn.Parameter(t.clone(), requires_grad=False) for n, t in tensors.items() if ADAPTER not in n}
         self._check(name, info, own)
+        before, flags = self.current, {n: p.requires_grad for n, p in self._base.items()}
+        self.use(None)
         try:
             self._known[name] = _Installed(info, self._layers(name, info, tensors, own), own)
-        finally:
+        finally:  # also where it is refused: what was in use is in use again
             self._restore_parameters()
             for n, p in self._base.items():
                 p.requires_grad_(flags[n])

@@ -77,6 +77,7 @@ def draw_curves(chosen: Sequence[Row], path: Path) -> None:
         for axes, title in ((training, "training loss, smoothed"), (validation, "validation loss")):
             axes.set_title(title, loc="left", fontsize=13)
             axes.set_xlabel("optimizer step", fontsize=12)
+            axes.xaxis.get_major_locator().set_params(integer=True)
             axes.set_ylabel(f"loss ({_unit(chosen)})", fontsize=12)
             axes.grid(color="#d8dee4", linewidth=0.6)
             axes.spines[["top", "right"]].set_visible(False)
@@ -134,7 +135,7 @@ def _page(results: Sequence[Result], sections: Sequence[Mapping[str, Any]], apar
     shared, differ = differences(results)
     return environment.get_template("report.html.jinja").render(
         recipes=", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in results)),
-        methods=len({row.label for row in rows(results)}),
+        methods=len({line[0] for section in sections for line in section["table"][1]}),
         apart=apart,
         sections=sections,
         differ={name: " · ".join(map(said, values)) for name, values in differ.items()},
