@@ -167,21 +167,21 @@ def test_rotate_transported_sgd_at_full_rank_is_sgd(shape, basis):
 
 
 @every_combination
-def test_folded_micro_batches_are_the_whole_step(name):
+def test_projected_micro_batches_are_the_whole_step(name):
     rule, task = COMBINATIONS[name], Task((8, 13))
     p, state = task.run(rule, 5)
     for step in range(5, 9):
         q, parallel = p.clone(), _copy(state)
         parts = [task.gradient(p, 100 * step + i) / 3 for i in range(3)]
-        if not rule.folds(state):
+        if not rule.accumulates_projected(state):
             assert rule.lift.needs_gradient or int(state["step"]) == int(state["due"])
             rule.apply_([p], [sum(parts)], [state], lr=0.02, decay=0.1)
             continue
         before = {k: t.clone() for k, t in leaves(state)}
-        folded = sum(rule.fold(part, state) for part in parts)
-        assert folded.numel() < p.numel()
+        projected = sum(rule.project(part, state) for part in parts)
+        assert projected.numel() < p.numel()
         assert all(torch.equal(before[k], t) for k, t in leaves(state))
-        rule.apply_folded_(p, folded, state, lr=0.02, decay=0.1)
+        rule.apply_projected_(p, projected, state, lr=0.02, decay=0.1)
         rule.apply_([q], [sum(parts)], [parallel], lr=0.02, decay=0.1)
         torch.testing.assert_close(p, q, atol=3e-3 if "int" in name or "q-" in name else 1e-5, rtol=1e-4)
 
@@ -190,9 +190,9 @@ def _copy(state):
     return {k: v.clone() if isinstance(v, torch.Tensor) else _copy(v) for k, v in state.items()}
 
 
-def test_fallback_states_do_not_fold():
+def test_fallback_states_keep_whole_gradients():
     rule = Projected(rank=100)
-    assert not rule.folds(rule.init(torch.zeros(4, 5)))
+    assert not rule.accumulates_projected(rule.init(torch.zeros(4, 5)))
 
 
 def test_a_nested_rule_alone_is_that_rule():
@@ -201,7 +201,7 @@ def test_a_nested_rule_alone_is_that_rule():
     alone, _ = task.run(inner, 7)
     nested, state = task.run(Projected(inner=inner, rank=100), 7)
     assert torch.equal(nested, alone)
-    assert not Projected(inner=inner, rank=100).folds(state)
+    assert not Projected(inner=inner, rank=100).accumulates_projected(state)
 
 
 # --- law 7: resuming --------------------------------------------------------------------------------------------
@@ -440,7 +440,7 @@ def test_random_streams_differ_by_parameter_and_by_refresh():
     for _ in range(4):
         for state in states:
             rule.update(g, state)
-            seen.append(rule.fold(g, state))
+            seen.append(rule.project(g, state))
     first, second = seen[::2], seen[1::2]
     assert torch.equal(first[0], first[1])
     assert not torch.equal(first[1], first[2])

@@ -4,7 +4,6 @@ import pytest
 import torch
 
 from lowrank.optim import AdamW
-from lowrank.optim.rules import step_
 
 
 def train(storage, shape=(30, 40), steps=200, in_place=True):
@@ -16,7 +15,7 @@ def train(storage, shape=(30, 40), steps=200, in_place=True):
     for _ in range(steps):
         g = (p - target + 0.3 * torch.randn(shape, generator=noise)) * scale
         if in_place:
-            step_(rule, [p], [g], [state], lr=0.01, decay=0.01)
+            rule.apply_([p], [g], [state], lr=0.01, decay=0.01)
         else:
             direction, gain = rule.update(g, state)
             p = p * (1 - 0.01 * 0.01) - 0.01 * gain * direction

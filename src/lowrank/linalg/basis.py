@@ -16,9 +16,10 @@ Shape legend: G (..., rows, cols);  Q (..., side, rank) with side = rows on the 
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal, Protocol
+from typing import ClassVar, Literal
 
 import torch
 from torch import Tensor
@@ -29,19 +30,17 @@ Side = Literal["left", "right"]
 Joint = Generator[Tensor, None, Tensor]
 
 
-class Basis(Protocol):
-    """What ``Projected`` needs of a basis: a frozen, hashable value."""
+class Basis(ABC):
+    """What ``Projected`` needs of a basis: a frozen dataclass with ``fit``.
 
-    @property
-    def stored(self) -> bool:
-        """Whether the basis is kept as state; if not, it can be made again from the seed and the shape alone."""
-        ...
+    ``stored``: whether the basis is kept as state; if not, it can be made again from the seed and the shape alone.
+    ``orthonormal``: whether QᵀQ = I at every refresh.
+    """
 
-    @property
-    def orthonormal(self) -> bool:
-        """Whether QᵀQ = I at every refresh."""
-        ...
+    stored: ClassVar[bool] = True
+    orthonormal: ClassVar[bool] = True
 
+    @abstractmethod
     def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
         """A basis (..., rows or cols, rank) for one side of ``g`` (..., rows, cols).
 
@@ -55,21 +54,24 @@ class Basis(Protocol):
         Raises:
             torch.linalg.LinAlgError: the decomposition failed, for instance on a gradient that is not finite.
         """
-        ...
 
+
+class JointBasis(Basis):
+    """A basis that the matrices of a stack can share, wherever they are (``Projected(one_basis=True)``)."""
+
+    @abstractmethod
     def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
         """One basis (side, rank) for all matrices of a stack ``g`` (heads, rows, cols): its span keeps the most of
         Σ_h ‖G_h‖². ``old`` is the present one, (side, rank). Where others hold more of the stack, each tensor yielded
         is to be replaced by its sum over all of them before going on."""
-        ...
 
+    @abstractmethod
     def joint_numbers(self, size: int, rank: int) -> int:
         """How many numbers ``joint`` yields in all for a side of ``size``."""
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class SVD:
+class SVD(JointBasis):
     """The exact leading singular vectors of G, decomposed in its stored orientation (as galore-torch does).
 
     Args:
@@ -77,9 +79,6 @@ class SVD:
     """
 
     align: bool = True
-
-    stored = True
-    orthonormal = True
 
     def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
         u, _, vh = torch.linalg.svd(g, full_matrices=False)
@@ -99,7 +98,7 @@ class SVD:
 
 
 @dataclass(frozen=True, kw_only=True)
-class PowerIteration:
+class PowerIteration(JointBasis):
     """Subspace iteration, started at the old basis; at a cold start at a Gaussian sketch of G.
 
     An iteration is two products with G and one QR of a matrix (side, rank). All but the last read only every
@@ -123,9 +122,6 @@ class PowerIteration:
     iterations: int = 2
     sample: int = 4
     align: bool = True
-
-    stored = True
-    orthonormal = True
 
     def __post_init__(self) -> None:
         if self.iterations < 1 or self.sample < 1:
@@ -164,7 +160,7 @@ class PowerIteration:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Gaussian:
+class Gaussian(JointBasis):
     """Random vectors with entries N(0, 1/rank), so that E|Qᵀx|² = |x|². Drawn again each time: the seed is the state.
 
     Args:

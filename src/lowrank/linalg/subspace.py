@@ -86,8 +86,8 @@ def multiply_into_(target: Tensor, first: Tensor, second: Tensor, *, alpha: floa
             multiply_into_(part, one, two, alpha=alpha, beta=beta)
 
 
-def residual(g: Tensor, r: Tensor, subspace: Subspace) -> Tensor:
-    """G − Q R Pᵀ, the part of G outside the subspace: the one gradient-sized tensor that a lift may allocate."""
+def residual(g: Tensor, r: Tensor, subspace: Subspace, *, share: float = 1.0) -> Tensor:
+    """G − share·Q R Pᵀ, with 1 what of G is outside the subspace: the one gradient-sized tensor a lift may allocate."""
     outside = torch.empty_like(g, memory_format=torch.contiguous_format).copy_(g)
-    subspace.lift_into_(outside, r, alpha=-1.0)
+    subspace.lift_into_(outside, r, alpha=-share)
     return outside

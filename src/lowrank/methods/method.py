@@ -14,8 +14,9 @@ from lowrank.adapters import Adapter, Merge, Site, Unchanged
 from lowrank.adapters.adapter import splits_batch
 from lowrank.adapters.targets import Targets, as_list
 from lowrank.methods.schedule import Schedule, constant
+from lowrank.optim.pairs import PairRule
 from lowrank.optim.projected import Projected
-from lowrank.optim.rules import AdamW, Rule
+from lowrank.optim.rules import AdamW, Rule, check_rule
 
 Rest = Literal["auto", "train", "freeze", "local"]
 Ties = Literal["adapt", "leave", "untie"]
@@ -41,16 +42,17 @@ class Use:
     the decay of factors would be merged into W; a Use that names them decides for itself.
 
     Raises:
-        ValueError: an ``lr`` that is not above 0.
+        ValueError: an ``lr`` that is not above 0, or what is no rule.
     """
 
     target_modules: Targets
-    rule: Rule
+    rule: Rule | PairRule
     lr: float = 1.0
     decay: bool = True
     exclude_modules: Targets = ()
 
     def __post_init__(self) -> None:
+        check_rule(self.rule, f"Use({self.target_modules!r})", (Rule, PairRule))
         if not self.lr > 0:
             raise ValueError(
                 f"Use(lr={self.lr}) multiplies the learning rate and must be above 0; freeze= freezes parameters"

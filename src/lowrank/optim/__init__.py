@@ -5,15 +5,15 @@ from typing import TYPE_CHECKING
 from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
-    from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
+    from lowrank.linalg.basis import SVD, Basis, Gaussian, JointBasis, PowerIteration
     from lowrank.optim.adafactor import Adafactor
     from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
     from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
     from lowrank.optim.optimizer import Optimizer
-    from lowrank.optim.projected import Projected
+    from lowrank.optim.pairs import PairRule
+    from lowrank.optim.projected import ErrorFeedback, Projected
     from lowrank.optim.refresh import Lazy
     from lowrank.optim.rules import SGD, AdamW, Rule, State
-    from lowrank.optim.tucker import Tucker
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -23,19 +23,21 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Basis",
+    "ErrorFeedback",
     "GaLore",
     "GaLoreAdafactor",
     "GaLoreAdamW",
     "GaLoreAdamW8bit",
     "Gaussian",
+    "JointBasis",
     "Lazy",
     "Lift",
     "Optimizer",
+    "PairRule",
     "PowerIteration",
     "Projected",
     "Rescale",
     "Residual",
     "Rule",
     "State",
-    "Tucker",
 ]

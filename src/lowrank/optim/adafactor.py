@@ -23,11 +23,11 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.rounding import wide
-from lowrank.optim.rules import Move, State
+from lowrank.optim.rules import Move, Rule, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Adafactor:
+class Adafactor(Rule):
     """Adafactor as an update rule (module docstring).
 
     Args:
@@ -94,14 +94,6 @@ class Adafactor:
         moment = cast(Tensor, state["exp_avg"])
         moment.mul_(self.beta1).add_(u.mul_(gain), alpha=1 - self.beta1)
         return moment.clone(), 1.0
-
-    def apply_(
-        self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
-    ) -> None:
-        for p, g, state in zip(params, grads, states, strict=True):
-            self.observe_(p, state)
-            direction, gain = self.update(g, state)
-            p.mul_(1 - lr * decay).sub_(direction.mul_(lr * gain))
 
     def transport_(self, state: State, like: Tensor, move: Move) -> None:
         if "exp_avg_sq_row" in state:

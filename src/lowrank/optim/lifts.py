@@ -18,8 +18,9 @@ Shape legend: G, U (..., rows, cols);  R, S as in ``linalg.products``.
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, Protocol, cast, get_args
+from typing import Any, ClassVar, Literal, cast, get_args
 
 import torch
 from torch import Tensor
@@ -29,34 +30,34 @@ from lowrank.optim.rules import State
 
 Scope = Literal["channel", "tensor"]
 Factor = Tensor | float
+Gradient = Tensor | None
 
 
-class Lift(Protocol):
-    """What ``Projected`` needs of a lift: a frozen, hashable value."""
+class Lift(ABC):
+    """What ``Projected`` needs of a lift: a frozen dataclass."""
 
-    needs_gradient: ClassVar[bool]  # whether U depends on G itself; if not, micro-batches may be kept as R
+    needs_gradient: ClassVar[bool] = True  # whether U depends on G itself; if not, micro-batches may be kept as R
 
-    def check(self, side: str) -> None:
+    def check(self, side: str) -> None:  # noqa: B027  (all sides serve, where it is not given)
         """Raise ValueError if the lift cannot serve this ``side`` of ``Projected``."""
-        ...
 
     def init(self, like: Tensor) -> State:
         """Fresh state for a gradient G like this one, (..., rows, cols)."""
-        ...
+        return {}
 
+    @abstractmethod
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         """U (..., rows, cols), by the definition; ``state`` is changed in place."""
-        ...
 
+    @abstractmethod
     def add_(
         self,
         target: Tensor,
-        g: Tensor | None,
+        g: Gradient,
         r: Tensor,
         s: Tensor,
         subspace: Subspace,
         state: State,
-        *,
         alpha: Factor,
         beta: float,
     ) -> None:
@@ -64,20 +65,13 @@ class Lift(Protocol):
 
         ``g`` may be None where ``needs_gradient`` is False.
         """
-        ...
 
 
 @dataclass(frozen=True, kw_only=True)
-class GaLore:
+class GaLore(Lift):
     """U = Q S: the update stays in the subspace."""
 
-    needs_gradient: ClassVar[bool] = False
-
-    def check(self, side: str) -> None:
-        pass  # every side has a basis to come back by
-
-    def init(self, like: Tensor) -> State:
-        return {}
+    needs_gradient = False
 
     def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
         return subspace.lift(s)
@@ -85,12 +79,11 @@ class GaLore:
     def add_(
         self,
         target: Tensor,
-        g: Tensor | None,
+        g: Gradient,
         r: Tensor,
         s: Tensor,
         subspace: Subspace,
         state: State,
-        *,
         alpha: Factor,
         beta: float,
     ) -> None:
@@ -100,13 +93,11 @@ class GaLore:
 
 
 @dataclass(frozen=True, kw_only=True)
-class _ByLength:
+class _ByLength(Lift):
     """What Rescale and Residual share: a step length |S|/|R| by channel or tensor, and the norm-growth limiter."""
 
     scope: Scope = "channel"
     limiter: float | None = 1.01
-
-    needs_gradient: ClassVar[bool] = True
 
     def __post_init__(self) -> None:
         if self.scope not in get_args(Scope):
@@ -153,12 +144,11 @@ class Rescale(_ByLength):
     def add_(
         self,
         target: Tensor,
-        g: Tensor | None,
+        g: Gradient,
         r: Tensor,
         s: Tensor,
         subspace: Subspace,
         state: State,
-        *,
         alpha: Factor,
         beta: float,
     ) -> None:
@@ -188,12 +178,11 @@ class Residual(_ByLength):
     def add_(
         self,
         target: Tensor,
-        g: Tensor | None,
+        g: Gradient,
         r: Tensor,
         s: Tensor,
         subspace: Subspace,
         state: State,
-        *,
         alpha: Factor,
         beta: float,
     ) -> None:

@@ -4,27 +4,28 @@ Every group of parameters has a rule (``rules``), a learning rate and a decay. `
 
     p.grad → clip (per layer, on request) → rule → p ← p(1 − lr·decay) − lr·gain·direction → synchroniser(step)
 
-where ``lr = group["lr"] · group["lr_ratio"] · schedule(steps done)`` and ``synchroniser`` folds adapters into the
-weights when a merge is due, so that nobody can forget to.
+where ``lr = group["lr"] · group["lr_ratio"] · schedule(steps done)`` and ``synchroniser`` merges adapters into the
+weights when that is due, so that nobody can forget to.
 
 Per layer (``per_layer=True``) the same step runs in a hook as soon as a parameter's gradient is complete, which is then
 freed: only one layer's gradient exists at a time (LOMO, arXiv 2306.09782; GaLore, arXiv 2403.03507, section 4.3). The
 result equals the ordinary step's, bitwise. With ``accumulate=K`` the hook waits for the K-th micro-batch; a rule whose
-coming step needs the gradient only in a smaller form (``folds``) keeps that form between micro-batches, every other
-keeps ``p.grad``.
+coming step needs only R = QᵀG (``accumulates_projected``) keeps that between micro-batches, every other ``p.grad``.
+Rules that see both factors of an adapter (``optim.pairs``) step at the end alone.
 
 Over several ranks gradients are summed before the step (each rank divides its loss by the global batch, so that the sum
 is the mean's gradient), each over the ranks that ``summed`` gives for its parameter: plain sums of our own gradients
 after the backward pass, in buckets, and not DDP, whose reducer knows only the parameters that it was wrapped round,
-sums within the backward pass whatever the rule, and has no place where R could stand for G. A rule that ``folds``
-sends R = QᵀG, rank-sized, and the basis is refreshed from the one summed G. Per layer the sum is in the hook;
-otherwise, on request, it is under way while the backward pass goes on (``early``).
+sums within the backward pass whatever the rule, and has no place where R could stand for G. Such a rule sends
+R = QᵀG, rank-sized, and the basis is refreshed from the one summed G. Per layer the sum is in the hook;
+otherwise, on request, it is overlapped with the backward pass (``gradient_sync``).
 
-Of a parameter that is sharded (FSDP2) all that is seen here is this rank's part: of the parameter, the gradient that
+Of a parameter that is sharded (FSDP2) all that is seen here is this rank's shard: of the parameter, the gradient that
 FSDP has summed, and the state (``optim.sharded`` says what each rule makes of that).
 
-State is made when the optimizer is, so that it costs what the plan said from the first moment on. It is saved as
-tensors by parameter, each in its own dtype, and is loaded only where rules, names and shapes agree.
+State is made when the optimizer is, so that it costs what the plan said from the first moment on. ``state_dict()``
+hands out its tensors themselves, as torch does: they change with the next step. It is loaded only where rules, names,
+shapes and dtypes agree.
 """
 
 from __future__ import annotations
@@ -43,19 +44,19 @@ from lowrank.distributed.shards import Shard, shard_of, to_local
 from lowrank.infra.seeds import generator
 from lowrank.linalg.rounding import round_into_
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.early_sync import EarlySums
-from lowrank.optim.gradient_sync import agree_bases_, clipped, dense, sum_gradients_
-from lowrank.optim.rules import Rule, step_
+from lowrank.optim.gradient_sync import OverlappedSums, agree_bases_, clipped, dense, sum_gradients_
+from lowrank.optim.pairs import PairRule, rule_of_each
+from lowrank.optim.rules import Rule, check_rule
 from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_part
-from lowrank.optim.state import check_forgets, copied, find_saved, forget_smallest_, leaves, matched
+from lowrank.optim.state import check_forgets, find_saved, forget_smallest_, leaves, mapped, matched
 
 NARROW = (torch.bfloat16, torch.float16)
 _HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: that of the last optimizer that was made with one
 
 
 def _whole(p: nn.Parameter, g: Tensor) -> None:
-    """The fold of a gradient that is to stay whole: none."""
+    """The projection of a gradient that is to stay whole: none."""
 
 
 def constant(step: int) -> float:
@@ -120,7 +121,7 @@ class Optimizer(torch.optim.Optimizer):
         self._scaler = LayerScaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._expect = dict(expect or {})
         self._micro: dict[nn.Parameter, int] = {}
-        self._folded: dict[nn.Parameter, Tensor] = {}
+        self._projected: dict[nn.Parameter, Tensor] = {}
         self._stepped: set[nn.Parameter] = set()
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._intra_worker = intra_worker
@@ -128,7 +129,7 @@ class Optimizer(torch.optim.Optimizer):
         self._parts: dict[nn.Parameter, Shard | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
         self._synchronised = False
-        self._early: EarlySums | None = None
+        self._overlapped: OverlappedSums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
@@ -137,26 +138,27 @@ class Optimizer(torch.optim.Optimizer):
         Raises:
             ValueError: no rule, a parameter given twice, a frozen one, or one that is not floating point.
         """
-        if "rule" not in param_group:
-            raise ValueError("every parameter group of lowrank.Optimizer needs a rule, such as lowrank.optim.AdamW()")
+        check_rule(param_group.get("rule"), "every parameter group of lowrank.Optimizer", (Rule, PairRule))
         super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
         group = self.param_groups[-1]
         try:
-            for i, p in enumerate(group["params"]):
+            each = rule_of_each(group["rule"], group["params"], per_layer=self.per_layer)
+            for i, (p, rule) in enumerate(zip(group["params"], each, strict=True)):
                 if not p.requires_grad:
                     raise ValueError("a frozen parameter (requires_grad=False) was given to the optimizer")
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
                 name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
                 self._parts[p] = shard_of(p, self._intra_worker, name)
-                self._rules[p] = on_part(group["rule"], self._parts[p], name)
+                self._rules[p] = on_part(rule, self._parts[p], name)
         except ValueError:
             self.param_groups.pop()
             raise
         for p in group["params"]:
             index = len(self._place)
             self._place[p] = (index, group)
-            self._start_state(p, index, group)
+            self.state[p] = self._rules[p].init(to_local(p))
+            self._rules[p].place_(self.state[p], index)
             if p in _HOOKS:  # of an earlier optimizer, which this one replaces
                 _HOOKS.pop(p).remove()
             if self.per_layer:
@@ -179,13 +181,7 @@ class Optimizer(torch.optim.Optimizer):
     def state_bytes(self) -> int:
         """Bytes of state held now, micro-batch gradients kept as R included (those kept in ``p.grad`` are not)."""
         tensors = [t for p in self._place for _, t in leaves(self.state[p])]
-        return sum(t.numel() * t.element_size() for t in [*tensors, *self._folded.values()])
-
-    def _start_state(self, p: nn.Parameter, index: int, group: dict[str, Any]) -> None:
-        rule: Any = self._rules[p]
-        self.state[p] = rule.init(to_local(p))
-        if hasattr(rule, "place_"):
-            rule.place_(self.state[p], index)
+        return sum(t.numel() * t.element_size() for t in [*tensors, *self._projected.values()])
 
     # --- the step ------------------------------------------------------------------------------------------------
 
@@ -231,13 +227,13 @@ class Optimizer(torch.optim.Optimizer):
         if self.per_layer or self._synchronised:
             return
         self._synchronised = True
-        if self._early is not None:
-            self._early.finish(self._folded)
+        if self._overlapped is not None:
+            self._overlapped.finish(self._projected)
         else:
-            sum_gradients_(self._summed, _whole if whole else self._fold, self._folded)
+            sum_gradients_(self._summed, _whole if whole else self._project, self._projected)
 
     def sum_during_backward(self, micro_batches: int = 1, *, whole: bool = False) -> None:
-        """From now on sums over the ranks are under way while the backward pass goes on (``early``).
+        """From now on sums over the ranks are overlapped with the backward pass (``gradient_sync``).
 
         Args:
             micro_batches: backward passes in each step.
@@ -248,27 +244,27 @@ class Optimizer(torch.optim.Optimizer):
         """
         if self.per_layer:
             raise ValueError("per_layer=True sums each gradient where it steps, inside the backward pass")
-        if self._summed and self._early is None:
-            self._early = EarlySums(self._summed, _whole if whole else self._fold, micro_batches)
-            for p in self._early.params:
-                _HOOKS[p] = p.register_post_accumulate_grad_hook(self._early.arrived)
+        if self._summed and self._overlapped is None:
+            self._overlapped = OverlappedSums(self._summed, _whole if whole else self._project, micro_batches)
+            for p in self._overlapped.params:
+                _HOOKS[p] = p.register_post_accumulate_grad_hook(self._overlapped.arrived)
 
     def span(self, p: nn.Parameter) -> Subspace | None:
         """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
         and on all ranks; None where there is none."""
-        rule = self._place[p][1]["rule"]
-        return rule.span(p, self.state[p]) if hasattr(rule, "span") else None
+        return self._rules[p].span(p, self.state[p])
 
     @property
     def holds_projections(self) -> bool:
         """Whether some gradients are held only as R = QᵀG, so that their norm is unknown."""
-        return bool(self._folded)
+        return bool(self._projected)
 
-    def _fold(self, p: nn.Parameter, g: Tensor) -> Tensor | None:
-        """The gradient in the smaller form that is all that the coming step needs; None where it needs the whole."""
-        rule: Any = self._rules[p]
-        folds = self.clip_per_layer is None and hasattr(rule, "folds") and rule.folds(self.state[p])
-        return rule.fold(g, self.state[p]) if folds else None
+    def _project(self, p: nn.Parameter, g: Tensor) -> Tensor | None:
+        """R = QᵀG where that is all that the coming step needs; None where it needs the whole gradient."""
+        rule, state = self._rules[p], self.state[p]
+        if self.clip_per_layer is not None or not rule.accumulates_projected(state):
+            return None
+        return rule.project(g, state)
 
     def gradients(self) -> dict[nn.Parameter, Tensor]:
         """What this rank holds of every gradient that there is, to be changed in place."""
@@ -276,17 +272,20 @@ class Optimizer(torch.optim.Optimizer):
         return {p: to_local(p.grad) for p in parameters if p.grad is not None}
 
     def _step_group(self, group: dict[str, Any]) -> None:
-        for p in [p for p in group["params"] if p in self._folded]:
-            self._step_folded(p, group, self._folded.pop(p))
-        ready = [p for p in group["params"] if p.grad is not None]
-        if not ready:
+        rule = group["rule"]
+        if isinstance(rule, PairRule):
+            for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
+                if A.grad is not None or B.grad is not None:
+                    self._step_pair(A, B, group)
             return
-        apply_ = getattr(group["rule"], "apply_", None)
-        at_once = apply_ is not None and self.clip_per_layer is None
-        plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is group["rule"]]
+        for p in [p for p in group["params"] if p in self._projected]:
+            self._step_projected(p, group, self._projected.pop(p))
+        ready = [p for p in group["params"] if p.grad is not None]
+        at_once = self.clip_per_layer is None
+        plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is rule]
         if plain:
             grads, states = [dense(p.grad) for p in plain], [self.state[p] for p in plain]
-            apply_([to_local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])  # type: ignore[misc]
+            rule.apply_([to_local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])
         done = set(map(id, plain))
         for p in ready:
             if id(p) not in done:
@@ -296,13 +295,20 @@ class Optimizer(torch.optim.Optimizer):
         """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
         if self.clip_per_layer is not None:
             g = clipped(g, self.clip_per_layer, self._parts[p])
-        group_lr, decay = self._lr(group), group["decay"]
-        self._write(
-            p,
-            lambda target: step_(
-                self._rules[p], [target], [g.to(target.dtype)], [self.state[p]], lr=group_lr, decay=decay
-            ),
-        )
+        rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
+        self._write(p, lambda target: rule.apply_([target], [g.to(target.dtype)], [state], lr=lr, decay=decay))
+
+    def _step_pair(self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any]) -> None:
+        """Step the factors of one adapter together; the gradient of one alone is beside zero."""
+        rule, state, lr, decay = group["rule"], self.state[A], self._lr(group), group["decay"]
+        g, h = (torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in (A, B))
+        if self.clip_per_layer is not None:
+            g, h = (clipped(each, self.clip_per_layer, None) for each in (g, h))
+
+        def step_both(a: Tensor, b: Tensor) -> None:
+            rule.apply_((a, b), (g.to(a.dtype), h.to(b.dtype)), state, lr=lr, decay=decay)
+
+        self._write(A, lambda a: self._write(B, lambda b: step_both(a, b)))
 
     def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
         mine, part = to_local(p), self._parts[p]
@@ -343,8 +349,8 @@ class Optimizer(torch.optim.Optimizer):
                 f"every {self.accumulate} backward passes, or make the optimizer with the accumulate= of your loop"
             )
         count = self._micro[p] = self._micro.get(p, 0) + 1
-        if self.accumulate > 1 and (small := self._fold(p, dense(p.grad))) is not None:
-            self._folded[p] = self._folded[p].add_(small) if p in self._folded else small
+        if self.accumulate > 1 and (small := self._project(p, dense(p.grad))) is not None:
+            self._projected[p] = self._projected[p].add_(small) if p in self._projected else small
             p.grad = None
         if count == self.accumulate:
             self._complete(p)
@@ -354,19 +360,19 @@ class Optimizer(torch.optim.Optimizer):
         group = self._place[p][1]
         del self._micro[p]
         self._stepped.add(p)
-        folded = p in self._folded
-        g: Tensor | None = self._folded.pop(p) if folded else dense(p.grad)
+        projected = p in self._projected
+        g: Tensor | None = self._projected.pop(p) if projected else dense(p.grad)
         p.grad = None
         if self._scaler is not None and g is not None:
             g = self._scaler.unscaled(g)
         if g is None:
             return
         if p in self._summed:
-            if not folded and (small := self._fold(p, g)) is not None:
-                g, folded = small, True
+            if not projected and (small := self._project(p, g)) is not None:
+                g, projected = small, True
             self._summed[p].sum_([g])
-        if folded:
-            self._step_folded(p, group, g)
+        if projected:
+            self._step_projected(p, group, g)
         else:
             if self._parts[p] is None:  # of a sharded parameter no basis is shared by heads
                 p.grad = g
@@ -374,10 +380,9 @@ class Optimizer(torch.optim.Optimizer):
                 p.grad = None
             self._step_one(p, group, g)
 
-    def _step_folded(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
-        rule: Any = self._rules[p]
-        lr, decay = self._lr(group), group["decay"]
-        self._write(p, lambda target: rule.apply_folded_(target, r, self.state[p], lr=lr, decay=decay))
+    def _step_projected(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
+        rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
+        self._write(p, lambda target: rule.apply_projected_(target, r, state, lr=lr, decay=decay))
 
     def _finish_backward(self) -> None:
         if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them
@@ -397,11 +402,11 @@ class Optimizer(torch.optim.Optimizer):
 
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the kept micro-batches of an unfinished step."""
-        if self._early is not None:
-            self._early.drop()
+        if self._overlapped is not None:
+            self._overlapped.drop()
         super().zero_grad(set_to_none)
         self._micro.clear()
-        self._folded.clear()
+        self._projected.clear()
         self._synchronised = False
 
     # --- forgetting ----------------------------------------------------------------------------------------------
@@ -421,19 +426,16 @@ class Optimizer(torch.optim.Optimizer):
         params = list(params)
         for p in params:
             if 0.0 < share < 1.0:
-                check_forgets(self._place[p][1]["rule"], p, self.name_of(p))
+                check_forgets(self._rules[p], p, self.name_of(p))
                 if self._parts[p] is not None:
                     raise ValueError(
-                        f"the smallest numbers of the state of {self.name_of(p)} cannot be told from a part of it: it "
-                        "is sharded; use share=0 or share=1"
+                        f"the smallest numbers of the state of {self.name_of(p)} cannot be told from a shard of it: "
+                        "it is sharded; use share=0 or share=1"
                     )
         for p in params:
-            rule: Any = self._rules[p]
-            if share == 1.0 and hasattr(rule, "restart_"):
-                rule.restart_(self.state[p], to_local(p))
-                rule.place_(self.state[p], self._place[p][0])
-            elif share == 1.0:
-                self._start_state(p, *self._place[p])
+            if share == 1.0:
+                self._rules[p].restart_(self.state[p], to_local(p))
+                self._rules[p].place_(self.state[p], self._place[p][0])
             elif share > 0.0:
                 moments = [t for _, t in leaves(self.state[p]) if t.shape == p.shape]
                 if moments:
@@ -442,14 +444,21 @@ class Optimizer(torch.optim.Optimizer):
     # --- saving and loading --------------------------------------------------------------------------------------
 
     def state_dict(self) -> dict[str, Any]:
-        """``{"state": {i: nested dict of tensors}, "param_groups": [...]}``, torch's form; rules are saved as text."""
+        """``{"state": {i: nested dict of tensors}, "param_groups": [...]}``, torch's form; rules are saved as text.
+
+        The dicts are new, the tensors are the optimizer's own: ``copy.deepcopy`` what is to outlive the next step.
+        """
         number = {p: index for p, (index, _) in self._place.items()}
         groups = []
         for group in self.param_groups:
             plain = {k: v for k, v in group.items() if k not in ("params", "rule")}
             groups.append({**plain, "rule": repr(group["rule"]), "params": [number[p] for p in group["params"]]})
         extra = {"scale_age": self._scaler.age} if self._scaler is not None else {}
-        return {"state": {number[p]: copied(self.state[p]) for p in self._place}, "param_groups": groups, **extra}
+        return {
+            "state": {number[p]: mapped(self.state[p], lambda _, t: t) for p in self._place},
+            "param_groups": groups,
+            **extra,
+        }
 
     @torch.no_grad()
     def load_state_dict(self, state_dict: dict[str, Any]) -> None:

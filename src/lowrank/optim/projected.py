@@ -8,8 +8,8 @@ One rule with a few slots, each a small value. The papers are values of it:
     GaLore       Projected(rank=r)                                              2403.03507, algorithm 2
     Q-GaLore     … inner=AdamW(storage="int8"), basis_storage="int4",           2407.08296; weights are not quantised
                  lazy=Lazy()
-    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1),         2410.16103; without error feedback
-                 transport="rotate"
+    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1),         2410.16103
+                 transport="rotate", error_feedback=ErrorFeedback()
     APOLLO       … basis=Gaussian(), lift=Rescale(), scale=1                    2412.05270
     APOLLO-Mini  … rank=1, basis=Gaussian(), lift=Rescale(scope="tensor"),      2412.05270
                  scale=128 ** 0.5
@@ -27,8 +27,8 @@ correction and decay as in ``torch.optim.AdamW``, float32 arithmetic throughout,
 
 State of a matrix of sides short ≤ long, with r = min(rank, short): the basis (short·r numbers at side="short",
 long·r at "long", both at "both", none for Gaussian); the inner rule's state for R; the clock, 40 bytes; one number
-for a limiter; with ``lazy`` 8 + 4·window bytes. With AdamW at side="short": (short + 2·long)·r numbers and 40 + 4
-bytes.
+for a limiter; with ``lazy`` 8 + 4·window bytes; with ``error_feedback`` short·long numbers. With AdamW at
+side="short": (short + 2·long)·r numbers and 40 + 4 bytes.
 
 Shape legend: G, U (..., rows, cols);  Q (..., rows or cols, r);
 R, S (..., r, cols) with a left basis, (..., rows, r) with a right one, (..., r, r) with both.
@@ -37,19 +37,18 @@ R, S (..., r, cols) with a left basis, (..., rows, r) with a right one, (..., r,
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from typing import Any, Literal, cast, get_args
 
 import torch
 from torch import Tensor
 
-from lowrank.linalg.basis import Basis, PowerIteration, orthonormalise
-from lowrank.linalg.subspace import Subspace
+from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, orthonormalise
+from lowrank.linalg.subspace import Subspace, residual
 from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrix_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.refresh import (
     Lazy,
-    Refresh,
     advance_,
     copy_into_,
     count,
@@ -62,14 +61,35 @@ from lowrank.optim.refresh import (
     stream,
     together,
 )
-from lowrank.optim.rules import AdamW, Rule, State, step_
+from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, check_storage, read, wide, write_
 
 Transport = Literal["keep", "rotate", "reset"]
 
 
 @dataclass(frozen=True, kw_only=True)
-class Projected:
+class ErrorFeedback:
+    """What the projection leaves out is not lost but added to the next gradient (LDAdam, Dion, PowerSGD).
+
+        G ← G + E,   step with R = QᵀG,   E ← G − share·Q R
+
+    Args:
+        share: of what lies in the subspace, how much counts as dealt with, in (0, 1]: 1 for LDAdam; 1 − μ makes of
+            G + E the momentum matrix of Dion.
+
+    Raises:
+        ValueError: a share out of its range.
+    """
+
+    share: float = 1.0
+
+    def __post_init__(self) -> None:
+        if not 0.0 < self.share <= 1.0:
+            raise ValueError(f"share={self.share} must lie in (0, 1]")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Projected(Rule):
     """Run ``inner`` in a subspace of rank ``rank``. Itself a rule, so it nests.
 
     Args:
@@ -91,6 +111,7 @@ class Projected:
             all the same.
         one_basis: the matrices of a stack (heads) share a basis, the best for all of them together; so do those on
             other ranks.
+        error_feedback: add what the projection left out to the next gradient (``ErrorFeedback``), or None.
 
     Raises:
         ValueError: a size that is not a positive whole number, an unknown word, or slots that do not go together.
@@ -110,6 +131,16 @@ class Projected:
     stack: bool = True
     fallback: bool = True
     one_basis: bool = False
+    error_feedback: ErrorFeedback | None = None
+
+    projects = True
+
+    def __repr__(self) -> str:
+        """As a dataclass's, but for ``error_feedback=None``: saved states name their rule so, also older ones."""
+        shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
+        if self.error_feedback is None:
+            del shown["error_feedback"]
+        return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self) -> None:
         for name in ("rank", "refresh_every"):
@@ -120,12 +151,20 @@ class Projected:
         if self.transport not in get_args(Transport):
             raise ValueError(f"transport={self.transport!r} is unknown; it is one of {', '.join(get_args(Transport))}")
         check_storage("basis_storage", self.basis_storage, BasisStorage)
+        check_rule(self.inner, "inner=")
         self.lift.check(self.side)
         self._check_pairs()
 
     def _check_pairs(self) -> None:
         if self.one_basis and not self.stack:
             raise ValueError("one_basis=True is for a stack of matrices: use stack=True")
+        if self.one_basis and not isinstance(self.basis, JointBasis):
+            raise ValueError(f"one_basis=True needs a JointBasis, which {self.basis!r} is not")
+        if self.error_feedback is not None and (self.lift.needs_gradient or not self.basis.orthonormal):
+            raise ValueError(
+                "error_feedback= keeps what an orthonormal basis leaves out and lift=GaLore() drops; it cannot go with "
+                f"{self.lift!r} and {self.basis!r}"
+            )
         if not self.basis.orthonormal and (self.transport == "rotate" or self.lazy is not None):
             raise ValueError(
                 "transport='rotate' and lazy= compare the old basis with the new one, but "
@@ -135,7 +174,7 @@ class Projected:
             raise ValueError(
                 f"basis_storage={self.basis_storage!r} has nothing to act on: {self.basis!r} is not stored"
             )
-        if self.transport == "rotate" and not hasattr(self.inner, "transport_"):
+        if self.transport == "rotate" and not self.inner.transports:
             raise ValueError(
                 f"transport='rotate' needs an inner rule that can rotate its moments, and {type(self.inner).__name__} "
                 "cannot; use 'keep' or 'reset'"
@@ -160,11 +199,7 @@ class Projected:
         return inside_shape(self._matrix_shape(shape), self.side, self.rank)
 
     def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
-        """The rule that a parameter like this one follows: this one, or ``inner`` where projecting compresses nothing.
-
-        ``stacked``: whether its leading dimensions are a stack of matrices (as in adapter factors) and not those of a
-        convolution, which is read as one matrix.
-        """
+        """This rule, or ``inner`` where projecting compresses nothing; a convolution is read as one matrix."""
         rule = self if self.stack == stacked or like.dim() <= 2 else replace(self, stack=stacked)
         return self.inner if rule.rank_for(tuple(like.shape)) is None else rule
 
@@ -189,6 +224,8 @@ class Projected:
             state["basis"] = {
                 side: allocate(whole.new_empty(s), self.basis_storage, code) for side, s in shapes.items()
             }
+        if self.error_feedback is not None:
+            state["error"] = torch.zeros(whole.shape, dtype=whole.dtype, device=like.device)
         return state if self.lazy is None else {**state, **self.lazy.init(self.refresh_every)}
 
     def _like_inside(self, g: Tensor) -> Tensor:
@@ -199,12 +236,10 @@ class Projected:
         """Note the parameter's ``index``: its phase in the refresh interval and its random streams follow from it."""
         if "due" in state:
             cast(Tensor, state["index"]).fill_(index)
-        if hasattr(self.inner, "place_"):
-            self.inner.place_(self._inner_state(state), index)
+        self.inner.place_(self._inner_state(state), index)
 
     def observe_(self, param: Tensor, state: State) -> None:
-        """Show the parameter to an inner rule that wants to see it (Adafactor's parameter scale)."""
-        if hasattr(self.inner, "observe_"):
+        if self.inner.observes:
             matrix = param.reshape(self._matrix_shape(param.shape)) if "due" in state else param
             self.inner.observe_(matrix, self._inner_state(state))
 
@@ -216,9 +251,10 @@ class Projected:
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
         if "due" not in state:
             return self.inner.update(g, self._inner_state(state))
-        shape, g = g.shape, self._as_matrix(g)
+        shape, g = g.shape, self._as_matrix(g, state)
         subspace = self._subspace(g, state)
         r = subspace.project(g)
+        self._keep_error_(g, r, subspace, state)
         s, gain = self.inner.update(r, self._inner_state(state))
         u = self.lift(g, r, s, subspace, cast(State, state["lift"]))
         advance_(state, "step")
@@ -230,13 +266,15 @@ class Projected:
         every = list(zip(params, grads, states, strict=True))
         for p, g, state in every:
             if "due" in state:
-                g = self._as_matrix(g)
+                g = self._as_matrix(g, state)
                 subspace = self._subspace(g, state)
-                self._advance_(p, g, subspace.project(g), subspace, state, lr=lr, decay=decay)
+                r = subspace.project(g)
+                self._keep_error_(g, r, subspace, state)
+                self._advance_(p, g, r, subspace, state, lr=lr, decay=decay)
         plain = [(p, g, self._inner_state(state)) for p, g, state in every if "due" not in state]
         if plain:
             ps, gs, ss = (list(column) for column in zip(*plain, strict=True))
-            step_(self.inner, ps, gs, ss, lr=lr, decay=decay)
+            self.inner.apply_(ps, gs, ss, lr=lr, decay=decay)
 
     def _advance_(
         self, p: Tensor, g: Tensor | None, r: Tensor, subspace: Subspace, state: State, *, lr: float, decay: float
@@ -244,35 +282,44 @@ class Projected:
         """p ← p·(1 − lr·decay) − lr·c·scale·U, without a tensor for U."""
         self.observe_(p, state)
         inner, keep = self._inner_state(state), 1 - lr * decay
-        if self.lift.needs_gradient or hasattr(self.inner, "observe_"):
+        if self.lift.needs_gradient or self.inner.observes:
             s, gain = self.inner.update(r, inner)
             alpha = gain * (-lr * self.scale)
         else:
             # Let the inner rule step a zero tensor of R's shape: that gives −lr·c·S, by whatever kernel it has.
             s, alpha = torch.zeros_like(r), self.scale
-            step_(self.inner, [s], [r], [inner], lr=lr, decay=0.0)
+            self.inner.apply_([s], [r], [inner], lr=lr, decay=0.0)
         with matrix_of(p, self._matrix_shape(p.shape)) as target:
             self.lift.add_(target, g, r, s, subspace, cast(State, state["lift"]), alpha=alpha, beta=keep)
         advance_(state, "step")
 
-    def _as_matrix(self, g: Tensor) -> Tensor:
-        return g.reshape(self._matrix_shape(g.shape)).to(wide(g.dtype))
+    def _as_matrix(self, g: Tensor, state: State) -> Tensor:
+        """The gradient as a stack of matrices, and with it what earlier steps left out."""
+        g = g.reshape(self._matrix_shape(g.shape)).to(wide(g.dtype))
+        return g if self.error_feedback is None else g + cast(Tensor, state["error"])
 
-    # --- micro-batches kept as R ---------------------------------------------------------------------------------
+    def _keep_error_(self, g: Tensor, r: Tensor, subspace: Subspace, state: State) -> None:
+        if self.error_feedback is not None:
+            cast(Tensor, state["error"]).copy_(residual(g, r, subspace, share=self.error_feedback.share))
 
-    def folds(self, state: State) -> bool:
-        """Whether the coming step needs only R = QᵀG of each micro-batch: no refresh is due, the lift needs no G."""
-        return "due" in state and not self.lift.needs_gradient and not is_due(state)
+    # --- gradients kept as R -------------------------------------------------------------------------------------
 
-    def fold(self, g: Tensor, state: State) -> Tensor:
-        """R of one micro-batch's gradient ``g``; the sum over the micro-batches is the step's R."""
-        g = self._as_matrix(g)
+    @property
+    def keeps_projected(self) -> bool:
+        """Whether a step between two refreshes needs R alone: neither the lift nor the error feedback needs G."""
+        return not self.lift.needs_gradient and self.error_feedback is None
+
+    def accumulates_projected(self, state: State) -> bool:
+        return "due" in state and self.keeps_projected and not is_due(state)
+
+    def project(self, g: Tensor, state: State) -> Tensor:
+        """R = QᵀG."""
+        g = self._as_matrix(g, state)
         return self._present(g, state).project(g)
 
-    def apply_folded_(self, param: Tensor, folded: Tensor, state: State, *, lr: float, decay: float) -> None:
-        """The step of ``apply_``, from the sum of the folded micro-batches."""
-        subspace = self._present(self._as_matrix(param), state)
-        self._advance_(param, None, folded, subspace, state, lr=lr, decay=decay)
+    def apply_projected_(self, param: Tensor, projected: Tensor, state: State, *, lr: float, decay: float) -> None:
+        subspace = self._present(self._as_matrix(param, state), state)
+        self._advance_(param, None, projected, subspace, state, lr=lr, decay=decay)
 
     # --- the subspace --------------------------------------------------------------------------------------------
 
@@ -291,29 +338,24 @@ class Projected:
         return Subspace(left=found.get("left"), right=found.get("right"))
 
     def agreement(self, g: Tensor, state: State) -> Refresh | None:
-        """Where the matrices of a stack share a basis that is due: its refresh, to be run (``refresh.together``) before
-        the step by all who hold a part of the stack. ``apply_`` runs it alone where nobody has."""
+        """To be run by ``refresh.together``; ``apply_`` runs it alone where nobody has."""
         due = self.one_basis and "due" in state and is_due(state)
-        return self._refreshing(self._as_matrix(g), state) if due else None
+        return self._refreshing(self._as_matrix(g, state), state) if due else None
 
     def span(self, like: Tensor, state: State) -> Subspace | None:
-        """The subspace, orthonormal and one for the whole stack, in which all steps since the last refresh lie; None
-        where they do not lie in one."""
         if not self.one_basis or "due" not in state or self.lift.needs_gradient:
             return None
-        present = self._present(self._as_matrix(like), state)
+        present = self._present(self._as_matrix(like, state), state)
         sides = {"left": present.left, "right": present.right}
         found = {side: orthonormalise(q[0].clone())[0] for side, q in sides.items() if q is not None}
         return Subspace(left=found.get("left"), right=found.get("right"))
 
     def span_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
-        """The shape of QᵀD of one matrix of a stack of this shape, where its changes have a ``span``."""
         inside = self.one_basis and not self.lift.needs_gradient and self.rank_for(shape) is not None
         return self.inside_shape(shape)[1:] if inside else None
 
     def agreed_numbers(self, shape: tuple[int, ...]) -> int:
-        """How many numbers an ``agreement`` sums over all who hold a part of a stack of this shape."""
-        if not self.one_basis or self.rank_for(shape) is None:
+        if not isinstance(self.basis, JointBasis) or not self.one_basis or self.rank_for(shape) is None:
             return 0
         bases = basis_shapes(shape, self.side, self.rank).values()
         return sum(self.basis.joint_numbers(size, rank) for *_, size, rank in bases)
@@ -321,12 +363,11 @@ class Projected:
     def restart_(self, state: State, like: Tensor) -> None:
         """Begin anew; a basis that is shared with others stays, and so does its clock."""
         fresh = self.init(like)
-        kept = ("inner", "lift") if self.one_basis and "due" in state else tuple(state)
-        for name in kept:
-            state[name] = fresh[name]
+        shared = self.one_basis and "due" in state
+        state.update({k: value for k, value in fresh.items() if not shared or k in ("inner", "lift", "error")})
 
     def _refresh(self, g: Tensor, state: State) -> Subspace:
-        return together([self._refreshing(g, state)], lambda told: None)[0]
+        return together([self._refreshing(g, state)], lambda yielded: None)[0]
 
     def _refreshing(self, g: Tensor, state: State) -> Refresh:
         """A new basis from ``g``; where that fails the old one stays, and is counted."""
@@ -335,7 +376,7 @@ class Projected:
         if self.basis.stored:
             rank = min(self.rank, *g.shape[-2:])
             where: dict[str, Any] = {"old": old, "seed": stream(state)}
-            if self.one_basis:
+            if self.one_basis and isinstance(self.basis, JointBasis):
                 new, failures = yield from fit_joint(self.basis, g, sides, rank, **where)
             else:
                 new, failures = fit(self.basis, g, sides, rank, **where)
@@ -361,4 +402,4 @@ class Projected:
             copy_into_(inner, self.inner.init(self._like_inside(g)))
             self.place_(state, count(state, "index"))
         elif self.transport == "rotate":
-            cast(Any, self.inner).transport_(inner, self._like_inside(g), rotation(old, new))
+            self.inner.transport_(inner, self._like_inside(g), rotation(old, new))

@@ -25,11 +25,10 @@ import torch
 from torch import Tensor
 
 from lowrank.infra.seeds import stable_seed
-from lowrank.linalg.basis import Basis, Side, random_basis
+from lowrank.linalg.basis import Basis, JointBasis, Side, random_basis
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.rules import Move, State
+from lowrank.optim.rules import Move, Refresh, State
 
-Refresh = Generator[Tensor, None, Subspace]
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -129,7 +128,7 @@ def fit(
 
 
 def fit_joint(
-    basis: Basis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
+    basis: JointBasis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
 ) -> Generator[Tensor, None, tuple[Subspace, int]]:
     """As ``fit``, one basis for the whole stack (heads, rows, cols), which then is every matrix's; yields what others
     that hold more of the stack are to sum (``Basis.joint``)."""

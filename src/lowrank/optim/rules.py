@@ -1,13 +1,13 @@
 """Update rules: how a gradient becomes a step.
 
-A rule is hyper-parameters only (frozen, hashable, printable) and two functions, after optax: ``init`` makes the state
-of one parameter, ``update`` turns a gradient into a direction U and a gain c, and changes the state in place. The
-optimizer then does, for a learning rate η and a decay λ,
+A rule is hyper-parameters only (a frozen dataclass: hashable, printable) and two functions, after optax: ``init`` makes
+the state of one parameter, ``update`` turns a gradient into a direction U and a gain c, and changes the state in place.
+The optimizer then does, for a learning rate η and a decay λ,
 
     p ← p·(1 − η·λ) − η·c·U
 
-so that no rule ever sees the parameter, the learning rate or the decay. ``update`` is the definition; a rule may also
-give ``apply_``, the same step in place for many parameters at once, equal up to rounding, which the optimizer prefers.
+so that no rule ever sees the parameter, the learning rate or the decay. ``update`` is the definition. All else that a
+rule may say of itself has a default in :class:`Rule`.
 
 State is a nested dict of tensors whose keys, shapes and dtypes are fixed by ``init``. Unless a rule's ``storage`` says
 otherwise it is float32 (float64 for float64 parameters) whatever the parameter's dtype: arithmetic is never narrower.
@@ -15,60 +15,122 @@ otherwise it is float32 (float64 for float64 parameters) whatever the parameter'
 
 from __future__ import annotations
 
-from collections.abc import Callable
-from dataclasses import dataclass
-from typing import ClassVar, Protocol, cast, runtime_checkable
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Generator
+from dataclasses import dataclass, is_dataclass
+from typing import ClassVar, cast
 
 import torch
 from torch import Tensor
 from torch.optim.adamw import adamw
 
+from lowrank.linalg.subspace import Subspace
 from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
 
 State = dict[str, "Tensor | State"]
 Move = Callable[[Tensor, int], Tensor]  # (a moment, the power of the gradient in it) -> that moment in another basis
+Refresh = Generator[Tensor, None, Subspace]  # a new basis; yields what all who hold a part of the stack are to sum
 
 
-@runtime_checkable
-class Rule(Protocol):
-    """What the optimizer needs of an update rule: ``init`` and ``update``. Where present, it also uses
+class Rule(ABC):
+    """An update rule for one parameter. Subclasses are frozen dataclasses and give ``init`` and ``update``.
 
-        apply_(params, grads, states, *, lr, decay)  the whole step in place, for float32 or float64 parameters
-        place_(state, index)                         told once which parameter a state is for (to stagger, to seed)
-        folds, fold, apply_folded_                   micro-batch gradients kept in a smaller form (``projected``)
-        element_wise                                 True if a number's step depends on that number alone and all state
-                                                     but scalars is moments of the parameter's shape: then it may act
-                                                     on a part of a parameter (``sharded``); it needs ``transport_``
-
-    and ``Projected``, of a rule inside it:
-
-        transport_(state, like, move)                the basis has changed: pass every moment through ``move``
-        observe_(param, state)                       shown the parameter before a step (Adafactor's parameter scale)
+    What else a rule may give is below, with what holds for a rule that does not. ``element_wise`` is True where a
+    number's step depends on that number's gradients alone, and all state but scalars is moments of the parameter's
+    shape: such a rule may act on a shard of a parameter (``optim.sharded``), and gives ``transport_``. ``projects`` is
+    True where the rule keeps a subspace of its own. ``observes`` and ``transports`` follow from what is given.
     """
 
+    element_wise: ClassVar[bool] = False
+    projects: ClassVar[bool] = False
+    observes: ClassVar[bool] = False  # whether it gives observe_
+    transports: ClassVar[bool] = False  # whether it gives transport_
+
+    def __init_subclass__(cls) -> None:
+        cls.observes = cls.observe_ is not Rule.observe_
+        cls.transports = cls.transport_ is not Rule.transport_
+
+    @abstractmethod
     def init(self, like: Tensor) -> State:
         """A fresh state for a parameter like this one (its shape, dtype and device; the values are not read)."""
-        ...
 
+    @abstractmethod
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
-        """(direction, gain) for gradient ``g``; ``state`` is changed in place."""
-        ...
+        """(direction, gain) for gradient ``g``, which stays as it is; ``state`` is changed in place."""
+
+    def apply_(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
+    ) -> None:
+        """One step of float32 or float64 parameters in place, equal to ``update``'s up to rounding."""
+        for p, g, state in zip(params, grads, states, strict=True):
+            self.observe_(p, state)
+            direction, gain = self.update(g, state)
+            p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+
+    def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
+        """The rule that a parameter like this one really follows; ``stacked``: whether its leading dimensions are a
+        stack of matrices, as in adapter factors, and not those of a convolution."""
+        return self
+
+    def place_(self, state: State, index: int) -> None:  # noqa: B027  (nothing, where it is not given)
+        """Told once, after ``init``, the number of the parameter that the state is for (to stagger, to seed)."""
+
+    def restart_(self, state: State, like: Tensor) -> None:
+        """Begin anew, as after ``init``."""
+        state.clear()
+        state.update(self.init(like))
+
+    def observe_(self, param: Tensor, state: State) -> None:  # noqa: B027
+        """Shown the parameter before each step (Adafactor's parameter scale)."""
+
+    def transport_(self, state: State, like: Tensor, move: Move) -> None:
+        """The basis has changed: pass every moment, and the power of the gradient in it, through ``move``."""
+        raise NotImplementedError(f"{type(self).__name__} does not say how its moments move")
+
+    # --- gradients in a smaller form, between micro-batches and on the way to other ranks ---
+
+    def accumulates_projected(self, state: State) -> bool:
+        """Whether the coming step needs of each gradient ``project(g, state)`` alone."""
+        return False
+
+    def project(self, g: Tensor, state: State) -> Tensor:
+        """That smaller form. It is linear: the sum over micro-batches and ranks is the step's."""
+        raise NotImplementedError
+
+    def apply_projected_(self, param: Tensor, projected: Tensor, state: State, *, lr: float, decay: float) -> None:
+        """The step of ``apply_`` from the sum of the smaller forms."""
+        raise NotImplementedError
+
+    # --- a basis that the matrices of a stack share, with who holds others of them ---
+
+    def agreement(self, g: Tensor, state: State) -> Refresh | None:
+        """The refresh of a shared basis that is due, to be run before the step by all who hold a part of the stack."""
+        return None
+
+    def span(self, like: Tensor, state: State) -> Subspace | None:
+        """The one subspace, orthonormal, in which all steps since the last refresh lie; None where there is none."""
+        return None
+
+    def span_shape(self, shape: tuple[int, ...]) -> tuple[int, ...] | None:
+        """The shape of QᵀD of one matrix of a stack of this shape, where its changes have a ``span``."""
+        return None
+
+    def agreed_numbers(self, shape: tuple[int, ...]) -> int:
+        """How many numbers an ``agreement`` sums over all who hold a part of a stack of this shape."""
+        return 0
 
 
-def step_(
-    rule: Rule, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
-) -> None:
-    """p ← p·(1 − lr·decay) − lr·gain·direction for float32 or float64 parameters, by ``apply_`` where there is one."""
-    if hasattr(rule, "apply_"):
-        rule.apply_(params, grads, states, lr=lr, decay=decay)
-        return
-    for p, g, state in zip(params, grads, states, strict=True):
-        direction, gain = rule.update(g, state)
-        p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+def check_rule(rule: object, where: str, kinds: tuple[type, ...] = (Rule,)) -> None:
+    """Raise ValueError unless ``rule``, given to ``where``, is one of ``kinds`` and a value."""
+    if not isinstance(rule, kinds) or not is_dataclass(rule):
+        raise ValueError(
+            f"{where} needs a rule, such as lowrank.optim.AdamW(), not {rule!r}; a rule of your own is a frozen "
+            "dataclass derived from lowrank.optim.Rule, which gives init(like) and update(g, state)"
+        )
 
 
 @dataclass(frozen=True)
-class AdamW:
+class AdamW(Rule):
     """Adam with decoupled weight decay (arXiv 1711.05101), as ``torch.optim.AdamW`` computes it.
 
     State: ``exp_avg``, ``exp_avg_sq`` (the parameter's shape) and ``step`` (one float32): 8 bytes a number, and 4; as
@@ -87,7 +149,7 @@ class AdamW:
     eps: float = 1e-8
     storage: Storage = "float32"
 
-    element_wise: ClassVar[bool] = True
+    element_wise = True
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -172,7 +234,7 @@ def _laid_out_alike(p: Tensor, *others: object) -> bool:
 
 
 @dataclass(frozen=True)
-class SGD:
+class SGD(Rule):
     """Stochastic gradient descent with momentum, as ``torch.optim.SGD`` computes it, but with decoupled weight decay.
 
     State: ``momentum_buffer`` (the parameter's shape) where ``momentum`` is not 0, else nothing.
@@ -188,7 +250,7 @@ class SGD:
     momentum: float = 0.0
     nesterov: bool = False
 
-    element_wise: ClassVar[bool] = True
+    element_wise = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:

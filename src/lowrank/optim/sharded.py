@@ -6,7 +6,7 @@
                    are cut as G is along the side that is not projected, and then nothing travels. If the side that is
                    cut is the projected one, R is summed over the ranks and whole on each (``rank`` of the other side)
                    At a refresh of a basis that follows the gradient, G is gathered and every rank fits the same basis
-    others         (Adafactor's means, Tucker's modes) need the whole parameter: refused
+    others         (Adafactor's means) need the whole parameter: refused
 
 Stacks of matrices and matrices are cut along rows or columns; a tensor read as one matrix (out, …) along its first
 dimension. ``consolidated_state`` and ``local_state`` go from parts to what one process would have, and back. int8
@@ -38,11 +38,11 @@ def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
     Raises:
         ValueError: it cannot; the message names the parameter, the rule and the remedy.
     """
-    if part is None or getattr(rule, "element_wise", False):
+    if part is None or rule.element_wise:
         return rule
     if not isinstance(rule, Projected):
         raise ValueError(
-            f"{type(rule).__name__} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
+            f"{rule!r} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
             "SGD, alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
         )
     if rule.rank_for(part.shape) is None:
@@ -52,8 +52,11 @@ def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
             f"{name} is sharded, and a basis that the matrices of a stack share needs all of each: {rule!r}"
         )
     on_part(rule.inner, part, name)
-    if isinstance(rule.inner, Projected):
-        raise ValueError(f"{name} follows a projected rule within a projected rule, which parts of it cannot")
+    if rule.inner.projects or rule.error_feedback is not None:
+        raise ValueError(
+            f"{name} is sharded, and {rule!r} keeps more of it than moments of R: use an inner rule that does not "
+            "project and error_feedback=None, or --engine ddp"
+        )
     dims = range(len(part.shape) - 2, len(part.shape)) if rule.stack or len(part.shape) == 2 else range(1)
     if part.dim not in dims:
         raise ValueError(
@@ -65,7 +68,8 @@ def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
 
 def crosses(rule: Rule, part: Shard, name: str) -> bool:
     """Whether the rule projects the side along which the parameter is cut, so that R is a sum over the ranks."""
-    return bool(getattr(on_part(rule, part, name), "crosses", False))
+    here = on_part(rule, part, name)
+    return isinstance(here, ProjectedPart) and here.crosses
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -191,11 +195,10 @@ def _moments_changed(
         moments.append(moment.clone())
         return moment
 
-    mover: Any = rule
-    mover.transport_(source, before, collect)
+    rule.transport_(source, before, collect)
     changed = iter([change(moment) for moment in moments])
     target = rule.init(after)
-    mover.transport_(target, after, lambda moment, power: next(changed))
+    rule.transport_(target, after, lambda moment, power: next(changed))
     for key, value in source.items():
         if isinstance(value, Tensor) and not value.dim():
             cast(Tensor, target[key]).copy_(value)

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.optim.pairs import OneFactor
 from lowrank.optim.rules import Rule, State
 
 
@@ -18,7 +19,9 @@ def check_forgets(rule: Rule, like: Tensor, name: str) -> None:
     Zeroing the smallest numbers would spoil a basis, or quantised codes.
     """
     state = rule.init(torch.empty_like(like, device="meta"))
-    if any(t.numel() > 1 and (t.shape != like.shape or not t.is_floating_point()) for _, t in leaves(state)):
+    if isinstance(rule, OneFactor) or any(
+        t.numel() > 1 and (t.shape != like.shape or not t.is_floating_point()) for _, t in leaves(state)
+    ):
         raise ValueError(
             f"a share of the state of {name} cannot be forgotten, since {rule!r} keeps more than moments of its shape; "
             "use forget=0 or forget=1, or AdamW with storage='float32' for the factors"
@@ -54,11 +57,6 @@ def mapped(state: State, change: Callable[[str, Tensor], Tensor], prefix: str = 
         key: change(prefix + key, value) if isinstance(value, Tensor) else mapped(value, change, f"{prefix}{key}.")
         for key, value in state.items()
     }
-
-
-def copied(state: State) -> State:
-    """A deep copy of the state, detached."""
-    return mapped(state, lambda _, tensor: tensor.detach().clone())
 
 
 def matched(ours: State, saved: State, label: str) -> list[tuple[Tensor, Tensor]]:

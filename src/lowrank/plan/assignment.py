@@ -36,6 +36,7 @@ from lowrank.adapters.targets import Layer, as_list, name_matches
 from lowrank.distributed.workers import ProcessLayout
 from lowrank.infra.loaded import loaded_parameters
 from lowrank.methods import Adapt, Method, Use
+from lowrank.optim.pairs import OneFactor, PairRule
 from lowrank.optim.rules import Rule
 from lowrank.plan.table import notes_on_ranks
 
@@ -302,8 +303,25 @@ class Binding:
                 f"{names[0]} would be trained but no rule covers it; end the method's rules with Use('*', AdamW()), "
                 "or freeze it"
             )
-        rule = _resolved(use.rule, p, stacked=id(p) in self.factors)
+        if isinstance(use.rule, PairRule):
+            rule: Rule = self._one_factor(use, names[0], use.rule)
+        else:
+            rule = use.rule.resolve(p, stacked=id(p) in self.factors)
         return Row(names[0], tuple(p.shape), p.dtype, use, rule, why, self._across(p, why))
+
+    def _one_factor(self, use: Use, name: str, rule: PairRule) -> Rule:
+        """What a rule for both factors of an adapter is to one of them."""
+        owner, _, factor = name.rpartition(".")
+        other = f"{owner}.{'A' if factor == 'B' else 'B'}"
+        beside = dict(self.model.named_parameters(remove_duplicate=False)).get(other)
+        if ".adapters." not in name or factor not in ("A", "B") or beside is None:
+            raise ValueError(
+                f"{rule!r} steps A and B of an adapter together, and {name} is none of them: name both factors, as in "
+                "Use(('*.adapters.*.A', '*.adapters.*.B'), rule), and give the rest a rule of its own"
+            )
+        if next((u for u in self.method.rules if self._uses(u, [other])), None) is not use:
+            raise ValueError(f"{rule!r} steps A and B of an adapter together: {name} and {other} must follow one Use")
+        return OneFactor(rule, "A" if factor == "A" else "B", tuple(beside.shape))
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
         """How several ranks train ``p`` (see ``Row.across``)."""
@@ -384,9 +402,3 @@ def _expand_freeze(model: nn.Module, freeze: targets.Targets) -> list[str]:
             raise ValueError(f"freeze={pattern!r} must be first:n with n from 1 to the model's {blocks} blocks")
         patterns += [f"{name}.{i}" if name else str(i) for i in range(int(count))]
     return patterns
-
-
-def _resolved(rule: Rule, p: nn.Parameter, *, stacked: bool) -> Rule:
-    """The rule that ``p`` really follows: a projected one gives way to its inner rule where it compresses nothing."""
-    resolve: Callable[..., Rule] | None = getattr(rule, "resolve", None)
-    return rule if resolve is None else resolve(p, stacked=stacked)

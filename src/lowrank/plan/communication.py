@@ -242,7 +242,7 @@ def _merge(adapter: SplitAdapter, rule: Rule | None, mesh: _Mesh, exchange: Comp
 
 
 def _basis_numbers(row: Row) -> int:
-    return row.rule.agreed_numbers(row.shape) if isinstance(row.rule, Projected) else 0
+    return 0 if row.rule is None else row.rule.agreed_numbers(row.shape)
 
 
 def _average(rows: list[Row], mesh: _Mesh, exchange: Compression) -> _Sent:
@@ -261,14 +261,14 @@ def _bytes(row: Row) -> int:
 
 def _bytes_between(row: Row) -> int:
     """Bytes sent for one parameter's gradient at a step between two refreshes."""
-    if isinstance(row.rule, Projected) and not row.rule.lift.needs_gradient:
+    if isinstance(row.rule, Projected) and row.rule.keeps_projected:
         return torch.Size(row.rule.inside_shape(row.shape)).numel() * _width(row.dtype)
     return _bytes(row)
 
 
 def _part_between(row: Row, part: Shard, piece: int) -> int:
     """The same for the part of it here."""
-    if isinstance(row.rule, Projected) and not row.rule.lift.needs_gradient:
+    if isinstance(row.rule, Projected) and row.rule.keeps_projected:
         rule: Any = on_part(row.rule, part, row.name)
         return math.prod(rule.inside_shape_here()) * _width(row.dtype)
     return piece * _width(row.dtype)

@@ -24,6 +24,7 @@ from lowrank.distributed.shards import Shard, is_sharded
 from lowrank.distributed.workers import ProcessLayout, process_layout
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.pairs import OneFactor
 from lowrank.optim.state import check_forgets
 from lowrank.plan.assignment import Across, Binding, Row
 from lowrank.plan.memory import Ledger, ledger, table
@@ -200,7 +201,8 @@ class Plan:
             if row.use is None:
                 continue
             spared = not row.use.decay or (row.use.is_catch_all and row.is_factor)
-            key = (row.rule, row.use.lr, 0.0 if spared else weight_decay)
+            rule = row.rule.pair if isinstance(row.rule, OneFactor) else row.rule
+            key = (rule, row.use.lr, 0.0 if spared else weight_decay)
             groups.setdefault(key, []).append((row.name, parameters[row.name]))
         return [
             {"params": params, "rule": rule, "lr": lr, "lr_ratio": ratio, "decay": decay}

@@ -101,7 +101,9 @@ class Coordinator:
         if self.plan.layout.is_mesh:
             ahead += f", of it {short_bytes(found.between_workers)} to other workers"
         ahead += f"; DDP would send {short_bytes(found.ddp)}"
-        folds = any(hasattr(row.rule, "fold") and row.name not in self.plan.shards for row in self.plan.rows)
+        folds = any(
+            row.rule is not None and row.rule.projects and row.name not in self.plan.shards for row in self.plan.rows
+        )
         clipped = self.run.max_grad_norm is not None and folds
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
         return [*self.plan.notes, *why_not, ahead, *([why] if clipped else [])]

@@ -5,7 +5,7 @@
 
 A convolution (out, in, 3, 3) then keeps its spatial modes and compresses both channels, where ``Projected`` on the
 matrix (out, in·3·3) compresses one side. galore-torch's tensor projector sets out to do the same, but it ignores Adam's
-output on the way back and never refreshes.
+output on the way back and never refreshes. A method names it as any rule: ``Use("*conv*", Tucker(rank=32))``.
 
 State: Q_k (n_k·r_k numbers) for the compressed modes, the inner rule's state for R (Π r_k numbers a moment, r_k = n_k
 where mode k has no basis), the clock (40 bytes). Tensors of fewer than three dimensions, and those of which no mode is
@@ -31,7 +31,7 @@ from lowrank.optim.rules import AdamW, Rule, State
 
 
 @dataclass(frozen=True, kw_only=True)
-class Tucker:
+class Tucker(Rule):
     """Run ``inner`` on the core of the gradient's Tucker decomposition.
 
     Args:
@@ -52,12 +52,14 @@ class Tucker:
     scale: float = 0.25
     stagger: bool = True
 
+    projects = True
+
     def __post_init__(self) -> None:
         ranks = self.rank if isinstance(self.rank, tuple) else (self.rank,)
         for name, value in (*(("rank", rank) for rank in ranks), ("refresh_every", self.refresh_every)):
             if isinstance(value, bool) or not isinstance(value, int) or value < 1:
                 raise ValueError(f"{name}={value!r} must be a positive whole number")
-        if hasattr(self.inner, "refresh_every"):
+        if self.inner.projects:
             raise ValueError(f"inner={self.inner!r} projects by itself; give the rule inside it, such as AdamW()")
         if not self.basis.orthonormal:
             raise ValueError(f"{self.basis!r} is not orthonormal; use PowerIteration() or SVD()")
@@ -92,6 +94,8 @@ class Tucker:
     def place_(self, state: State, index: int) -> None:
         if "due" in state:
             cast(Tensor, state["index"]).fill_(index)
+        else:
+            self.inner.place_(state, index)
 
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
         if "due" not in state:
