@@ -27,6 +27,7 @@ from torch import Tensor
 from lowrank.distributed.shards import Shard, ShardSpec
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.geometry import inside_shape, sides_of
+from lowrank.optim.pairs import OneFactor
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule, State
 from lowrank.optim.state import leaves
@@ -41,8 +42,9 @@ def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
     if part is None or rule.element_wise:
         return rule
     if not isinstance(rule, Projected):
+        kind = type(rule.pair if isinstance(rule, OneFactor) else rule).__name__
         raise ValueError(
-            f"{rule!r} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
+            f"{kind} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
             "SGD, alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
         )
     if rule.rank_for(part.shape) is None:
