@@ -1,8 +1,13 @@
 """Names to layers: groups on GPT-2, LLaMA and ViT, globs, names, parts, and errors that help."""
 
+import fnmatch
+import re
+from collections.abc import Callable
+
 import pytest
 import torch
 from tests.models import gpt2, llama, mlp, vit
+from tests.units import zoo
 from torch import nn
 
 import lowrank
@@ -49,6 +54,41 @@ def test_outputs() -> None:
     assert chosen(gpt2(), "classifier") == []
     assert chosen(vit(), "classifier") == chosen(vit(), "head") == chosen(mlp(), "head") == ["head"]
     assert "head" not in chosen(vit(), "all-linear")
+
+
+OTHERS = {
+    # model: its attention, its feed-forward, its output layers; names from their third dot on
+    zoo.t5: ("SelfAttention.[qkvo] EncDecAttention.[qkvo]", "DenseReluDense.w[io]", "lm_head"),
+    zoo.mamba: ("", "", "lm_head"),
+    zoo.roberta: ("attention.*", "*.intermediate.dense *.[0-9].output.dense", "classifier.dense classifier.out_proj"),
+    zoo.bert: ("attention.*", "*.intermediate.dense *.[0-9].output.dense", "cls.predictions.*"),
+    zoo.distilbert: ("attention.*", "ffn.*", "pre_classifier classifier"),
+    zoo.vit_of_transformers: ("attention.*", "mlp.*", "classifier"),
+    zoo.convnext: ("", "mlp.*", "head.fc"),
+    zoo.distilled: ("attn.*", "mlp.*", "head head_dist"),
+    zoo.Tied: ("", "", "words"),
+}
+
+
+@pytest.mark.parametrize("build", OTHERS, ids=lambda build: build.__name__)
+def test_roles_in_models_of_others(build: Callable[[], nn.Module]) -> None:
+    """By position and shape as well as by name; output layers are known from the model itself and never adapted."""
+    model = build()
+    names = [layer.name for layer in targets.linear_layers(model)]
+    for group, globs in zip(("attention", "mlp", "head"), OTHERS[build], strict=True):
+        matching = [n for n in names if any(fnmatch.fnmatchcase(f".{n}", f"*.{glob}") for glob in globs.split())]
+        assert chosen(model, group) == matching, group
+    assert not set(chosen(model, "all-linear")) & set(chosen(model, "head"))
+
+
+def test_a_new_output_layer_trains_beside_the_adapters() -> None:
+    """RoBERTa's classifier is two layers initialised at random: neither may be frozen under an adapter."""
+    model = zoo.roberta()
+    lowrank.mark_loaded_(model.roberta)
+    plan = lowrank.apply_(model, lowrank.methods.lora("all-linear", rank=2))
+    why = {row.name: row.why for row in plan.rows}
+    assert {why[f"classifier.{name}.weight"] for name in ("dense", "out_proj")} == {"initialised at random"}
+    assert not any("classifier" in name for name in plan.adapters)
 
 
 def test_several_and_separated_by_commas() -> None:
@@ -102,38 +142,40 @@ class TestErrors:
             lowrank.apply_(model, lowrank.methods.lora(pattern, rank=2, **options))  # type: ignore[arg-type]
         return str(caught.value)
 
-    def test_nothing_matched(self) -> None:
-        said = self.words(gpt2(), "*.attnn.*")
-        assert said.startswith(
-            "target_modules='*.attnn.*' matched no linear layer; layers are transformer.h.0.attn.c_attn"
-        )
-        assert "did you mean '*.attn.*'?" in said
-
-    def test_nearest_of_names_and_groups(self) -> None:
-        assert "did you mean 'attention'?" in self.words(gpt2(), "atention")
-        assert "did you mean 'c_attn'?" in self.words(gpt2(), "c_atn")
-        assert "groups are all-linear" in self.words(gpt2(), "zzz")
-
-    def test_not_linear(self) -> None:
-        said = self.words(gpt2(), "ln_1,wpe")
-        assert "it matched Embedding, LayerNorm, which have no matrix to adapt" in said
-
-    def test_a_group_that_the_model_has_not(self) -> None:
-        assert "matched no linear layer" in self.words(gpt2(), "classifier")
-
-    def test_empty(self) -> None:
-        for empty in ("", [], " , "):
-            assert "names nothing; give a name, a glob" in self.words(gpt2(), empty)
+    @pytest.mark.parametrize(
+        ("pattern", "message"),
+        [
+            (
+                "*.attnn.*",
+                r"^target_modules='\*.attnn.\*' matched no linear layer; layers are transformer.h.0.attn.c_attn",
+            ),
+            ("*.attnn.*", r"did you mean '\*.attn.\*'\?"),
+            ("atention", "did you mean 'attention'?"),
+            ("c_atn", "did you mean 'c_attn'?"),
+            (("q", "c_atn", "mlp"), r"^target_modules='c_atn' matched .*did you mean 'c_attn'"),
+            ("zzz", "groups are all-linear"),
+            ("ln_1,wpe", "it matched Embedding, LayerNorm, which have no matrix to adapt"),
+            ("classifier", "matched no linear layer"),
+            *((empty, "names nothing; give a name, a glob") for empty in ("", [], " , ")),
+        ],
+    )
+    def test_targets(self, pattern: object, message: str) -> None:
+        assert re.search(message, self.words(gpt2(), pattern))
 
     def test_no_linear_layer_at_all(self) -> None:
         assert "the model has no nn.Linear or Conv1D layer" in self.words(nn.Sequential(nn.LayerNorm(3)), "all-linear")
 
-    def test_exclusions(self) -> None:
-        assert "exclude_modules='zzz' matched no linear layer" in self.words(gpt2(), "mlp", exclude_modules="zzz")
-        assert "takes away all that target_modules='mlp' matched" in self.words(
-            gpt2(), "mlp", exclude_modules="all-linear"
-        )
-        assert "exclude_modules take all that it matches" in self.words(gpt2(), "c_attn", exclude_modules="q,k,v")
+    @pytest.mark.parametrize(
+        ("pattern", "excluded", "message"),
+        [
+            ("mlp", "zzz", "exclude_modules='zzz' matched no linear layer"),
+            ("mlp", ("c_fc", "c_prj"), r"exclude_modules='c_prj' matched .*did you mean 'c_proj'"),
+            ("mlp", "all-linear", "takes away all that target_modules='mlp' matched"),
+            ("c_attn", "q,k,v", "exclude_modules take all that it matches"),
+        ],
+    )
+    def test_exclusions(self, pattern: str, excluded: object, message: str) -> None:
+        assert re.search(message, self.words(gpt2(), pattern, exclude_modules=excluded))
 
     def test_adapted_already(self) -> None:
         model = gpt2()

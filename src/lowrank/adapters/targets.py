@@ -2,7 +2,7 @@
 
 A target is one of
 
-* a group: ``all-linear`` (every linear layer but the output), ``attention``, ``q`` ``k`` ``v`` ``o``, ``mlp``,
+* a group: ``all-linear`` (every linear layer but output layers), ``attention``, ``q`` ``k`` ``v`` ``o``, ``mlp``,
   ``lm_head``, ``classifier``, ``head`` (either output), ``patch_embed`` (a ViT's convolution on its patches);
 * a glob over the whole name: ``*.attn.*``, ``blocks.[0-3].mlp.fc?``;
 * a name, or the end of one: ``c_attn`` is every layer whose last part is that; ``attn.c_proj`` the same with two parts.
@@ -15,7 +15,9 @@ from __future__ import annotations
 
 import difflib
 import fnmatch
-from collections.abc import Iterable, Sequence
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 
 from torch import nn
@@ -27,29 +29,20 @@ Targets = str | Sequence[str]
 GROUPS = ("all-linear", "attention", "q", "k", "v", "o", "mlp", "lm_head", "classifier", "head", "patch_embed")
 EMBEDDINGS = "embeddings"  # a group of parameters, for rules and freeze=: embedding tables and the output layer
 FUSED = {"c_attn", "qkv", "Wqkv"}
-ATTENTION = {"attn", "attention", "self_attn", "self_attention", "crossattention", "cross_attn", "encoder_attn"}
-ATTENTION_LAYERS = {"q_proj", "k_proj", "v_proj", "o_proj", "out_proj", "query", "key", "value", "wq", "wk", "wv", "wo"}
-MLP = {"mlp", "ffn", "feed_forward", "intermediate"}
-MLP_LAYERS = {
-    "fc1",
-    "fc2",
-    "c_fc",
-    "up_proj",
-    "down_proj",
-    "gate_proj",
-    "dense_h_to_4h",
-    "dense_4h_to_h",
-    "w1",
-    "w2",
-    "w3",
-}
+ATTENTION = ("attn", "attention")  # in a module's name, as are the next
+MLP = ("mlp", "ffn", "feed_forward", "feedforward", "intermediate")
+MLP_LAYERS = {"fc1", "fc2", "c_fc", "up_proj", "down_proj", "gate_proj", "dense_h_to_4h", "dense_4h_to_h"}
+MLP_LAYERS |= {"w1", "w2", "w3"}
 ROLE = {
-    "q": {"q_proj", "query", "q_attn", "wq", "q_lin", "q"},
-    "k": {"k_proj", "key", "wk", "k_lin", "k"},
-    "v": {"v_proj", "value", "wv", "v_lin", "v"},
-    "o": {"o_proj", "out_proj", "out_lin", "wo", "c_proj", "proj", "dense"},
+    "q": {"q_proj", "query", "q_attn", "wq", "q_lin", "to_q", "q"},
+    "k": {"k_proj", "key", "wk", "k_lin", "to_k", "k"},
+    "v": {"v_proj", "value", "wv", "v_lin", "to_v", "v"},
+    "o": {"o_proj", "out_proj", "out_lin", "wo", "c_proj", "proj", "dense", "o"},
 }
-OUTPUT = {"lm_head": {"lm_head", "embed_out"}, "classifier": {"classifier", "score", "head", "head_dist", "fc"}}
+OUTPUT = {
+    "lm_head": {"lm_head", "embed_out"},
+    "classifier": {"classifier", "classification_head", "score", "head", "heads", "head_dist", "fc"},
+}
 
 
 @dataclass(frozen=True)
@@ -72,32 +65,84 @@ class Layer:
 
 def linear_layers(model: nn.Module) -> list[Layer]:
     """Every linear layer of ``model`` with its groups, in the order of ``named_modules``."""
-    return [_layer(name, module) for name, module in model.named_modules() if name and is_linear(module)]
+    found = [(name, module) for name, module in model.named_modules() if name and is_linear(module)]
+    outputs, beside = output_layers(model), defaultdict[str, dict[str, tuple[int, int]]](dict)
+    for name, module in found:
+        parent, _, last = name.rpartition(".")
+        out_features, in_features = matrix_of(module).shape
+        beside[parent][last] = (out_features, in_features)
+    return [_layer(name, module, beside[name.rpartition(".")[0]], outputs) for name, module in found]
 
 
-def _layer(name: str, module: nn.Module) -> Layer:
-    out_features, in_features = matrix_of(module).shape
+def output_layers(model: nn.Module) -> dict[int, str]:
+    """The output layers that the model itself tells of: the id of each module → ``lm_head`` or ``classifier``.
+
+    They are transformers' output embeddings and whatever stands outside its base model, timm's classifier, and layers
+    that share their weight with an embedding.
+    """
+    found: dict[int, str] = {}
+    for module in model.modules():
+        outputs, classifiers = _asked(module, "get_output_embeddings"), _asked(module, "get_classifier")
+        base = getattr(module, str(getattr(module, "base_model_prefix", None)), None)
+        inside = {id(m) for m in base.modules()} if isinstance(base, nn.Module) else {id(m) for m in module.modules()}
+        outside = [m for m in module.modules() if m is not module and id(m) not in inside]
+        found |= dict.fromkeys(map(id, outside), "lm_head" if outputs else "classifier")
+        found |= {id(m): "classifier" for each in classifiers for m in each.modules()}
+        found |= {id(m): "lm_head" for each in outputs for m in each.modules()}
+    tables = {id(m.weight) for m in model.modules() if isinstance(m, nn.Embedding)}
+    return found | {id(m): "lm_head" for m in model.modules() if is_linear(m) and id(m.weight) in tables}
+
+
+def _asked(module: nn.Module, question: str) -> list[nn.Module]:
+    """The modules that a method of ``module`` answers with; none where it has no such method or no answer."""
+    answer: object = None
+    with suppress(TypeError, AttributeError, NotImplementedError):
+        answer = getattr(module, question)()
+    return [m for m in (answer if isinstance(answer, (tuple, list)) else [answer]) if isinstance(m, nn.Module)]
+
+
+def _layer(name: str, module: nn.Module, beside: Mapping[str, tuple[int, int]], outputs: Mapping[int, str]) -> Layer:
     last = name.rpartition(".")[2]
+    out_features, in_features = beside[last]
     parts: tuple[tuple[str, slice], ...] = ()
     if last in FUSED and out_features == 3 * in_features:
         parts = tuple((p, slice(i * in_features, (i + 1) * in_features)) for i, p in enumerate("qkv"))
-    groups = frozenset({"patch_embed"}) if isinstance(module, nn.Conv2d) else _groups(name)
-    return Layer(name, module, out_features, in_features, parts, groups)
+    output = outputs.get(id(module)) or _output_by_name(name)
+    if isinstance(module, nn.Conv2d):
+        groups = {"patch_embed"}
+    elif output:
+        groups = {output, "head"}
+    else:
+        groups = {"all-linear"} | _block_groups(name, beside)
+    return Layer(name, module, out_features, in_features, parts, frozenset(groups))
 
 
-def _groups(name: str) -> frozenset[str]:
+def _output_by_name(name: str) -> str | None:
+    """The kind of output layer that a name at the top of the model stands for."""
     *path, last = name.split(".")
-    depth = len(path)
+    if any(word in piece for piece in path for word in (*ATTENTION, *MLP)):
+        return None
     for group, names in OUTPUT.items():
-        if last in names and depth <= 1 and not (set(path) & (ATTENTION | MLP)):
-            return frozenset({group, "head"})
-    groups = {"all-linear"}
-    if last in ATTENTION_LAYERS or set(path) & ATTENTION:
-        groups.add("attention")
-        groups |= {role for role, names in ROLE.items() if last in names}
-    elif last in MLP_LAYERS or set(path) & MLP or (last == "dense" and "output" in path):
-        groups.add("mlp")
-    return frozenset(groups)
+        if (last in names and len(path) <= 1) or (path and path[0] in names):
+            return group
+    return None
+
+
+def _block_groups(name: str, beside: Mapping[str, tuple[int, int]]) -> set[str]:
+    """Attention, with its role there, or feed-forward: by the nearest module whose name says so; else by what stands
+    ``beside`` the layer in its module (names → (out, in)): q, k and v, or a layer back from where another leads."""
+    *path, last = name.split(".")
+    for piece in reversed([piece.lower() for piece in path]):
+        if any(word in piece for word in MLP):
+            return {"mlp"}
+        if any(word in piece for word in ATTENTION):
+            return {"attention"} | {role for role, names in ROLE.items() if last in names}
+    if all(ROLE[role] & beside.keys() for role in "qkv") or FUSED & beside.keys():
+        roles = {role for role, names in ROLE.items() if last in names}
+        return {"attention"} | roles if roles or last in FUSED else set()
+    out_features, in_features = beside[last]
+    back = out_features != in_features and (in_features, out_features) in beside.values()
+    return {"mlp"} if back or last in MLP_LAYERS or (last == "dense" and "output" in path) else set()
 
 
 def as_list(targets: Targets) -> list[str]:
@@ -130,6 +175,20 @@ def select(layers: Iterable[Layer], targets: Targets) -> list[tuple[Layer, str]]
     return chosen
 
 
+def select_all(
+    model: nn.Module, layers: Sequence[Layer], targets: Targets, what: str = "target_modules"
+) -> list[tuple[Layer, str]]:
+    """``select``, where every pattern must mean some layer.
+
+    Raises:
+        ValueError: naming the patterns that mean none, and the nearest names.
+    """
+    missing = [pattern for pattern in as_list(targets) if not select(layers, pattern)]
+    if missing:
+        raise no_match(model, layers, missing, what)
+    return select(layers, targets)
+
+
 def _means(pattern: str, layer: Layer, part: str) -> bool:
     if pattern in GROUPS:
         return pattern in layer.groups if part == WHOLE else pattern == part
@@ -159,15 +218,13 @@ def refuse_hidden(model: nn.Module, layers: Iterable[Layer]) -> None:
         )
 
 
-def explain_no_match(
-    model: nn.Module, layers: Sequence[Layer], targets: Targets, what: str = "target_modules"
-) -> ValueError:
-    """The error for ``targets`` that matched no linear layer: what matched instead, what there is, the nearest name."""
-    patterns, modules = as_list(targets), dict(model.named_modules())
+def no_match(model: nn.Module, layers: Sequence[Layer], patterns: list[str], what: str) -> ValueError:
+    """The error for patterns that matched no linear layer: what matched instead, what there is, the nearest name."""
+    modules = dict(model.named_modules())
     names = [label for layer in layers for label in (layer.name, *(f"{layer.name}.{part}" for part, _ in layer.parts))]
     other = sorted({type(m).__name__ for n, m in modules.items() for p in patterns if n and name_matches(n, p)})
     shown = ", ".join(layer.name for layer in layers[:4]) + (", …" if len(layers) > 4 else "")
-    text = f"{what}={targets!r} matched no linear layer"
+    text = f"{what}={', '.join(patterns)!r} matched no linear layer"
     if other:
         text += f" (it matched {', '.join(other)}, which have no matrix to adapt)"
     text += f"; layers are {shown}" if layers else "; the model has no nn.Linear or Conv1D layer"

@@ -117,14 +117,10 @@ class Binding:
             self._put(by_name[name], adapters)
 
     def _claim(self, adapt: Adapt) -> None:
-        chosen = targets.select(self.layers, adapt.target_modules)
-        if not chosen:
-            raise targets.explain_no_match(self.model, self.layers, adapt.target_modules)
+        chosen = targets.select_all(self.model, self.layers, adapt.target_modules)
         spared = set()
         if adapt.exclude_modules:
-            out = targets.select(self.layers, adapt.exclude_modules)
-            if not out:
-                raise targets.explain_no_match(self.model, self.layers, adapt.exclude_modules, "exclude_modules")
+            out = targets.select_all(self.model, self.layers, adapt.exclude_modules, "exclude_modules")
             spared = {(layer.name, part) for layer, part in out}
         left = [(layer, part) for layer, part in chosen if not {(layer.name, part), (layer.name, WHOLE)} & spared]
         if not left:
@@ -254,7 +250,7 @@ class Binding:
                     pattern in targets.GROUPS and targets.select(self.layers, pattern)
                 )
                 if not (known or ".adapters." in pattern or any(_covers(pattern, n) for n in names)):
-                    raise targets.explain_no_match(self.model, self.layers, pattern, "Use")
+                    raise targets.no_match(self.model, self.layers, [pattern], "Use")
 
     def rows(self) -> list[Row]:
         self.names_of = _names_by_parameter(self.model)
