@@ -14,9 +14,18 @@ from sklearn import metrics as sk
 from tests.images import medmnist_file
 
 from lowrank.data.images.medmnist import KIND_OF_TASK, NAMES
-from lowrank.evaluate.bootstrap import answer_figures, interval, ranked_figures, resamples
-from lowrank.evaluate.image_metrics import auc, balanced_accuracy, calibration_error, image_metrics
-from lowrank.evaluate.image_report import Judged, report_figures, worst_mistakes, write_report
+from lowrank.evaluate import image_pictures
+from lowrank.evaluate.image_metrics import auc, balanced_accuracy, calibration_error, image_metrics, predicted
+from lowrank.evaluate.image_report import (
+    Judged,
+    answer_figures,
+    interval,
+    ranked_figures,
+    report_figures,
+    resamples,
+    worst_mistakes,
+    write_report,
+)
 from lowrank.evaluate.image_task import ImageTask, image_loss
 
 
@@ -62,14 +71,19 @@ def test_balanced_accuracy_is_scikit_learns() -> None:
     )
 
 
+def test_a_label_is_given_above_one_half_and_not_at_it() -> None:
+    labels = np.array([[1], [1], [0], [0]])
+    scores = np.array([[0.55], [0.45], [0.45], [0.5]])
+    assert predicted(scores, "multi-label").tolist() == [[1], [0], [0], [0]]
+    assert balanced_accuracy(labels, scores, "multi-label") == 0.75  # 0.5 with a threshold of 0.4 or 0.6, or with >=
+    assert predicted(np.hstack([1 - scores, scores]), "binary").tolist() == [1, 0, 0, 0]
+
+
 def test_calibration_error_of_what_is_known() -> None:
-    sure = np.tile([0.0, 1.0], (10, 1))
+    sure, flat = np.tile([0.0, 1.0], (10, 1)), np.full((10, 2), 0.5)
     assert calibration_error(np.array([1] * 7 + [0] * 3), sure, "binary") == pytest.approx(0.3)
     assert calibration_error(np.ones(10, int), sure, "binary") == 0.0
-    flat = np.full((10, 2), 0.5)
-    assert calibration_error(np.arange(10)[:, None] % 2 * np.ones((1, 2), int), flat, "multi-label") == pytest.approx(
-        0.0
-    )
+    assert calibration_error(np.tile([[0], [1]], (5, 2)), flat, "multi-label") == pytest.approx(0.0)
 
 
 def test_the_tally_gives_the_metrics_of_the_whole_split() -> None:
@@ -152,6 +166,18 @@ def test_a_report_is_written_with_its_pictures(tmp_path: Path, kind: str, classe
     rows = list(csv.DictReader((tmp_path / "predictions.csv").open()))
     assert len(rows) == 40
     assert "| class 0 |" in (tmp_path / "report.md").read_text()
+
+
+def test_strange_class_names_change_nothing(tmp_path: Path) -> None:
+    labels, scores = answers("multi-class", 4, 40)
+    names = ("$x^$", "a|b", "_hidden", "=1+1\a")
+    judged = Judged(kind="multi-class", classes=names, labels=labels, scores=scores)
+    write_report(tmp_path, judged, resampled=0)
+    assert next(csv.reader((tmp_path / "predictions.csv").open(newline="")))[4:] == list(names)
+    assert "| a\\|b |" in (tmp_path / "report.md").read_text()
+    figures = report_figures(judged, resampled=0, specificity=0.9, seed=0)
+    legend = image_pictures.roc(judged, figures).axes[0].get_legend().get_texts()
+    assert [text.get_text().rsplit("  ", 1)[0] for text in legend] == [r"\$x^\$", "a|b", " _hidden", "=1+1�"]
 
 
 def test_the_worst_mistakes_come_first() -> None:

@@ -1,6 +1,6 @@
-"""The report on an image classifier: figures by class with intervals, curves, calibration and the worst mistakes.
+"""The final test of a run on images, and its report: figures by class with intervals, curves and the worst mistakes.
 
-:func:`write_report` fills a folder beside a run:
+:func:`judge` scores a run's best checkpoint on the test split, once; :func:`write_report` fills a folder beside it:
 
     metrics.json      every figure, overall and by class, with its 95 % bootstrap interval (patients are resampled whole
                       where they are known)
@@ -8,27 +8,40 @@
     predictions.csv   every image with its labels, answer and scores
     confusion.png  roc.png  calibration.png  mistakes.png
 
-Sensitivity at a fixed specificity takes its threshold from the very images that are judged: it describes the curve, and
-is no promise for one threshold elsewhere.
+A resample gives each image (or each patient, whose images go together) a count w. Figures are functions of the counts,
+so that all resamples are computed at once; scikit-learn's metrics, which give the same values, take one at a time:
+
+    TP_k = Σ_{i ≤ k} w_i y_i,  FP_k = Σ_{i ≤ k} w_i (1 − y_i)     images by falling score, k at the end of each tie
+    AUC = Σ_k (FPR_k − FPR_{k−1})(TPR_k + TPR_{k−1})/2
+    AUPRC = Σ_k (TPR_k − TPR_{k−1}) TP_k/(TP_k + FP_k)
+
+Intervals are the 2.5th and 97.5th percentile (Efron and Tibshirani, 1993). Sensitivity at a fixed specificity takes its
+threshold from the very images that are judged: it describes the curve, and is no promise for one threshold elsewhere.
+
+Shapes: positive and answer (n,) bool, score (n,), counts (resamples, n).
 """
 
 from __future__ import annotations
 
 import csv
-import json
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from lowrank.data.images.set import Kind
-from lowrank.evaluate.bootstrap import answer_figures, interval, ranked_figures, resamples
+from lowrank.evaluate.evaluator import tallied
 from lowrank.evaluate.image_metrics import calibration_error, image_metrics, one_hot, predicted
+from lowrank.infra import checkpoint
+from lowrank.infra.files import write_json
+from lowrank.run.session import Session, pick_checkpoint
 
 RESAMPLES, SPECIFICITY = 1000, 0.9
+CHUNK = 1 << 23  # numbers in one (resamples, n) array
 Figure = dict[str, Any]  # {"value": float or None, "low": …, "high": …}
 
 
@@ -49,6 +62,32 @@ class Judged:
     patients: Sequence[str] = ()
 
 
+def judge(session: Session, folder: Path, *, split: str = "test") -> dict[str, float]:
+    """Metrics of a run's best checkpoint on ``split``; the report is written to ``folder/clinic``.
+
+    The session's model gets the checkpoint's weights. Empty where the data has no such split.
+    """
+    part = session.data.set.splits.get(split, ())
+    if not len(part):
+        return {}
+    saved = checkpoint.load(pick_checkpoint(folder, "best"))
+    session.model.load_state_dict(saved.tensors)
+    batches = session.data.evaluation(split, session.run.batch_size)
+    tally: Any = tallied(session.model, batches, session.task, device=session.device, autocast=session.autocast)
+    judged = Judged(
+        kind=session.data.kind,
+        classes=session.data.classes,
+        labels=tally.labels,
+        scores=tally.scores,
+        images=part.images,
+        names=part.names,
+        patients=part.patients,
+    )
+    write_report(folder / "clinic", judged)
+    result: dict[str, float] = tally.result()
+    return result
+
+
 def write_report(
     folder: Path, judged: Judged, *, resampled: int = RESAMPLES, specificity: float = SPECIFICITY, seed: int = 0
 ) -> dict[str, Any]:
@@ -65,8 +104,8 @@ def write_report(
         raise ValueError(f"specificity={specificity} must lie between 0 and 1")
     folder.mkdir(parents=True, exist_ok=True)
     figures = report_figures(judged, resampled=resampled, specificity=specificity, seed=seed)
-    (folder / "metrics.json").write_text(json.dumps(figures, indent=2, allow_nan=False) + "\n")
-    (folder / "report.md").write_text(_markdown(figures))
+    write_json(folder / "metrics.json", figures)
+    (folder / "report.md").write_text(_markdown(figures), encoding="utf-8")
     _write_predictions(folder / "predictions.csv", judged)
     try:
         from lowrank.evaluate import image_pictures
@@ -76,35 +115,28 @@ def write_report(
     return figures
 
 
+# --- figures ---------------------------------------------------------------------------------------------------------
+
+
 def report_figures(judged: Judged, *, resampled: int, specificity: float, seed: int) -> dict[str, Any]:
     """All figures: ``overall`` and ``classes`` (by name), each with its interval."""
     labels, scores, kind = judged.labels, judged.scores, judged.kind
     wanted, answers = one_hot(labels, scores.shape[1]), one_hot(predicted(scores, kind), scores.shape[1])
-    draws: list[dict[str, np.ndarray]] = [{} for _ in judged.classes]
-    balanced: list[np.ndarray] = []
-    right: list[np.ndarray] = []
-    for counts in resamples(resampled, len(labels), seed, judged.patients):
-        for i, drawn in enumerate(draws):
-            for name, values in _class_figures(wanted[:, i], scores[:, i], answers[:, i], counts, specificity).items():
-                drawn[name] = np.append(drawn.get(name, []), values)
-        right.append(
-            counts @ (wanted == answers).mean(axis=1) / counts.sum(axis=1)
-            if kind == "multi-label"
-            else counts @ (wanted & answers).any(axis=1) / counts.sum(axis=1)
-        )
-        balanced.append(_balanced(draws, kind, len(counts)))
-    whole = np.ones((1, len(labels)))
-    points = [
-        _class_figures(wanted[:, i], scores[:, i], answers[:, i], whole, specificity)
-        for i in range(len(judged.classes))
-    ]
-    counted = range(1, 2) if kind == "binary" else range(len(judged.classes))
-    overall = image_metrics(labels, scores, kind)
-    drawn_overall = {
-        "auc": _mean([draws[i].get("auc", np.empty(0)) for i in counted]),
-        "acc": np.concatenate(right) if right else np.empty(0),
-        "balanced_accuracy": np.concatenate(balanced) if balanced else np.empty(0),
+    right = (wanted == answers).mean(axis=1) if kind == "multi-label" else (wanted & answers).any(axis=1)
+    parts: list[list[dict[str, np.ndarray]]] = [[] for _ in judged.classes]
+    accuracies: list[np.ndarray] = []
+    for counts in chain([np.ones((1, len(labels)))], resamples(resampled, len(labels), seed, judged.patients)):
+        accuracies.append(counts @ right / counts.sum(axis=1))
+        for i, part in enumerate(parts):
+            ranked = ranked_figures(wanted[:, i], scores[:, i], counts, specificity)
+            part.append(ranked | answer_figures(wanted[:, i], answers[:, i], counts))
+    classes = [{name: np.concatenate([each[name] for each in part]) for name in part[0]} for part in parts]
+    overall = {
+        "auc": _mean([figures["auc"] for figures in (classes[1:2] if kind == "binary" else classes)]),
+        "acc": np.concatenate(accuracies),
+        "balanced_accuracy": _mean([_balanced(figures, kind) for figures in classes]),
     }
+    exact = image_metrics(labels, scores, kind) | {"calibration_error": calibration_error(labels, scores, kind)}
     return {
         "kind": kind,
         "images": len(labels),
@@ -112,47 +144,89 @@ def report_figures(judged: Judged, *, resampled: int, specificity: float, seed: 
         "resamples": resampled,
         "resampled": "patients" if len(judged.patients) else "images",
         "specificity": specificity,
-        "overall": {
-            **{name: _figure(value, drawn_overall[name]) for name, value in overall.items()},
-            "calibration_error": _figure(calibration_error(labels, scores, kind), np.empty(0)),
-        },
+        "overall": {name: _figure(value, overall.get(name, np.empty(0))[1:]) for name, value in exact.items()},
         "classes": {
             name: {
                 "images": int(wanted[:, i].sum()),
-                **{key: _figure(float(values[0]), draws[i].get(key, np.empty(0))) for key, values in points[i].items()},
+                **{key: _figure(float(values[0]), values[1:]) for key, values in classes[i].items()},
             }
             for i, name in enumerate(judged.classes)
         },
     }
 
 
+def resamples(count: int, n: int, seed: int, patients: Sequence[str] = ()) -> Iterator[np.ndarray]:
+    """Chunks (some, n) of ``count`` resamples with replacement, of images or of whole patients."""
+    noise = np.random.default_rng(seed)
+    owner = np.unique(np.asarray(patients), return_inverse=True)[1] if len(patients) else np.arange(n)
+    units = int(owner.max()) + 1
+    step = max(1, CHUNK // n)
+    for start in range(0, count, step):
+        rows = min(step, count - start)
+        drawn = noise.integers(0, units, size=(rows, units))
+        drawn += units * np.arange(rows)[:, None]
+        counts = np.bincount(drawn.ravel(), minlength=rows * units).reshape(rows, units)
+        yield counts[:, owner].astype(np.float64)
+
+
+def ranked_figures(
+    positive: np.ndarray, score: np.ndarray, counts: np.ndarray, specificity: float
+) -> dict[str, np.ndarray]:
+    """``auc``, ``auprc`` and ``sensitivity_at_specificity`` (resamples,); NaN where a resample has one kind only."""
+    order = np.argsort(-score, kind="stable")
+    ends = np.append(np.flatnonzero(np.diff(score[order])), len(score) - 1)
+    weights, y = counts[:, order], positive[order].astype(np.float64)
+    tp, fp = np.cumsum(weights * y, axis=1)[:, ends], np.cumsum(weights * (1 - y), axis=1)[:, ends]
+    with np.errstate(invalid="ignore", divide="ignore"):
+        tpr, fpr = tp / tp[:, -1:], fp / fp[:, -1:]
+        precision = np.where(tp + fp > 0, tp / (tp + fp), 0.0)
+    rise, defined = np.diff(tpr, axis=1, prepend=0.0), ~np.isnan(tpr[:, -1]) & ~np.isnan(fpr[:, -1])
+    figures = {
+        "auc": (np.diff(fpr, axis=1, prepend=0.0) * (tpr - rise / 2)).sum(axis=1),
+        "auprc": (rise * precision).sum(axis=1),
+        "sensitivity_at_specificity": np.where(fpr <= 1 - specificity + 1e-12, tpr, 0.0).max(axis=1),
+    }
+    return {name: np.where(defined, values, np.nan) for name, values in figures.items()}
+
+
+def answer_figures(positive: np.ndarray, answer: np.ndarray, counts: np.ndarray) -> dict[str, np.ndarray]:
+    """``sensitivity``, ``specificity``, ``precision``, ``npv``, ``f1`` of the answers, (resamples,); NaN: undefined."""
+    tp, fn = counts @ (positive & answer), counts @ (positive & ~answer)
+    fp, tn = counts @ (~positive & answer), counts @ (~positive & ~answer)
+    with np.errstate(invalid="ignore", divide="ignore"):
+        return {
+            "sensitivity": tp / (tp + fn),
+            "specificity": tn / (tn + fp),
+            "precision": tp / (tp + fp),
+            "npv": tn / (tn + fn),
+            "f1": 2 * tp / (2 * tp + fp + fn),
+        }
+
+
+def interval(values: np.ndarray) -> tuple[float, float] | None:
+    """The 95 % interval of resampled values; None where fewer than half of them are defined."""
+    defined = values[np.isfinite(values)]
+    if len(defined) * 2 < len(values) or not len(defined):
+        return None
+    low, high = np.percentile(defined, (2.5, 97.5))
+    return float(low), float(high)
+
+
 def worst_mistakes(judged: Judged, count: int) -> list[int]:
     """The images with the surest wrong answers, the surest first."""
-    answers = predicted(judged.scores, judged.kind)
+    wrong = predicted(judged.scores, judged.kind) != judged.labels
     if judged.kind == "multi-label":
-        wrong = answers != judged.labels
         sureness = np.where(wrong, np.abs(judged.scores - 0.5), -1.0).max(axis=1)
     else:
-        sureness = np.where(answers != judged.labels, judged.scores.max(axis=1), -1.0)
+        sureness = np.where(wrong, judged.scores.max(axis=1), -1.0)
     order = np.argsort(-sureness, kind="stable")
     return [int(i) for i in order[:count] if sureness[i] >= 0]
 
 
-def _class_figures(
-    positive: np.ndarray, score: np.ndarray, answer: np.ndarray, counts: np.ndarray, specificity: float
-) -> dict[str, np.ndarray]:
-    return ranked_figures(positive, score, counts, specificity) | answer_figures(positive, answer, counts)
-
-
-def _balanced(draws: list[dict[str, np.ndarray]], kind: Kind, rows: int) -> np.ndarray:
-    """Balanced accuracy of the last ``rows`` resamples, (rows,), from the classes' sensitivities.
-
-    With several labels, from their specificities too.
-    """
-    parts = [drawn["sensitivity"][-rows:] for drawn in draws]
-    if kind == "multi-label":
-        parts = [_mean([drawn["sensitivity"][-rows:], drawn["specificity"][-rows:]]) for drawn in draws]
-    return _mean(parts)
+def _balanced(figures: Mapping[str, np.ndarray], kind: Kind) -> np.ndarray:
+    """What a class adds to balanced accuracy: its sensitivity; of several labels, with its specificity."""
+    names = ("sensitivity", "specificity") if kind == "multi-label" else ("sensitivity",)
+    return _mean([figures[name] for name in names])
 
 
 def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
@@ -165,8 +239,7 @@ def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
 
 
 def _figure(value: float, drawn: np.ndarray) -> Figure:
-    between = interval(drawn) if len(drawn) else None
-    low, high = between if between else (None, None)
+    low, high = interval(drawn) or (None, None)
     return {"value": value if math.isfinite(value) else None, "low": low, "high": high}
 
 
@@ -192,32 +265,28 @@ def label_text(judged: Judged, label: Any) -> str:
     return "|".join(name for name, has in zip(judged.classes, label, strict=True) if has)
 
 
-def _markdown(figures: Mapping[str, Any]) -> str:
-    percent = f"{figures['specificity']:.0%}"
-    shown = {
-        "auc": "AUC",
-        "auprc": "AUPRC",
-        "sensitivity": "sensitivity",
-        "specificity": "specificity",
-        "precision": "precision",
-        "npv": "NPV",
-        "f1": "F1",
-        "sensitivity_at_specificity": f"sensitivity at {percent} specificity",
-    }
-    lines = [f"# {figures['images']:,} images, {figures['kind']}", ""]
-    for name, figure in figures["overall"].items():
-        lines.append(f"* {name.replace('_', ' ')}: {_text(figure)}")
-    lines += ["", f"| class | images | {' | '.join(shown.values())} |", "|---|---|" + "---|" * len(shown)]
-    for name, row in figures["classes"].items():
-        lines.append(f"| {name} | {row['images']:,} | {' | '.join(_text(row[key]) for key in shown)} |")
-    if figures["resamples"]:
-        of = figures["resampled"]
-        lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]
-    return "\n".join(lines) + "\n"
-
-
-def _text(figure: Figure) -> str:
+def figure_text(figure: Figure) -> str:
+    """A figure and its interval to three digits; a dash where it is undefined."""
     if figure["value"] is None:
         return "–"
     between = "" if figure["low"] is None else f" ({figure['low']:.3f}–{figure['high']:.3f})"
     return f"{figure['value']:.3f}{between}"
+
+
+def _markdown(figures: Mapping[str, Any]) -> str:
+    shown = {
+        **{"auc": "AUC", "auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity"},
+        **{"precision": "precision", "npv": "NPV", "f1": "F1"},
+        "sensitivity_at_specificity": f"sensitivity at {figures['specificity']:.0%} specificity",
+    }
+    lines = [f"# {figures['images']:,} images, {figures['kind']}", ""]
+    for name, figure in figures["overall"].items():
+        lines.append(f"* {name.replace('_', ' ')}: {figure_text(figure)}")
+    lines += ["", f"| class | images | {' | '.join(shown.values())} |", "|---|---|" + "---|" * len(shown)]
+    for name, row in figures["classes"].items():
+        cell = " ".join(name.replace("\\", "\\\\").replace("|", "\\|").split())
+        lines.append(f"| {cell} | {row['images']:,} | {' | '.join(figure_text(row[key]) for key in shown)} |")
+    if figures["resamples"]:
+        of = figures["resampled"]
+        lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]
+    return "\n".join(lines) + "\n"

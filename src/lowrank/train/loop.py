@@ -385,7 +385,7 @@ class _Loop:
         task = self.session.task
         if not task.judged or self.step < self.end:
             return
-        from lowrank.evaluate.judging import judge
+        from lowrank.evaluate.image_report import judge
 
         with consolidated_model(self.session.plan, self.optimizer):
             if not self.coordinator.first:
