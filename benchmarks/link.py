@@ -36,7 +36,7 @@ from torch.nn.parallel import DistributedDataParallel
 
 from benchmarks.common import save
 from lowrank.distributed.collectives import Traffic
-from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.evaluate.text_task import TextTask
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan.network import Link
@@ -145,7 +145,7 @@ def rank(*, faster: bool = False) -> None:
 
 
 def _model(
-    settings: dict[str, object], methods: dict[str, dict[str, object]], ranks: Ranks, link: Link
+    settings: dict[str, object], methods: dict[str, dict[str, object]], ranks: ProcessGroup, link: Link
 ) -> dict[str, Any]:
     """Step times and tokens per second of DDP and of each method, with what was predicted."""
     common = {"steps": 1000, "batch-size": 8, **settings}
@@ -173,7 +173,7 @@ def _model(
 
 
 def _with_prediction(
-    seen: dict[str, float], run: Run, ranks: Ranks, link: Link, *, ddp: bool = False
+    seen: dict[str, float], run: Run, ranks: ProcessGroup, link: Link, *, ddp: bool = False
 ) -> dict[str, float]:
     """What was seen, beside what an outlook says. The longer of the two ranks' computing counts."""
     compute = max(ranks.gather_objects(measured(open_session(rank_of(run, RANKS)), steps=5)))
@@ -184,7 +184,7 @@ def _with_prediction(
     return {**seen, **predicted, "predicted_bytes_a_step": ahead.ddp_bytes if ddp else ahead.bytes_a_step}
 
 
-def _ddp(run: Run, ranks: Ranks) -> dict[str, float]:
+def _ddp(run: Run, ranks: ProcessGroup) -> dict[str, float]:
     """The fewest lines that train with torch's own DDP, on this rank's rows."""
     session = open_session(run)
     model: Any = DistributedDataParallel(session.model)
@@ -205,7 +205,7 @@ def _ddp(run: Run, ranks: Ranks) -> dict[str, float]:
     return {"step_seconds": _mean_seconds(one, before=2, steps=DDP_STEPS, ranks=ranks)}
 
 
-def ours(run: Run, ranks: Ranks, *, before: int = BEFORE, steps: int = PERIOD) -> dict[str, float]:
+def ours(run: Run, ranks: ProcessGroup, *, before: int = BEFORE, steps: int = PERIOD) -> dict[str, float]:
     """The steps of ``lowrank train``, its log and its evaluations left out."""
     session = open_session(run, ranks=ranks)
     loop = _Loop(session, Path("nowhere"), quiet=True)
@@ -227,7 +227,7 @@ def ours(run: Run, ranks: Ranks, *, before: int = BEFORE, steps: int = PERIOD) -
     return {"step_seconds": seconds, "bytes_a_step": sent / steps, "bytes_between_a_step": between / steps}
 
 
-def _mean_seconds(step: Callable[[], None], *, before: int, steps: int, ranks: Ranks) -> float:
+def _mean_seconds(step: Callable[[], None], *, before: int, steps: int, ranks: ProcessGroup) -> float:
     """Of the slower rank."""
     for _ in range(before):
         step()
@@ -238,7 +238,7 @@ def _mean_seconds(step: Callable[[], None], *, before: int, steps: int, ranks: R
     return max(ranks.gather_objects((time.perf_counter() - began) / steps))
 
 
-def _latency(ranks: Ranks) -> float:
+def _latency(ranks: ProcessGroup) -> float:
     """Seconds of a message: half of a sum of one number, in which two go one after the other; the median."""
     seconds = []
     for _ in range(50):
@@ -248,7 +248,7 @@ def _latency(ranks: Ranks) -> float:
     return sorted(seconds)[25]
 
 
-def _speed(ranks: Ranks) -> dict[str, float]:
+def _speed(ranks: ProcessGroup) -> dict[str, float]:
     """Bytes per second of a sum of 10 MB, as the ring counts them."""
     numbers = torch.zeros(2_500_000)
     ranks.total(0.0)

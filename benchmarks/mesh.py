@@ -12,7 +12,7 @@ throttled. In one run, on the same batches (16 × 128 bytes of text), the shape 
     all-linear   LTE on every linear layer
 
 Reported are seconds a step, bytes that a rank sends a step in all and to the other node, and tokens per second as times
-those of ``fsdp``. Ranks of one node share its core, so only the ratios mean anything.
+those of ``fsdp``. ProcessGroup of one node share its core, so only the ratios mean anything.
 """
 
 from __future__ import annotations

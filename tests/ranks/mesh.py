@@ -18,7 +18,7 @@ from tests.ranks.worker import Result, lte
 
 import lowrank
 from lowrank.distributed.collectives import share
-from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.distributed.workers import process_layout
 
 WORKERS = 2
@@ -40,7 +40,7 @@ def scenario(name: str) -> Any:
     return EXTRA.get(name) or worker.SCENARIOS[name][0]
 
 
-def talking(ranks: Ranks) -> Result:
+def talking(ranks: ProcessGroup) -> Result:
     """Workers that speak as one: sums and gatherings of sizes that do and do not go round the ranks of one."""
     layout = process_layout(ranks, WORKERS)
     workers, intra_worker = layout.workers, layout.intra_worker
@@ -71,7 +71,7 @@ def talking(ranks: Ranks) -> Result:
     }
 
 
-def refused(ranks: Ranks) -> Result:
+def refused(ranks: ProcessGroup) -> Result:
     """What cannot be, each with its message."""
     messages = {}
     for name, workers in {"three": 3, "none": 0}.items():
@@ -95,7 +95,7 @@ def mesh_run(**options: Any) -> Any:
     return resolve(override(worker.tiny_run(), {**mesh, **often, **options}))
 
 
-def runs(ranks: Ranks, folder: Path) -> Result:
+def runs(ranks: ProcessGroup, folder: Path) -> Result:
     """The loop on the mesh: straight, and stopped by one rank and gone on with."""
     from lowrank.train.loop import train
 

@@ -22,7 +22,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.distributed.collectives import share
-from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.distributed.sharded_checkpoint import save_sharded
 from lowrank.distributed.shards import to_local
 from lowrank.infra import checkpoint
@@ -78,7 +78,7 @@ def tall(dtype: torch.dtype = torch.float64) -> nn.Module:
     return nn.Sequential(nn.Linear(WIDTH, 128, bias=False), nn.GELU(), nn.Linear(128, CLASSES)).to(dtype)
 
 
-def rows_of(ranks: Ranks | None, heads: int) -> list[int]:
+def rows_of(ranks: ProcessGroup | None, heads: int) -> list[int]:
     """This rank's rows. Heads split the rows of each rank: one process sees them in the order that gives every head the
     same ones."""
     if ranks is not None:
@@ -88,7 +88,7 @@ def rows_of(ranks: Ranks | None, heads: int) -> list[int]:
 
 
 def trained(
-    ranks: Ranks | None,
+    ranks: ProcessGroup | None,
     method: lowrank.Method,
     *,
     heads: int = 1,
@@ -127,7 +127,7 @@ def trained(
 
 
 def _reloaded(
-    plan: lowrank.Plan, opt: Any, method: lowrank.Method, ranks: Ranks | None, model: nn.Module, **options: Any
+    plan: lowrank.Plan, opt: Any, method: lowrank.Method, ranks: ProcessGroup | None, model: nn.Module, **options: Any
 ) -> Any:
     """Saved in parts (one process: whole), made anew and loaded; then the same from the whole that rank 0 writes."""
     fresh = lowrank.apply_(model, method, seed=3, ranks=ranks, workers=1)
@@ -175,7 +175,7 @@ def assert_equal(one: Any, other: Any) -> None:
             assert_equal(mine, theirs)
 
 
-def tied(ranks: Ranks | None, *, method: lowrank.Method, chunked: bool = False) -> Result:
+def tied(ranks: ProcessGroup | None, *, method: lowrank.Method, chunked: bool = False) -> Result:
     """GPT-2: weights stored transposed, fused projections, the output tied to the embedding; the loss in chunks."""
     from lowrank.models import text
 
@@ -199,7 +199,7 @@ def tied(ranks: Ranks | None, *, method: lowrank.Method, chunked: bool = False) 
     return {"state": consolidated_model_state(plan), "moments": consolidated_optimizer_state(plan, opt)["state"]}
 
 
-def refused(ranks: Ranks | None) -> Result:
+def refused(ranks: ProcessGroup | None) -> Result:
     """What cannot be, each with its message."""
     assert ranks is not None
     messages = {}
@@ -232,7 +232,7 @@ def refused(ranks: Ranks | None) -> Result:
     return messages
 
 
-def unsaved(ranks: Ranks, folder: Path) -> Result:
+def unsaved(ranks: ProcessGroup, folder: Path) -> Result:
     """A checkpoint in parts that one rank cannot write, for want of room; and one of which a part has been spoilt."""
     assert ranks is not None
     plan = lowrank.apply_(stack(), lowrank.methods.full(), ranks=ranks, workers=1)
@@ -339,7 +339,7 @@ def tiny_run() -> Any:
     return resolve(override(llama_mini(), {**run, **size, **often}))
 
 
-def disks(ranks: Ranks, folder: Path) -> Result:
+def disks(ranks: ProcessGroup, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: each keeps the whole, and a lost one gets it back."""
     from lowrank.train.loop import train
 

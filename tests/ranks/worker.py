@@ -23,7 +23,7 @@ from tests.models import mlp, small_method
 
 import lowrank
 from lowrank.distributed.collectives import Traffic, share
-from lowrank.distributed.process_group import Ranks, RanksDisagree, joined
+from lowrank.distributed.process_group import ProcessGroup, RanksDisagree, joined
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.synchronisation import consolidated_model
@@ -40,7 +40,7 @@ def batch(step: int) -> tuple[torch.Tensor, torch.Tensor]:
 
 
 def trained(
-    ranks: Ranks | None,
+    ranks: ProcessGroup | None,
     method: lowrank.Method,
     *,
     steps: int = 7,
@@ -85,7 +85,9 @@ def trained(
     return {"state": state, "moments": moments["state"], "output": output, "own": own}
 
 
-def met(ranks: Ranks | None, method: lowrank.Method, *, rows: tuple[int, int] = (6, 6), steps: int = 6) -> Result:
+def met(
+    ranks: ProcessGroup | None, method: lowrank.Method, *, rows: tuple[int, int] = (6, 6), steps: int = 6
+) -> Result:
     """Merges by hand, each with what it is made of: this rank's changes before, the weights after, the whole model's
     output on both sides, and the bytes. ``rows`` of each batch are each rank's."""
     assert ranks is not None
@@ -126,7 +128,7 @@ def whole_output(plan: lowrank.Plan, opt: lowrank.Optimizer) -> torch.Tensor:
     return output
 
 
-def unused(ranks: Ranks | None) -> Result:
+def unused(ranks: ProcessGroup | None) -> Result:
     """Each rank leaves another head unused, in one of two micro-batches or in both; sums early and late."""
     assert ranks is not None
     weights, messages = [], []
@@ -157,7 +159,7 @@ def unused(ranks: Ranks | None) -> Result:
     return {"weights": weights, "messages": messages}
 
 
-def disagreeing(ranks: Ranks | None) -> Result:
+def disagreeing(ranks: ProcessGroup | None) -> Result:
     assert ranks is not None
     ranks.agree({"step": 3, "code": "1"})
     try:
@@ -167,7 +169,7 @@ def disagreeing(ranks: Ranks | None) -> Result:
     return {"message": ""}
 
 
-def talking(ranks: Ranks | None) -> Result:
+def talking(ranks: ProcessGroup | None) -> Result:
     """Sums and gatherings of a few shapes and dtypes, with the bytes counted."""
     assert ranks is not None
     before = ranks.traffic.sent
@@ -183,7 +185,7 @@ def talking(ranks: Ranks | None) -> Result:
     return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted}
 
 
-def talking_later(ranks: Ranks | None) -> Result:
+def talking_later(ranks: ProcessGroup | None) -> Result:
     """What is under way while rank 1 sleeps."""
     assert ranks is not None
     began, mine = time.perf_counter(), torch.full((2,), 1.0 + ranks.rank)
@@ -207,7 +209,7 @@ def explorers(**options: Any) -> lowrank.Method:
 
 
 # name -> (the function, whether one process gives the same numbers)
-SCENARIOS: dict[str, tuple[Callable[[Ranks | None], Result], bool]] = {
+SCENARIOS: dict[str, tuple[Callable[[ProcessGroup | None], Result], bool]] = {
     "lte": (partial(trained, method=lte(rest="freeze")), True),
     "lte-train": (partial(trained, method=lte(rest="train")), True),
     "lte-reset": (partial(trained, method=lte(rest="freeze", keep=False)), True),
@@ -335,7 +337,7 @@ def runs(folder: Path) -> dict[str, Result]:
     return found
 
 
-def nodes(ranks: Ranks, folder: Path) -> Result:
+def nodes(ranks: ProcessGroup, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: who keeps the run, and what a lost or spoilt disk gets."""
     from lowrank.infra.checkpoint import CheckpointError
     from lowrank.run.overrides import override, resolve

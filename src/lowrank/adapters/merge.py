@@ -26,7 +26,7 @@ from lowrank.adapters.adapter import Adapter, check_whole
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.layers import adapted_layers, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import is_sharded, unsharded_parameter
 from lowrank.linalg.rounding import wide
 
@@ -118,7 +118,7 @@ class Merge:
         return steps > 0 and steps % self.merge_every == 0
 
 
-def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Ranks | None = None) -> None:
+def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: ProcessGroup | None = None) -> None:
     """Merge every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
 
     A weight that is sharded over ``ranks`` is unsharded for the moment, one layer at a time: DoRA's norms, transposed

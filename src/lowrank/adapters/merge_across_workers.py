@@ -41,7 +41,7 @@ from lowrank.adapters.layers import adapted_layers, merge_layer_, write_merged_
 from lowrank.adapters.merge import Merge
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.collectives import Group, share
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import unsharded_parameter
 from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
@@ -63,7 +63,7 @@ class MergeWeights:
     left_out: Collection[int] = ()
     weights: Sequence[float] | None = None
     subspaces: Mapping[SplitAdapter, Subspace] = field(default_factory=dict)
-    intra_worker: Ranks | None = None
+    intra_worker: ProcessGroup | None = None
 
     def heads(self, heads: int, workers: Group | None) -> list[int]:
         """The numbers of the heads that count, of ``heads`` in all."""

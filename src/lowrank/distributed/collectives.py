@@ -1,9 +1,9 @@
-"""Several who train together and tell each other numbers: what they can say, and how many bytes that is.
+"""A group of those who train together: its collectives, and how many bytes they are.
 
     group.sum_(tensors)         in place, bitwise the same on every member
     group.gather(tensors)       those of all members, in their order
 
-A member is a process (``ranks.Ranks``), or several that train in step and speak as one (``workers.Workers``). Both give
+A member is a process (``ProcessGroup``), or several that train in step and act as one (``workers.Workers``). Both give
 ``_add_up`` and ``_collect`` of one flat tensor; everything else is made of these two.
 
 Bytes are what a ring sends per rank, whatever the backend does: 2(R−1)/R of a sum's bytes, R−1 times what one rank
@@ -75,7 +75,7 @@ def largest_share(count: int, ranks: int) -> int:
 
 
 class Group(ABC):
-    """This process, or those it speaks with as one, among ``count``, as number ``rank``."""
+    """This process, or those it acts with as one, among ``count``, as number ``rank``."""
 
     rank: int
     count: int
@@ -126,8 +126,8 @@ class Group(ABC):
 
         def finish() -> list[Tensor]:
             gathered: list[Tensor] = []
-            for bucket, arrive in started:
-                parts = arrive().split([t.numel() for t in bucket], dim=1)
+            for bucket, wait in started:
+                parts = wait().split([t.numel() for t in bucket], dim=1)
                 gathered += [part.reshape(self.count, *t.shape) for part, t in zip(parts, bucket, strict=True)]
             return gathered
 

@@ -4,10 +4,10 @@
         ranks.sum_(tensors)            in place, bitwise the same on every rank
         ranks.gather(tensors)          those of all ranks, in the order of the ranks
 
-Everything that is sent goes through a few functions (``group``), which count it.
+Everything that is sent goes through a few collectives (``collectives.Group``), which count it.
 
-A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a socket
-listening, its doorbell: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
+A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a
+liveness socket listening: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
 
 gloo on CPUs, nccl on GPUs.
 """
@@ -61,7 +61,7 @@ def world_size() -> int:
     return int(os.environ.get("WORLD_SIZE", "1"))
 
 
-class Ranks(Group):
+class ProcessGroup(Group):
     """This process among ``count``, as number ``rank``: all that there are (:func:`joined`), or some (``divided``)."""
 
     def __init__(self, device: torch.device, timeout: float):
@@ -70,10 +70,10 @@ class Ranks(Group):
         self.numbers: Sequence[int] = range(self.count)  # of each member among all ranks
         self.process_group: Any = dist.group.WORLD
         self._mesh: Any = None
-        self._divided: dict[tuple[tuple[int, ...], ...], Ranks] = {}
-        self._door = socket.create_server(("", 0), backlog=64)
-        self._doors: list[tuple[str, int]] = []
-        self._doors = self.gather_objects((_own_address(), self._door.getsockname()[1]))
+        self._divided: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
+        self._liveness = socket.create_server(("", 0), backlog=64)
+        self._addresses: list[tuple[str, int]] = []
+        self._addresses = self.gather_objects((_own_address(), self._liveness.getsockname()[1]))
 
     def __str__(self) -> str:
         return f"{self.count} ranks ({dist.get_backend()}, timeout {self.timeout:g} s), this is rank {self.rank}"
@@ -89,14 +89,14 @@ class Ranks(Group):
 
     def close(self) -> None:
         self._divided.clear()
-        self._door.close()
+        self._liveness.close()
 
-    def divided(self, groups: Sequence[Sequence[int]], *, between: bool) -> Ranks:
+    def divided(self, groups: Sequence[Sequence[int]], *, between: bool) -> ProcessGroup:
         """The one of ``groups``, which divide all ranks, that this rank is in. All ranks must call it.
 
         Args:
             groups: the numbers of each group's ranks.
-            between: what is said there goes to other workers, and is counted as such; what is said to all is too.
+            between: what is sent there goes to other workers, and is counted as such; what is sent to all is too.
         """
         key = tuple(tuple(numbers) for numbers in groups)
         if key in self._divided:  # making groups takes time, and torch keeps them until the end
@@ -107,18 +107,18 @@ class Ranks(Group):
         found.numbers = next(numbers for numbers in key if self.rank in numbers)
         found.rank, found.count = found.numbers.index(self.rank), len(found.numbers)
         found.process_group, found.between, found._mesh = group, between, None
-        found._doors = [self._doors[number] for number in found.numbers]
+        found._addresses = [self._addresses[number] for number in found.numbers]
         return found
 
-    # --- what is said --------------------------------------------------------------------------------------------
+    # --- collectives ---------------------------------------------------------------------------------------------
 
-    def say(self, what: str, collective: Callable[[], T], size: int) -> T:
+    def collective(self, what: str, run: Callable[[], T], size: int) -> T:
         """Run a collective that somebody else has made (FSDP's), counted as ``size`` bytes sent and received.
 
         Raises:
             RankLost: it failed.
         """
-        found: T = self._say(what, collective)
+        found: T = self._guarded(what, run)
         self.traffic.count(size, between=self.between)
         return found
 
@@ -129,23 +129,23 @@ class Ranks(Group):
         return wait
 
     def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
-        everyone = flat.new_empty(self.count, flat.numel())
-        gather = partial(dist.all_gather, list(everyone), flat, group=self.process_group, async_op=True)
+        gathered = flat.new_empty(self.count, flat.numel())
+        gather = partial(dist.all_gather, list(gathered), flat, group=self.process_group, async_op=True)
         wait = self._start("a gathering", gather)
         self.traffic.count(ring_gather_bytes(flat.nbytes, self.count), between=self.between)
 
-        def arrive() -> Tensor:
+        def finish() -> Tensor:
             wait()
-            return everyone.view(self.count, flat.numel())  # and so flat is held until all have read it
+            return gathered.view(self.count, flat.numel())  # and so flat is held until all have read it
 
-        return arrive
+        return finish
 
     def broadcast_(self, tensors: Sequence[Tensor], source: int) -> None:
         """Replace each tensor by that of rank ``source``; they may lie elsewhere than the ranks talk."""
         number = self.numbers[source]
         for bucket in buckets(tensors):
             flat = torch.cat([t.detach().reshape(-1) for t in bucket]).to(self.device)
-            self._say("a broadcast", partial(dist.broadcast, flat, number, group=self.process_group))
+            self._guarded("a broadcast", partial(dist.broadcast, flat, number, group=self.process_group))
             self.traffic.count(flat.nbytes, between=self.between)
             parts = flat.split([t.numel() for t in bucket])
             for tensor, part in zip(bucket, parts, strict=True):
@@ -172,23 +172,23 @@ class Ranks(Group):
 
     # --- who is gone ---------------------------------------------------------------------------------------------
 
-    def _start(self, what: str, collective: Callable[[], Any]) -> Callable[[], object]:
+    def _start(self, what: str, start: Callable[[], Any]) -> Callable[[], object]:
         """Start a collective; the function returned waits for it."""
-        started = self._say(what, collective)
-        return lambda: self._say(what, started.wait)
+        started = self._guarded(what, start)
+        return lambda: self._guarded(what, started.wait)
 
-    def _say(self, what: str, collective: Callable[[], Any]) -> Any:
+    def _guarded(self, what: str, run: Callable[[], Any]) -> Any:
         try:
-            return collective()
+            return run()
         except RuntimeError as error:
             raise RankLost(self._explain(what, error)) from error
 
     def _explain(self, what: str, error: Exception) -> str:
-        me, others = self.numbers[self.rank], [r for r in range(len(self._doors)) if r != self.rank]
+        me, others = self.numbers[self.rank], [r for r in range(len(self._addresses)) if r != self.rank]
         lost = [r for r in others if not self._answers(r)]
         reason = _reason(error)
         if lost:
-            names = ", ".join(f"rank {self.numbers[r]} ({self._doors[r][0]})" for r in lost)
+            names = ", ".join(f"rank {self.numbers[r]} ({self._addresses[r][0]})" for r in lost)
             return f"{names} is gone; rank {me} was waiting for {what}: {reason}. Resume from the checkpoint"
         numbers = ", ".join(str(self.numbers[r]) for r in others)
         names = f"rank {numbers}" if len(others) == 1 else f"one of ranks {numbers}"
@@ -198,15 +198,15 @@ class Ranks(Group):
         )
 
     def _answers(self, rank: int) -> bool:
-        """Whether the rank's process still holds its doorbell; looked at twice, as a process takes time to die."""
-        if not _connects(self._doors[rank]):
+        """Whether the process still holds its liveness socket; looked at twice, as a process takes time to die."""
+        if not _connects(self._addresses[rank]):
             return False
         time.sleep(1.0)
-        return _connects(self._doors[rank])
+        return _connects(self._addresses[rank])
 
 
 @contextmanager
-def joined(device: torch.device) -> Iterator[Ranks | None]:
+def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
     """The ranks of this run, None in a single process.
 
     They are torch.distributed's group; where the program has made none, it is made from the environment that
@@ -226,7 +226,7 @@ def joined(device: torch.device) -> Iterator[Ranks | None]:
         if dist.get_world_size() == 1:
             yield None
             return
-        with closing(Ranks(device, timeout)) as ranks:
+        with closing(ProcessGroup(device, timeout)) as ranks:
             yield ranks
         if ours:
             gc.collect()  # a sharded model holds the group in cycles, and one that outlives it aborts the process
@@ -249,7 +249,7 @@ def _start(device: torch.device, timeout: float) -> None:
         torch.cuda.set_device(local)
     backend = "nccl" if device.type == "cuda" else "gloo"
     try:
-        store = _store_of_this_life(timeout) if dist.is_torchelastic_launched() else None
+        store = _store_of_this_generation(timeout) if dist.is_torchelastic_launched() else None
         rank, count = (int(os.environ["RANK"]), world_size()) if store is not None else (-1, -1)
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
     except RuntimeError as error:
@@ -259,29 +259,29 @@ def _start(device: torch.device, timeout: float) -> None:
         ) from error
 
 
-def _store_of_this_life(timeout: float) -> dist.Store:
+def _store_of_this_generation(timeout: float) -> dist.Store:
     """A store in which nothing stands that the processes before a restart have left.
 
     The launcher's own outlives them, and a rank that looks for another in it may find where the dead one was. So rank 0
-    names this life, and tells it to every process that answers; a dead one does not.
+    names this generation of processes to every one that answers; a dead one does not.
     """
     store, rank, count = next(dist.rendezvous("env://", timeout=timedelta(seconds=timeout)))
     if rank:
         me = uuid.uuid4().hex
         store.set(f"lowrank/rank/{rank}", me)
-        life = store.get(f"lowrank/{me}").decode()
-        store.set(f"lowrank/{me}/{life}", "")
-        return dist.PrefixStore(life, store)
-    life, end = uuid.uuid4().hex, time.monotonic() + timeout
+        generation = store.get(f"lowrank/{me}").decode()
+        store.set(f"lowrank/{me}/{generation}", "")
+        return dist.PrefixStore(generation, store)
+    generation, end = uuid.uuid4().hex, time.monotonic() + timeout
     for other in range(1, count):
         them = ""
-        while not them or not store.check([f"lowrank/{them}/{life}"]):
+        while not them or not store.check([f"lowrank/{them}/{generation}"]):
             if time.monotonic() > end:
                 raise RuntimeError(f"rank {other} has not come")
             time.sleep(0.05 if them else 0.0)
             them = store.get(f"lowrank/rank/{other}").decode()
-            store.set(f"lowrank/{them}", life)
-    return dist.PrefixStore(life, store)
+            store.set(f"lowrank/{them}", generation)
+    return dist.PrefixStore(generation, store)
 
 
 # --- small helpers ---------------------------------------------------------------------------------------------------

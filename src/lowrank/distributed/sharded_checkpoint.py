@@ -1,15 +1,15 @@
-"""Checkpoints of a model that several ranks hold in parts, by torch.distributed.checkpoint: each rank writes its own
-parts, and reads what it needs of anybody's.
+"""Checkpoints of a model that several ranks hold in shards, by torch.distributed.checkpoint: each rank writes its own
+shards, and reads what it needs of anybody's.
 
-    step-00000200/model/shard-00001-model-00001-of-00001.safetensors       the parts of the first rank
+    step-00000200/model/shard-00001-model-00001-of-00001.safetensors       the shards of the first rank
                   model/shard-00002-…                                      … of the second
-                  optimizer/shard-…                                        and so for the optimizer's nest
+                  optimizer/shard-…                                        and so for the optimizer's state
                   state.json  manifest.json                                as in `checkpoint`
 
-The files are torch's HuggingFaceStorageWriter's: safetensors whose headers say which part of which tensor they hold, so
-that any number of ranks, and `dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder / "model"))`, can read
-them. Tensors that all ranks hold alike are written once, tied ones under the first of their names. Nobody needs memory
-for the whole model.
+The files are torch's HuggingFaceStorageWriter's: safetensors whose headers say which shard of which tensor they hold,
+so that any number of ranks, and `dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(folder / "model"))`, can
+read them. Tensors that all ranks hold alike are written once, tied ones under the first of their names. Nobody needs
+memory for the whole model.
 
 The ranks must see one folder. torch's own messages on the way (which rank writes what) are small and not counted.
 """
@@ -18,13 +18,13 @@ from __future__ import annotations
 
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeAlias, TypeVar
 
 import torch
 from safetensors import SafetensorError
 from torch import Tensor
 
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import ShardSpec
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
@@ -33,6 +33,7 @@ from lowrank.infra.checkpoint_tensors import flatten, unpack
 from lowrank.infra.files import sync
 
 T = TypeVar("T")
+Failed: TypeAlias = Callable[[Exception], CheckpointError]
 KINDS: tuple[Kind, ...] = ("model", "optimizer")
 
 
@@ -46,7 +47,7 @@ def save_sharded(
     optimizer: Mapping[str, Any],
     meta: Mapping[str, Any],
     *,
-    ranks: Ranks,
+    ranks: ProcessGroup,
     writer: bool,
     keep: int = 2,
     best: bool = False,
@@ -55,9 +56,9 @@ def save_sharded(
 
     Args:
         tensors, optimizer, meta: as for `checkpoint.save`, the same names on all ranks. A DTensor is what this rank has
-            a part of; a tensor on the device "meta" is one that another rank gives.
+            a shard of; a tensor on the device "meta" is one that another rank gives.
         ranks: who hold the model together.
-        writes: on one of them, who also writes what is not in parts.
+        writer: on one of them, who also writes what is not sharded.
 
     Raises:
         CheckpointError: on every rank, if one of them could not write; the earlier checkpoints are untouched.
@@ -86,17 +87,17 @@ def save_sharded(
     _all_or_none(lambda: finish(files) if writer else None, ranks, failed)
 
 
-def _all_or_none(function: Callable[[], T], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> list[T]:
+def _all_or_none(function: Callable[[], T], ranks: ProcessGroup, failed: Failed) -> list[T]:
     """What each rank has found; what fails on one fails on all."""
     found, error = None, None
     try:
         found = function()
     except (OSError, SafetensorError) as raised:
         error = raised
-    everyone = ranks.gather_objects((found, error))
-    if errors := [each for _, each in everyone if each is not None]:
+    gathered = ranks.gather_objects((found, error))
+    if errors := [each for _, each in gathered if each is not None]:
         raise failed(errors[0]) from error
-    return [theirs for theirs, _ in everyone]  # type: ignore[misc]
+    return [theirs for theirs, _ in gathered]  # type: ignore[misc]
 
 
 def _measured(folder: Path, rank: int) -> dict[str, dict[str, int]]:
@@ -112,9 +113,7 @@ def _once(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], dict[str, s
     return {name: t for name, t in tensors.items() if name not in aliases}, aliases
 
 
-def _write(
-    folder: Path, tensors: Mapping[str, Tensor], ranks: Ranks, failed: Callable[[Exception], CheckpointError]
-) -> None:
+def _write(folder: Path, tensors: Mapping[str, Tensor], ranks: ProcessGroup, failed: Failed) -> None:
     import torch.distributed.checkpoint as dcp
 
     own = {name: t.detach().contiguous() for name, t in tensors.items() if t.device.type != "meta"}
@@ -122,12 +121,12 @@ def _write(
     _together(lambda: dcp.save(own, storage_writer=writer, process_group=ranks.process_group), ranks, failed)
 
 
-def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Exception], CheckpointError]) -> None:
+def _together(function: Callable[[], object], ranks: ProcessGroup, failed: Failed) -> None:
     """Run a function of torch.distributed.checkpoint; its exception is no ``Exception``."""
     from torch.distributed.checkpoint.api import CheckpointException
 
     try:
-        ranks.say("a checkpoint", function, 0)
+        ranks.collective("a checkpoint", function, 0)
     except CheckpointException as error:
         causes = [cause for cause, _ in error.failures.values() if isinstance(cause, Exception)]
         first = next((cause for cause in causes if isinstance(cause, OSError)), causes[0] if causes else None)
@@ -138,7 +137,7 @@ def _together(function: Callable[[], object], ranks: Ranks, failed: Callable[[Ex
 
 
 def read_sharded(
-    saved: Checkpoint, kind: Kind, names: Sequence[str], specs: Mapping[str, ShardSpec], ranks: Ranks
+    saved: Checkpoint, kind: Kind, names: Sequence[str], specs: Mapping[str, ShardSpec], ranks: ProcessGroup
 ) -> dict[str, Tensor]:
     """Tensors of a checkpoint, sharded or not: of those in ``specs`` this rank's shards, the others in full. All
     ``ranks`` must call it with the same names.
@@ -173,5 +172,5 @@ def read_sharded(
     found = unpack({name: t for name, t in targets.items() if name not in shards}, notes)
     for name in spec_of.keys() - shards:
         spec = spec_of[name]
-        shards[name] = spec.part.narrow(found[name], spec.dim)
+        shards[name] = spec.shard.narrow(found[name], spec.dim)
     return {name: shards[first[name]] if first[name] in shards else found[first[name]] for name in names}

@@ -1,12 +1,12 @@
-"""Parameters of which every rank holds a part (FSDP2's ``fully_shard``: DTensors on a mesh of one dimension).
+"""Parameters of which every rank holds a shard (FSDP2's ``fully_shard``: DTensors on a mesh of one dimension).
 
-    part = shard_of(p, ranks)       which part of p this rank holds; None where it holds the whole
-    part.narrow(whole)                this rank's part of a tensor of that shape
-    part.gather(mine)              everyone's parts together
-    unsharded_parameter(module, …)     for a moment one parameter of a module is whole, to be changed in place
+    shard = shard_of(p, ranks)           which shard of p this rank holds; None where it holds the full tensor
+    shard.narrow(full)                   this rank's shard of a tensor of that shape
+    shard.gather(mine)                   the shards of all ranks together
+    unsharded_parameter(module, …)       for a moment one parameter of a module is full, to be changed in place
 
-A dimension of n numbers is cut into R pieces of ⌈n/R⌉, the last one what is left, as ``torch.chunk`` does. All
-that is said here goes through ``Ranks``, which counts it.
+A dimension of n numbers is cut into R pieces of ⌈n/R⌉, the last one what is left, as ``torch.chunk`` does. All that is
+sent here goes through ``ProcessGroup``, which counts it.
 """
 
 from __future__ import annotations
@@ -20,44 +20,46 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.collectives import largest_share
+from lowrank.distributed.process_group import ProcessGroup
 
 
 @dataclass(frozen=True, eq=False)
 class Shard:
-    """This rank's part of a parameter of ``shape``, which is cut along ``dim``."""
+    """This rank's shard of a parameter of ``shape``, which is cut along ``dim``."""
 
     shape: tuple[int, ...]
     dim: int
-    ranks: Ranks
+    ranks: ProcessGroup
 
     @property
     def start(self) -> int:
         """The first row (column, …) of this rank."""
-        return self.ranks.rank * self._piece(self.shape[self.dim])
+        return self.ranks.rank * self._largest
+
+    @property
+    def length(self) -> int:
+        """The rows (columns, …) of this rank."""
+        return min(self._largest, self.shape[self.dim] - self.start)
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's part."""
-        size = self.shape[self.dim]
-        length = min(self._piece(size), size - self.start)
-        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        return (*self.shape[: self.dim], self.length, *self.shape[self.dim + 1 :])
 
-    def _piece(self, size: int) -> int:
-        return largest_piece(size, self.ranks.count)
+    @property
+    def _largest(self) -> int:
+        return largest_share(self.shape[self.dim], self.ranks.count)
 
-    def narrow(self, whole: Tensor, dim: int | None = None) -> Tensor:
-        """This rank's part of ``whole``, a view; it is cut along ``dim`` where that differs."""
-        dim = self.dim if dim is None else dim
-        return whole.narrow(dim, self.start, self.local_shape[self.dim])
+    def narrow(self, full: Tensor, dim: int | None = None) -> Tensor:
+        """This rank's shard of ``full``, a view; it is cut along ``dim`` where that differs."""
+        return full.narrow(self.dim if dim is None else dim, self.start, self.length)
 
     def gather(self, mine: Tensor, dim: int | None = None) -> Tensor:
-        """Everyone's parts in their order; every rank must call it."""
+        """The shards of all ranks in their order; every rank must call it."""
         dim = self.dim if dim is None else dim % mine.dim()
-        size = self.shape[self.dim]
-        missing = self._piece(size) - mine.shape[dim]
+        missing = self._largest - mine.shape[dim]
         padded = F.pad(mine, (0, 0) * (mine.dim() - 1 - dim) + (0, missing)) if missing else mine
-        return torch.cat(list(self.ranks.gather([padded])[0]), dim=dim).narrow(dim, 0, size)
+        return torch.cat(list(self.ranks.gather([padded])[0]), dim=dim).narrow(dim, 0, self.shape[self.dim])
 
     def total(self, mine: Tensor) -> Tensor:
         """The sum over the ranks of a tensor that each has, the same bits on all."""
@@ -68,34 +70,26 @@ class Shard:
 
 @dataclass(frozen=True)
 class ShardSpec:
-    """A tensor of ``shape`` of which each rank holds a piece along ``dim``, cut as ``part`` is."""
+    """A tensor of ``shape`` that is sharded along ``dim``, cut as ``shard`` is."""
 
-    part: Shard
+    shard: Shard
     dim: int
     shape: tuple[int, ...]
 
     @property
     def local_shape(self) -> tuple[int, ...]:
-        """The shape of this rank's piece."""
-        length = self.part.local_shape[self.part.dim]
-        return (*self.shape[: self.dim], length, *self.shape[self.dim + 1 :])
+        return (*self.shape[: self.dim], self.shard.length, *self.shape[self.dim + 1 :])
 
     def as_dtensor(self, mine: Tensor) -> Tensor:
-        """The whole as torch sees it, a DTensor, of which ``mine`` is this rank's piece."""
-        from torch.distributed.tensor import DTensor
-        from torch.distributed.tensor import Shard as Placement
+        """The full tensor as torch sees it, of which ``mine`` is this rank's shard."""
+        from torch.distributed import tensor
 
-        placed: Any = [Placement(self.dim)]
-        stride = torch.empty(self.shape, device="meta").stride()
-        whole: Tensor = DTensor.from_local(
-            mine, self.part.ranks.mesh, placed, run_check=False, shape=torch.Size(self.shape), stride=stride
+        placed: Any = [tensor.Shard(self.dim)]
+        stride, mesh = torch.empty(self.shape, device="meta").stride(), self.shard.ranks.mesh
+        full: Tensor = tensor.DTensor.from_local(
+            mine, mesh, placed, run_check=False, shape=torch.Size(self.shape), stride=stride
         )
-        return whole
-
-
-def largest_piece(size: int, ranks: int) -> int:
-    """What all ranks but perhaps the last hold of ``size`` rows."""
-    return -(-size // ranks)
+        return full
 
 
 def all_hold_some(size: int, ranks: int) -> bool:
@@ -104,11 +98,11 @@ def all_hold_some(size: int, ranks: int) -> bool:
     >>> [all_hold_some(size, 4) for size in (3, 4, 5, 7)]
     [False, True, False, True]
     """
-    return (ranks - 1) * largest_piece(size, ranks) < size
+    return (ranks - 1) * largest_share(size, ranks) < size
 
 
 def is_sharded(tensor: Tensor) -> bool:
-    """Whether the tensor is a DTensor, of which this process holds a part."""
+    """Whether the tensor is a DTensor, of which this process holds a shard."""
     return hasattr(tensor, "device_mesh")
 
 
@@ -118,8 +112,8 @@ def to_local(tensor: Tensor) -> Tensor:
     return held.to_local() if is_sharded(tensor) else held
 
 
-def shard_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Shard | None:
-    """Which part of ``p`` this rank holds, or None where ``p`` is an ordinary tensor.
+def shard_of(p: Tensor, ranks: ProcessGroup | None, name: str = "the parameter") -> Shard | None:
+    """Which shard of ``p`` this rank holds, or None where ``p`` is an ordinary tensor.
 
     Raises:
         ValueError: it is cut in a way that this library does not follow.
@@ -145,27 +139,27 @@ def shard_of(p: Tensor, ranks: Ranks | None, name: str = "the parameter") -> Sha
 
 
 def reshard_(model: nn.Module) -> None:
-    """Let go of weights that an evaluation has left whole, so that every parameter is its part again."""
+    """Let go of weights that an evaluation has left full, so that every parameter is its shard again."""
     for module in model.modules():
         if hasattr(module, "_get_fsdp_state"):
             module.reshard()  # type: ignore[operator]
 
 
 @contextmanager
-def unsharded_parameter(module: nn.Module, name: str, ranks: Ranks | None) -> Iterator[None]:
-    """Meanwhile the module's own parameter ``name`` is whole, to be changed in place by all ranks alike.
+def unsharded_parameter(module: nn.Module, name: str, ranks: ProcessGroup | None) -> Iterator[None]:
+    """Meanwhile the module's own parameter ``name`` is full, to be changed in place by all ranks alike.
 
-    Each rank keeps its part of what has become of it. Where it is not sharded nothing happens.
+    Each rank keeps its shard of what has become of it. Where it is not sharded nothing happens.
     """
     own = module._parameters[name]
-    part = None if own is None else shard_of(own, ranks, name)
-    if own is None or part is None:
+    shard = None if own is None else shard_of(own, ranks, name)
+    if own is None or shard is None:
         yield
         return
-    whole = nn.Parameter(part.gather(to_local(own)), requires_grad=False)
-    module._parameters[name] = whole
+    full = nn.Parameter(shard.gather(to_local(own)), requires_grad=False)
+    module._parameters[name] = full
     try:
         yield
-        to_local(own).copy_(part.narrow(whole.detach()))
+        to_local(own).copy_(shard.narrow(full.detach()))
     finally:
         module._parameters[name] = own

@@ -24,32 +24,32 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from lowrank.distributed.collectives import Group, largest_share
-from lowrank.distributed.process_group import Ranks, world_size
+from lowrank.distributed.process_group import ProcessGroup, world_size
 
 
 class Workers(Group):
     """The workers as if each were one rank; what is given to it must be the same on all ranks of a worker. Final."""
 
-    def __init__(self, intra_worker: Ranks, cross_worker: Ranks):
+    def __init__(self, intra_worker: ProcessGroup, cross_worker: ProcessGroup):
         self.intra_worker, self.cross_worker = intra_worker, cross_worker
         self.rank, self.count = cross_worker.rank, cross_worker.count
         self.device, self.traffic = intra_worker.device, intra_worker.traffic
 
     def _add_up(self, flat: Tensor) -> Callable[[], None]:
         mine = self._share_of(flat)
-        arrive = self.cross_worker._add_up(mine)
+        wait = self.cross_worker._add_up(mine)
 
         def finish() -> None:
-            arrive()
+            wait()
             flat.copy_(self.intra_worker._collect(mine)().flatten()[: flat.numel()])
 
         return finish
 
     def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
-        arrive = self.cross_worker._collect(self._share_of(flat))
+        wait = self.cross_worker._collect(self._share_of(flat))
 
         def finish() -> Tensor:
-            shares = self.intra_worker._collect(arrive().flatten())()  # (L, W · share)
+            shares = self.intra_worker._collect(wait().flatten())()  # (L, W · share)
             whole = shares.view(self.intra_worker.count, self.count, -1).transpose(0, 1).reshape(self.count, -1)
             return whole[:, : flat.numel()]
 
@@ -66,7 +66,7 @@ class WorldGroup(Group):
     """All ranks, who add up by two levels: first inside each worker, then across workers. So a sum crosses the slow
     links once, in shares, where a ring of all ranks would carry all of it over each. Final."""
 
-    def __init__(self, ranks: Ranks, intra_worker: Ranks, workers: Workers):
+    def __init__(self, ranks: ProcessGroup, intra_worker: ProcessGroup, workers: Workers):
         self.intra_worker, self.workers = intra_worker, workers
         self.rank, self.count, self.device, self.traffic = ranks.rank, ranks.count, ranks.device, ranks.traffic
 
@@ -75,8 +75,8 @@ class WorldGroup(Group):
         return self.workers._add_up(flat)
 
     def _collect(self, flat: Tensor) -> Callable[[], Tensor]:
-        arrive = self.workers._collect(self.intra_worker._collect(flat)().flatten())
-        return lambda: arrive().reshape(self.count, flat.numel())
+        wait = self.workers._collect(self.intra_worker._collect(flat)().flatten())
+        return lambda: wait().reshape(self.count, flat.numel())
 
 
 @dataclass(frozen=True)
@@ -85,17 +85,17 @@ class ProcessLayout:
 
     Args:
         ranks: all of them.
-        workers: those who train apart, of which each speaks as one; None where all ranks are one worker.
+        workers: those who train apart, of which each acts as one; None where all ranks are one worker.
         intra_worker: the ranks of this worker; None where it is the only one.
         cross_worker: the ranks at the same place in all workers; None where there is one worker.
         world: all ranks as a group that adds up by the shortest way.
         in_step: all ranks are one worker, as was asked for, whether or not there are several.
     """
 
-    ranks: Ranks | None = None
+    ranks: ProcessGroup | None = None
     workers: Group | None = None
-    intra_worker: Ranks | None = None
-    cross_worker: Ranks | None = None
+    intra_worker: ProcessGroup | None = None
+    cross_worker: ProcessGroup | None = None
     world: Group | None = None
     in_step: bool = False
 
@@ -116,11 +116,11 @@ class ProcessLayout:
 
     @property
     def ranks_per_worker(self) -> int:
-        """Ranks in this worker."""
+        """ProcessGroup in this worker."""
         return 1 if self.intra_worker is None else self.intra_worker.count
 
 
-def process_layout(ranks: Ranks | None, workers: int | None) -> ProcessLayout:
+def process_layout(ranks: ProcessGroup | None, workers: int | None) -> ProcessLayout:
     """The ranks divided into so many workers of equal size; None: every rank is one. All ranks must call it.
 
     Raises:

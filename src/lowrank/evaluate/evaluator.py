@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import nn
 
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.run.task import Batch, Tally, Task, to_device
 
 
@@ -29,8 +29,8 @@ def evaluate(
     *,
     device: torch.device | str = "cpu",
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext,
-    ranks: Ranks | None = None,
-    sharing: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
+    sharing: ProcessGroup | None = None,
 ) -> dict[str, float]:
     """Metrics of ``model`` over ``batches``, the same on all ``ranks``; the model's mode is put back afterwards.
 

@@ -39,7 +39,7 @@ from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.distributed.collectives import Group
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, shard_of, to_local
 from lowrank.infra.seeds import generator
 from lowrank.linalg.rounding import round_into_
@@ -103,7 +103,7 @@ class Optimizer(torch.optim.Optimizer):
         synchroniser: Callable[[int], None] | None = None,
         expect: Mapping[nn.Parameter, str] | None = None,
         seed: int = 0,
-        intra_worker: Ranks | None = None,
+        intra_worker: ProcessGroup | None = None,
         summed: Mapping[nn.Parameter, Group] | None = None,
         agreed: Mapping[nn.Parameter, Group] | None = None,
     ):

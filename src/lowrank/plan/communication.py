@@ -23,8 +23,8 @@ import torch
 
 from lowrank.adapters import SplitAdapter
 from lowrank.adapters.compression import Compression, rounded_bytes
-from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
-from lowrank.distributed.shards import Shard, largest_piece
+from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.distributed.shards import Shard
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
 from lowrank.optim.sharded import crosses, on_part
@@ -221,7 +221,7 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
 def _piece(row: Row, part: Shard, ranks: int) -> int:
     """Numbers that each rank holds of the parameter, the padding of uneven rows included."""
     size = row.shape[part.dim]
-    return row.numel // size * largest_piece(size, ranks)
+    return row.numel // size * largest_share(size, ranks)
 
 
 def merge_words(plan: Plan, ranks: int, *, loop: bool = True) -> int:

@@ -14,8 +14,8 @@ be uneven, but none without any; columns only even) is left, and a parameter wit
 Adapters' factors stay whole, their gradients summed as under DDP: they are small, a sum of their gradients is fewer
 bytes than gathering them twice, and FSDP wants one dtype in a group, which factors of bfloat16 weights have not.
 
-The weights must be alike on all ranks before they are cut; that is asked. Everything FSDP says goes through ``Ranks``:
-it is counted, and a dead rank is named.
+The weights must be alike on all ranks before they are cut; that is asked. All that FSDP sends goes through
+``ProcessGroup``: it is counted, and a dead rank is named.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import ring_gather_bytes
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, all_hold_some, to_local
 from lowrank.infra.fingerprints import digest
 from lowrank.optim.projected import Projected
@@ -106,7 +106,7 @@ def names_in_blocks(model: nn.Module) -> set[str]:
     }
 
 
-def _check(plan: Plan) -> tuple[Ranks, Ranks]:
+def _check(plan: Plan) -> tuple[ProcessGroup, ProcessGroup]:
     """(all ranks, those of this worker)."""
     if plan.ranks is None:
         raise ValueError("there is one process, and nothing to shard: start several with torchrun, and give ranks=")
@@ -127,7 +127,7 @@ def _check(plan: Plan) -> tuple[Ranks, Ranks]:
     return plan.ranks, plan.intra_worker
 
 
-def _cut(row: Row, ranks: Ranks) -> Shard | None:
+def _cut(row: Row, ranks: ProcessGroup) -> Shard | None:
     """Along which dimension the row's parameter is cut; None where it stays whole."""
     if row.is_factor or not row.shape:
         return None
@@ -145,7 +145,7 @@ def _cut(row: Row, ranks: Ranks) -> Shard | None:
     return None
 
 
-def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, int], ranks: Ranks) -> None:
+def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, int], ranks: ProcessGroup) -> None:
     from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard, register_fsdp_forward_method
     from torch.distributed.tensor import Shard
 
@@ -175,7 +175,7 @@ def _fully_shard_(model: nn.Module, whole: set[nn.Parameter], dims: dict[int, in
 class _Said:
     """What FSDP asks of a collective that is given to it."""
 
-    def __init__(self, ranks: Ranks):
+    def __init__(self, ranks: ProcessGroup):
         self.ranks = ranks
 
     def allocate(self, size: Sequence[int], *, dtype: torch.dtype, device: torch.device) -> Tensor:
@@ -188,7 +188,7 @@ class _AllGather(_Said):
             return dist.all_gather_into_tensor(output_tensor, input_tensor, group=group, async_op=async_op)
 
         size = ring_gather_bytes(input_tensor.nbytes, self.ranks.count)
-        return self.ranks.say("a gathering of weights", run, size)
+        return self.ranks.collective("a gathering of weights", run, size)
 
 
 class _ReduceScatter(_Said):
@@ -197,4 +197,4 @@ class _ReduceScatter(_Said):
             return dist.reduce_scatter_tensor(output_tensor, input_tensor, op=op, group=group, async_op=async_op)
 
         size = ring_gather_bytes(output_tensor.nbytes, self.ranks.count)
-        return self.ranks.say("a sum of gradients", run, size)
+        return self.ranks.collective("a sum of gradients", run, size)

@@ -19,7 +19,7 @@ from torch import nn
 from lowrank.adapters import Adapter, SplitAdapter
 from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import Group
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, is_sharded
 from lowrank.distributed.workers import ProcessLayout, process_layout
 from lowrank.methods import Method
@@ -50,12 +50,12 @@ class Plan:
     shards: dict[str, Shard] = field(default_factory=dict)
 
     @property
-    def ranks(self) -> Ranks | None:
+    def ranks(self) -> ProcessGroup | None:
         """All processes that train the model; None for one."""
         return self.layout.ranks
 
     @property
-    def intra_worker(self) -> Ranks | None:
+    def intra_worker(self) -> ProcessGroup | None:
         """The ranks that train in step with this one; None where it trains alone."""
         return self.layout.intra_worker
 
@@ -211,7 +211,7 @@ class Plan:
 
 
 def apply_(
-    model: nn.Module, method: Method, *, seed: int = 0, ranks: Ranks | None = None, workers: int | None = None
+    model: nn.Module, method: Method, *, seed: int = 0, ranks: ProcessGroup | None = None, workers: int | None = None
 ) -> Plan:
     """Bind ``method`` to ``model`` in place, and return the plan.
 

@@ -19,7 +19,7 @@ from torch import nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.images.source import FACTS, ImageData
-from lowrank.distributed.process_group import Ranks
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
 from lowrank.infra.files import read_json
@@ -50,7 +50,7 @@ def open_session(
     init_from: Path | None = None,
     data: Any = None,
     learnt: Any = None,
-    ranks: Ranks | None = None,
+    ranks: ProcessGroup | None = None,
 ) -> Session:
     """Make a run's data, model and plan.
 

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowrank.data.text.tokenizers import Tokenizer
 from lowrank.distributed.collectives import Traffic, largest_share
-from lowrank.distributed.process_group import Ranks, RanksDisagree
+from lowrank.distributed.process_group import ProcessGroup, RanksDisagree
 from lowrank.distributed.shards import is_sharded
 from lowrank.infra.fingerprints import code_version, digest
 from lowrank.infra.progress import short_bytes
@@ -45,7 +45,7 @@ class Coordinator:
     def __init__(self, plan: Plan, optimizer: Optimizer, run: Run):
         self.plan, self.run = plan, run
         self.synchroniser = plan.synchroniser(optimizer)
-        self.ranks: Ranks | None = plan.ranks
+        self.ranks: ProcessGroup | None = plan.ranks
         self.stepping = plan.ranks if plan.shared else plan.intra_worker  # who make every step together, if several do
         self.first = self.ranks is None or self.ranks.rank == 0
         self.place = () if self.ranks is None else (self.ranks.rank, self.ranks.count)
@@ -108,7 +108,7 @@ class Coordinator:
         why = "--max-grad-norm needs whole gradients: they travel as they are, not projected; with none they would be"
         return [*self.plan.notes, *why_not, ahead, *([why] if clipped else [])]
 
-    def forecast(self, ranks: Ranks) -> Forecast:
+    def forecast(self, ranks: ProcessGroup) -> Forecast:
         """What a rank of this run will send."""
         whole = self.run.max_grad_norm is not None and not self.run.per_layer
         return forecast(self.plan, ranks.count, whole=whole, micro_batches=self.run.grad_accum)
@@ -128,7 +128,7 @@ class Coordinator:
         return self.synchroniser.progress.kind != "equal"
 
     @property
-    def sharing(self) -> Ranks | None:
+    def sharing(self) -> ProcessGroup | None:
         """The ranks that read the same data as this one, itself included: all, or under ``--own-data`` those of its
         worker, where there are several workers of several ranks; None where it reads alone."""
         if not self.run.own_data:
@@ -164,7 +164,7 @@ class Coordinator:
             self._reported = Traffic(**vars(self.ranks.traffic))
             self.synchroniser.progress.reset()
 
-    def _agree_within_workers(self, ranks: Ranks, source: object) -> None:
+    def _agree_within_workers(self, ranks: ProcessGroup, source: object) -> None:
         first: dict[int, object] = {}
         for rank, (worker, theirs) in enumerate(ranks.gather_objects((self.plan.layout.worker, source))):
             if first.setdefault(worker, theirs) != theirs:

@@ -20,7 +20,7 @@ from typing import Literal
 
 import torch
 
-from lowrank.distributed.process_group import Ranks, first_on_node
+from lowrank.distributed.process_group import ProcessGroup, first_on_node
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.plan.plan import Plan
@@ -31,7 +31,7 @@ PIECE = 1 << 24  # bytes of a file that travel at once
 SaveRole = Literal["full", "sharded", "assist", "none"]
 
 
-def is_writer(out: Path, ranks: Ranks | None) -> bool:
+def is_writer(out: Path, ranks: ProcessGroup | None) -> bool:
     """Whether this process writes the run's folder ``out``. Every rank must call it.
 
     Nodes that share a disk are found out by files that each first rank leaves there for a moment.
@@ -64,7 +64,7 @@ def save_role(out: Path, plan: Plan, *, writer: bool) -> SaveRole:
     return "full" if writer else "assist"
 
 
-def _in_our_folder(out: Path, ranks: Ranks, *, sign: bool) -> set[int]:
+def _in_our_folder(out: Path, ranks: ProcessGroup, *, sign: bool) -> set[int]:
     """Which of the ranks that leave a sign in ``out`` for a moment have the folder that this rank has by that name."""
     run = ranks.gather_objects(uuid.uuid4().hex)[0]
     signs = [out / f".here-{run}-{rank}" for rank in range(ranks.count)]
@@ -78,7 +78,7 @@ def _in_our_folder(out: Path, ranks: Ranks, *, sign: bool) -> set[int]:
     return seen
 
 
-def newest(out: Path, ranks: Ranks | None, *, writer: bool) -> tuple[Path | None, list[str]]:
+def newest(out: Path, ranks: ProcessGroup | None, *, writer: bool) -> tuple[Path | None, list[str]]:
     """(the newest good checkpoint that any node has of the run in ``out``, now on this node too, or None where there
     never was one; what a reader should know of it). Every rank must call it.
 
@@ -114,7 +114,7 @@ def _key(folder: Path | None) -> tuple[int, str, str] | None:
     return checkpoint.step_of(folder), folder.name, checkpoint.fingerprint(folder)
 
 
-def _copy(folder: Path, source: int, ranks: Ranks, *, writes: bool) -> None:
+def _copy(folder: Path, source: int, ranks: ProcessGroup, *, writes: bool) -> None:
     """The checkpoint ``folder`` from rank ``source`` to the ranks that write; a killed process leaves no half of it."""
     mine = _files(folder) if ranks.rank == source else {}
     files = ranks.gather_objects(mine)[source]
@@ -131,7 +131,7 @@ def _copy(folder: Path, source: int, ranks: Ranks, *, writes: bool) -> None:
     ranks.total(0.0)
 
 
-def _copy_file(path: Path, size: int, source: int, ranks: Ranks, *, writes: bool) -> None:
+def _copy_file(path: Path, size: int, source: int, ranks: ProcessGroup, *, writes: bool) -> None:
     file = path.open("rb" if ranks.rank == source else "wb") if writes or ranks.rank == source else None
     try:
         for start in range(0, size, PIECE):

@@ -29,7 +29,7 @@ import torch
 from torch import Tensor
 
 from lowrank import __version__
-from lowrank.distributed.process_group import Ranks, joined
+from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
@@ -91,7 +91,7 @@ def train(
 def _train(
     run: Run,
     out: Path,
-    ranks: Ranks | None,
+    ranks: ProcessGroup | None,
     *,
     resume: bool,
     elastic: bool,
@@ -132,7 +132,7 @@ def _train(
 
 
 @contextmanager
-def _lock(out: Path, ranks: Ranks | None, *, writer: bool, new: bool) -> Iterator[None]:
+def _lock(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: bool) -> Iterator[None]:
     """Meanwhile the run's folder is written by these ranks alone; what is refused to one is refused to all."""
     refused: OSError | None = None
     with ExitStack() as held:
