@@ -3,12 +3,9 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models import gpt2, output, text_loss, tokens
 
-import lowrank
 from lowrank.adapters import Dense, Site
 from lowrank.adapters.adapter import shard_sizes
-from lowrank.methods import Adapt, Method
 
 
 @pytest.mark.parametrize("split", [False, True])
@@ -29,33 +26,6 @@ def test_local_models(split: bool, heads: int, batch: int) -> None:
     adapter.eval()
     torch.testing.assert_close(adapter(x, W), F.linear(x, mean))
     torch.testing.assert_close(adapter.rows(ids, W), F.embedding(ids, mean))
-
-
-def test_restarts_at_a_merge() -> None:
-    adapter = Dense(heads=2)(Site("x", torch.ones(3, 3)))
-    with torch.no_grad():
-        adapter.D.fill_(1.0)
-    assert torch.equal(adapter.merged(torch.ones(3, 3)), torch.full((3, 3), 2.0))
-    adapter.settle_()
-    assert not adapter.D.any()
-    assert int(adapter.merges) == 1
-
-
-def test_trains_on_parts_and_tied_layers() -> None:
-    model = gpt2()
-    method = Method(adapt=(Adapt(("q", "v", "mlp", "lm_head"), Dense(heads=2)),), merge=lowrank.adapters.Merge(3))
-    plan = lowrank.apply_(model, method)
-    opt, losses = plan.optimizer(lr=2e-3), []
-    for _ in range(8):
-        loss = text_loss(model, tokens())
-        loss.backward()
-        opt.step()
-        opt.zero_grad()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0]
-    expected = output(model.eval(), tokens())
-    lowrank.merge_and_unload(model)
-    torch.testing.assert_close(output(model, tokens()), expected, atol=1e-5, rtol=1e-5)
 
 
 def test_heads_must_be_whole() -> None:

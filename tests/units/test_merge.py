@@ -3,7 +3,7 @@
 import pytest
 import torch
 import torch.nn.functional as F
-from tests.models import features, gpt2, mlp, nudge_, output, small_method, tokens, train_text
+from tests.models import features, gpt2, mlp, nudge_, small_method, train_text
 
 import lowrank
 from lowrank.adapters import LoRA, Merge, merge_adapters_
@@ -97,24 +97,6 @@ def test_merging_is_rounded_without_bias() -> None:
     error = (samples.mean(dim=0) - exact) / (samples.std(dim=0) / 20 + 1e-7)
     assert float(error.abs().mean()) < 1.5
     assert float((samples.mean(dim=0) - exact).abs().max()) < float((exact.bfloat16() - exact).abs().max())
-
-
-def test_in_evaluation_too() -> None:
-    model = mlp()
-    lowrank.apply_(model, lowrank.methods.lte("all-linear", rank=2, heads=2, merge_every=2))
-    nudge_(model)
-    expected = output(model.eval(), features())
-    merge_adapters_(model)
-    torch.testing.assert_close(output(model, features()), expected)
-    assert not model.training
-
-
-def test_frozen_control_merges_nothing() -> None:
-    model = gpt2()
-    expected = output(model, tokens())
-    lowrank.apply_(model, small_method("frozen"))
-    merge_adapters_(model)
-    assert torch.equal(output(lowrank.merge_and_unload(model), tokens()), expected)
 
 
 # --- the outer optimizer ---------------------------------------------------------------------------------------------

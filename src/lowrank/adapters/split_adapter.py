@@ -124,7 +124,9 @@ class SplitAdapter(Adapter):
 
     def packed_delta(self) -> Tensor:
         """The mean change of the heads here as they are sent, (out, in)."""
-        with self.holding(self.pack(), self.heads):
+        own = slice(self.first_head, self.first_head + self.heads)
+        kept = {n: b[own] for n, b in self.named_buffers() if self.held_by_all(n)}
+        with self.holding({**self.pack(), **kept}, self.heads):
             return self.delta()
 
     def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:

@@ -1,19 +1,58 @@
-"""Law 1: a fresh adapter changes nothing; evaluation computes with merged(W); after settle_, merged(W) == W."""
+"""What every adapter promises: one list, to which a new one adds itself by a line.
+
+Law 1: a fresh adapter changes nothing; evaluation computes with merged(W); after settle_, merged(W) == W. Law 2: a
+model unloads to the function that it computed. Training resumes bitwise, dtypes are kept, each merge is rounded by
+noise of its own, and heads packed by several workers make the matrix that one worker with all of them makes.
+"""
 
 import pytest
 import torch
 import torch.nn.functional as F
+from examples.new_adapter import VeRA
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from tests.models import gpt2, images, llama, mlp, nudge_, output, tokens, vit
+from tests.models import features, gpt2, images, llama, mlp, nudge_, output, tokens, vit
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.adapters import Adapter, Dense, DoRA, LoRA, Site, Unchanged, merge_adapters_
+from lowrank.adapters import (
+    Adapter,
+    Additive,
+    Dense,
+    DoRA,
+    LoRA,
+    Site,
+    SplitAdapter,
+    Unchanged,
+    merge_adapters_,
+    merge_and_unload,
+)
 from lowrank.adapters.adapter import shard_sizes
+from lowrank.adapters.layers import merge_layer_, write_merged_
+from lowrank.distributed.collectives import share
 from lowrank.methods import Adapt
 
-KINDS = {
+
+class Forgetful(Additive):
+    """The least that an adapter must be; it does not count its merges."""
+
+    def __init__(self, site: Site):
+        super().__init__(Site.of(site))
+        self.D = nn.Parameter(torch.zeros(self.shape, dtype=torch.promote_types(site.weight.dtype, torch.float32)))
+
+    def add_(self, y: Tensor, x: Tensor, start: int = 0) -> Tensor:
+        y[..., start : start + self.shape[0]] += F.linear(x.to(y.dtype), self.D.to(y.dtype))
+        return y
+
+    def merged(self, W: Tensor) -> Tensor:
+        return (W.to(self.D.dtype) + self.D).to(W.dtype)
+
+    @torch.no_grad()
+    def settle_(self) -> None:
+        self.D.zero_()
+
+
+ADAPTERS = {
     "lora": LoRA(rank=2, alpha=3),
     "rslora": LoRA(rank=2, alpha=3, rank_stabilised=True),
     "dropout": LoRA(rank=2, dropout=0.5),
@@ -28,7 +67,10 @@ KINDS = {
     "dense": Dense(heads=2, split=False),
     "dense split": Dense(heads=3, split=True),
     "unchanged": Unchanged(),
+    "forgetful": Forgetful,
+    "vera": VeRA(rank=4),
 }
+SPLIT = {name: make for name, make in ADAPTERS.items() if getattr(make, "split", False)}
 DTYPES = [torch.float32, torch.float64, torch.bfloat16]
 
 
@@ -37,7 +79,7 @@ def weight_and_adapter(
 ) -> tuple[Tensor, Adapter]:
     torch.manual_seed(1)
     W = torch.randn(out, wide).to(dtype)
-    return W, KINDS[kind](Site("layer", W, 3, keep))
+    return W, ADAPTERS[kind](Site("layer", W, 3, keep))
 
 
 def by_shards(adapter: Adapter, x: Tensor, W: Tensor) -> Tensor:
@@ -55,7 +97,7 @@ def perturb_(adapter: Adapter) -> None:
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
 @pytest.mark.parametrize("keep", [False, True], ids=["restart", "keep"])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 class TestAdapter:
     def test_fresh_changes_nothing(self, kind: str, keep: bool, dtype: torch.dtype) -> None:
         W, adapter = weight_and_adapter(kind, keep, dtype)
@@ -130,6 +172,108 @@ def test_heads_see_their_shards(data: st.DataObject) -> None:
     torch.testing.assert_close(adapter.merged(W), W + mean)
 
 
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_each_merge_is_rounded_by_noise_of_its_own(kind: str) -> None:
+    """Were it the same between merges, layers or seeds, what is rounded down once would be for ever."""
+    seen: list[Tensor] = []
+    for seed, name in ((0, "a"), (0, "b"), (1, "a")):
+        adapter = ADAPTERS[kind](Site(name, torch.eye(16, dtype=torch.bfloat16), seed))
+        model = nn.Sequential(nn.Linear(16, 16)).to(torch.bfloat16)
+        layer = lowrank.adapters.AdaptedLinear(model[0], {"all": adapter}, {"all": slice(0, 16)})
+        for _ in range(1 if kind == "unchanged" else 3):
+            W = torch.ones(16, 16, dtype=torch.bfloat16)
+            write_merged_(W, torch.full((16, 16), 1.004), adapter, "all")
+            assert 0 < (W != 1).float().mean() < 1
+            seen.append(W)
+            merge_layer_(layer, set())
+    assert not any(torch.equal(a, b) for i, a in enumerate(seen) for b in seen[:i])
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("kind", ADAPTERS)
+def test_training_resumes_bitwise(kind: str, dtype: torch.dtype) -> None:
+    """Past merges, from the state dicts alone."""
+
+    def made() -> tuple[nn.Module, lowrank.Optimizer]:
+        model = mlp(dtype)
+        merge = lowrank.adapters.Merge(2, keep="split" in kind)
+        method = lowrank.Method(adapt=(Adapt("fc1,fc2", ADAPTERS[kind]),), merge=merge, rest="train")
+        return model, lowrank.apply_(model, method, seed=5).optimizer(lr=1e-2)
+
+    def train(model: nn.Module, opt: lowrank.Optimizer, steps: range) -> None:
+        for step in steps:
+            torch.manual_seed(step)  # dropout draws from the global stream, which a run saves
+            F.cross_entropy(model(features(dtype=dtype, seed=step)).float(), torch.arange(6) % 4).backward()
+            opt.step()
+            opt.zero_grad()
+
+    straight, half, resumed = made(), made(), made()
+    train(*straight, range(5))
+    train(*half, range(3))
+    for new, old in zip(resumed, half, strict=True):
+        new.load_state_dict(old.state_dict())
+    train(*resumed, range(3, 5))
+    expected, found = straight[0].state_dict(), resumed[0].state_dict()
+    assert list(found) == list(expected)
+    assert all(torch.equal(found[name], expected[name]) for name in expected)
+    assert all(found[name].dtype is expected[name].dtype for name in expected)
+
+
+# --- heads of several workers ----------------------------------------------------------------------------------------
+
+
+def gathered(workers: list[SplitAdapter]) -> dict[str, Tensor]:
+    packs = [worker.pack() for worker in workers]
+    return {name: torch.cat([pack[name] for pack in packs]) for name in packs[0]}
+
+
+@pytest.mark.parametrize("size", [(64, 48), (3, 3)], ids=["heads are gathered", "changes are summed"])
+@pytest.mark.parametrize("count", [1, 2, 3])
+@pytest.mark.parametrize("keep", [False, True], ids=["restart", "keep"])
+@pytest.mark.parametrize("kind", SPLIT)
+def test_packed_heads_make_the_whole(kind: str, keep: bool, count: int, size: tuple[int, int]) -> None:
+    """Of any number of workers, before and after a merge; bitwise where heads travel, to rounding where sums do."""
+    torch.manual_seed(0)
+    W, heads = torch.randn(size), SPLIT[kind].heads
+    count = min(count, heads)
+    one = SPLIT[kind](Site("layer", W, 3, keep))
+    workers = [SPLIT[kind](Site("layer", W, 3, keep, rank, count)) for rank in range(count)]
+    assert [worker.heads for worker in workers] == [len(share(heads, rank, count)) for rank in range(count)]
+    for _ in range(2):
+        perturb_(one)
+        with torch.no_grad():
+            for worker in workers:
+                for name, tensor in one.head_tensors().items():
+                    if not worker.held_by_all(name):
+                        worker.head_tensors()[name].copy_(worker.own_heads(tensor))
+        first, packed = workers[0], gathered(workers)
+        if first.gathers_heads or not keep:
+            assert torch.equal(first.merged_from(packed, dict.fromkeys(range(heads), 1.0), W), one.merged(W))
+            alone = first.merged_from(packed, {heads - 1: 1.0}, W)
+            doubled = first.merged_from(packed, {heads - 1: 2.0}, W)
+            torch.testing.assert_close(doubled - W, 2 * (alone - W), atol=1e-3, rtol=1e-4)
+        mean = sum(worker.heads * worker.packed_delta() for worker in workers) / heads
+        torch.testing.assert_close(mean, one.delta(), atol=1e-3, rtol=1e-4)
+        sent = max(sum(t.numel() * t.element_size() for t in worker.pack().values()) for worker in workers)
+        assert first.packed_bytes(count, "float32") in (sent, None)
+        W = one.merged(W)
+        one.settle_()
+        for worker in workers:
+            worker.settle_merged_(packed if first.gathers_heads else None, None)
+            assert torch.equal(worker.merged(W), W)
+            assert int(worker.merges) == int(one.merges)
+
+
+@pytest.mark.parametrize("kind", SPLIT)
+def test_a_worker_that_restarts_has_contributed_nothing(kind: str) -> None:
+    W = torch.randn(6, 5)
+    for keep in (False, True):
+        adapter = SPLIT[kind](Site("layer", W, 3, keep, 0, 2))
+        perturb_(adapter)
+        adapter.restart_()
+        assert torch.equal(adapter.merged(W), W)
+
+
 # --- in a model ------------------------------------------------------------------------------------------------------
 
 PLACES = {
@@ -145,16 +289,16 @@ PLACES = {
 }
 
 
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ADAPTERS)
 @pytest.mark.parametrize("place", PLACES)
 def test_model(place: str, kind: str) -> None:
     build, data, where, ties = PLACES[place]
     model, x = build().double().eval(), data()
     x = x.double() if x.is_floating_point() else x
-    before = output(model, x)
-    exact = isinstance(KINDS[kind](Site("", torch.ones(2, 2))), lowrank.adapters.Additive)
+    before, plain = output(model, x), model.state_dict().keys()
+    exact = isinstance(ADAPTERS[kind](Site("", torch.ones(2, 2))), lowrank.adapters.Additive)
     method = lowrank.Method(
-        adapt=(Adapt(where, KINDS[kind]),), merge=lowrank.adapters.Merge(2), ties=ties, rest="train"
+        adapt=(Adapt(where, ADAPTERS[kind]),), merge=lowrank.adapters.Merge(2), ties=ties, rest="train"
     )
     lowrank.apply_(model, method)
     same = torch.equal if exact else torch.allclose  # the others add the bias after the product
@@ -164,9 +308,13 @@ def test_model(place: str, kind: str) -> None:
     nudge_(model)
     changed = output(model.eval(), x)
     assert kind == "unchanged" or not torch.allclose(changed, before, atol=1e-3)
-    merge_adapters_(model)
-    torch.testing.assert_close(output(model, x), changed, atol=1e-5, rtol=1e-5)
-    merge_adapters_(model)
+    for _ in range(2):
+        merge_adapters_(model)
+        torch.testing.assert_close(output(model, x), changed, atol=1e-5, rtol=1e-5)
+    nudge_(model, 0.1)
+    changed = output(model, x)
+    assert type(merge_and_unload(model)) is type(build())
+    assert model.state_dict().keys() == plain
     torch.testing.assert_close(output(model, x), changed, atol=1e-5, rtol=1e-5)
 
 
@@ -184,7 +332,7 @@ def test_parts_leave_the_others_alone() -> None:
 
 def test_bias_belongs_to_the_layer() -> None:
     """A layer's bias is added once, whatever the adapter, and in the dtype of the product."""
-    for make in KINDS.values():
+    for make in ADAPTERS.values():
         model = nn.Sequential(nn.Linear(5, 7))
         lowrank.apply_(model, lowrank.Method(adapt=(Adapt("0", make),), rest="train"))
         x = torch.randn(4, 5)
