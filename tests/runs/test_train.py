@@ -134,7 +134,7 @@ def test_evaluation_is_on_the_merged_weights_between_two_merges(tmp_path: Path) 
     session, step = restore(tmp_path / "run", "latest")
     assert step == 6  # two steps after the merge at 4
     plain = lowrank.merge_and_unload(session.model)
-    batches = session.data.evaluation("val", run.batch_size, run.eval_batches)
+    batches = open_session(run).data.evaluation("val", run.batch_size, run.eval_batches)
     assert evaluate(plain, batches, session.task)["loss"] == pytest.approx(summary["val_loss"], rel=1e-5)
 
 

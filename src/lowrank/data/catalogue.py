@@ -6,7 +6,7 @@ A batch is a pure function of (seed, n), so that a resumed run needs to know its
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -38,6 +38,15 @@ class Data(ABC):
     def unread(self) -> bool:
         """Whether it only stands for data that is not here: enough for a model, and nothing to train on or score."""
         return False
+
+    @property
+    def fingerprint(self) -> str:
+        """A digest of the content, by which a run knows its data again; empty: not known."""
+        return ""
+
+    def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """Arguments by which the function that made this makes data under what the run has learnt of this."""
+        return dict(args)
 
     def learnt_by(self, run: Any, *, whole: bool = False) -> Self:
         """The same data under what a run has learnt, ``run`` being the data of its facts; ``whole``: to train on it."""

@@ -126,8 +126,9 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     else:  # a model of timm: its name is its format
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
     if session.run.task == "text":
-        session.data.tokenizer.save(out)
-    session.data.write_facts(out)
+        session.data.tokenizer.save(out)  # where transformers looks for it
+    else:
+        session.data.write_facts(out)
     return step
 
 
@@ -156,20 +157,14 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     if source is None and not options and not session.data.unread:
         return session
     if source is not None and session.run.task == "text":
-        own = {"data.tokenizer": _same_tokenizer(session), "data.column": None, "data.limit": None}
+        own = dict.fromkeys(("data.column", "data.delimiter", "data.limit"))
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
     if source is None and session.data.unread and not Path(str(session.run.data.args.get("source"))).exists():
         source = session.data.origin or None  # the run's own, where it was given from another working directory
     run = override(session.run, options if source is None else {"data": source, **options})
-    made = catalogue().make("data", run).for_model(session.model).learnt_by(session.data)
+    made = catalogue().function("data", run)(**session.data.arguments(run.data.args))
+    made = made.for_model(session.model).learnt_by(session.data)
     return replace(session, run=run, data=made)
-
-
-def _same_tokenizer(session: Session) -> str:
-    """The name of the run's tokenizer for other text; one learnt from the run's text lies beside its tokens."""
-    spec = str(session.data.tokenizer.spec)
-    learnt = spec == "chars" or spec.startswith("bpe:")
-    return str(session.data.tokens.folder) if learnt else spec
 
 
 def _pretrained(source: str, data: str | None, changes: dict[str, Any], device: str) -> Session:

@@ -120,7 +120,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         base={row.name: digest(dict(plan.model.named_parameters())[row.name]) for row in plan.rows if row.rule is None},
         origin=f"{source} at step {step}",
         metrics=saved.meta["metrics"],
-        **{name: value for name, value in session.data.to_json().items() if name != "origin"},
+        **({} if run.task == "text" else {n: value for n, value in session.data.to_json().items() if n != "origin"}),
     )
     write_adapter(out, info, tensors)
     return info

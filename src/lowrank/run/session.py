@@ -8,6 +8,7 @@ Nothing here trains.
 
 from __future__ import annotations
 
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from torch import nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.images.source import FACTS, ImageData
+from lowrank.data.text.corpora import UnreadText, open_run_tokenizer
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
@@ -64,7 +66,9 @@ def open_session(
     device = pick_device(run.device)
     autocast, needs_scaler = precision(run.precision, device)
     offer = catalogue()
-    data = offer.make("data", run) if data is None else data
+    if data is None:
+        args = run.data.args if learnt is None else learnt.arguments(run.data.args)
+        data = offer.function("data", run)(**args)
     if learnt is not None:
         data = data.learnt_by(learnt, whole=True)
     torch.manual_seed(run.seed)
@@ -96,8 +100,8 @@ def restore(
 ) -> tuple[Session, int]:
     """(session, step) of a run's folder, or of one of its checkpoints: the trained weights, in evaluation mode.
 
-    The session's data is what the run has learnt of it (classes, normalisation) where that is all a model needs: images
-    are not opened (``data.unread``).
+    The session's data is what the run has learnt of it (classes, normalisation, the tokenizer) where that is all that a
+    model needs: images and text are not opened (``data.unread``).
 
     Raises:
         FileNotFoundError: the folder holds no run.
@@ -107,17 +111,26 @@ def restore(
     run = Run.read(root / "run.json")
     saved = checkpoint.load(folder if folder != root else pick_checkpoint(root, which))
     data = learnt_by_run(root, saved) if data is None else data
+    if data is None and run.task == "text":
+        warnings.warn(
+            f"{root} was written before runs kept their tokenizer: it is made anew, from the text as it is now",
+            stacklevel=2,
+        )
     session = open_session(run if device == "auto" else _on(run, device), data=data)
     session.model.load_state_dict(saved.tensors)
     session.model.eval()
     return session, saved.step
 
 
-def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | None:
-    """What a checkpoint says of the images that the run was trained on, or the run's folder where it says nothing; None
-    where both are silent: the data is opened anew then.
+def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | UnreadText | None:
+    """What a checkpoint and the run's folder say of the data that the run was trained on; None where both are silent:
+    the data is opened anew then.
     """
     facts = saved.meta.get("learnt")
+    if facts and "context" in facts:
+        tokenizer = open_run_tokenizer(root)
+        known = {name: facts[name] for name in ("context", "fingerprint", "origin")}
+        return None if tokenizer is None else UnreadText(folder=root, tokenizer=tokenizer, **known)
     if not facts and (root / FACTS).is_file():
         facts = read_json(root / FACTS)
     return ImageData.without_images(facts) if facts else None

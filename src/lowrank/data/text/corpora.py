@@ -6,12 +6,13 @@ to prepare (C4). Both read packed windows, or one document a sequence as the GaL
 
 from __future__ import annotations
 
+import contextlib
 import hashlib
 import json
-from collections.abc import Iterable
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Literal, Protocol
+from typing import Any, Literal, Protocol, TypeVar
 
 from lowrank.data.cache import published
 from lowrank.data.catalogue import Data
@@ -25,7 +26,7 @@ from lowrank.data.text.batches import (
     evaluation_batches,
 )
 from lowrank.data.text.prepare import prepare
-from lowrank.data.text.source import Source
+from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, load_tokenizer, pretrained_tokenizer
@@ -33,6 +34,7 @@ from lowrank.infra.registry import register
 
 RUN_TOKENIZER = "tokenizer"  # a folder beside run.json
 Packing = Literal["packed", "documents"]
+Text = TypeVar("Text", "TextData", "StreamedText")
 
 
 class Corpus(Protocol):
@@ -57,10 +59,29 @@ class TextData(Data):
     tokens: Tokens
     context: int
     packing: Packing = "packed"
+    origin: str = ""
 
     @property
     def tokenizer(self) -> Tokenizer:
         return self.tokens.tokenizer
+
+    def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """A tokenizer that was learnt from this text lies beside its tokens."""
+        spec = self.tokenizer.spec
+        learnt = spec == "chars" or spec.startswith("bpe:")
+        return {**args, "tokenizer": str(self.tokens.folder) if learnt else spec}
+
+    def learnt_by(self, run: Any, *, whole: bool = False) -> TextData:
+        """Raise ValueError unless the run's tokenizer has made these tokens."""
+        return _made_by_the_tokenizer_of(self, run)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
+
+    def write_facts(self, folder: Path) -> None:
+        """The tokenizer; of nanoGPT's folders it may not be known."""
+        with contextlib.suppress(ValueError):
+            save_run_tokenizer(self.tokenizer, folder)
 
     @property
     def vocab_size(self) -> int:
@@ -102,6 +123,7 @@ class StreamedText(Data):
     tokenizer: Tokenizer
     context: int
     packing: Packing = "documents"
+    origin: str = ""
     _vocabulary: int | None = field(default=None, init=False)
 
     @property
@@ -121,6 +143,16 @@ class StreamedText(Data):
         """A digest of what is known of the source before it is read (files: their content), and of the tokenizer."""
         known = json.dumps([self.source.fingerprint, self.tokenizer.fingerprint], sort_keys=True)
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+
+    def learnt_by(self, run: Any, *, whole: bool = False) -> StreamedText:
+        """Raise ValueError unless the run's tokenizer is this one's."""
+        return _made_by_the_tokenizer_of(self, run)
+
+    def to_json(self) -> dict[str, Any]:
+        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
+
+    def write_facts(self, folder: Path) -> None:
+        save_run_tokenizer(self.tokenizer, folder)
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches, shuffled within a buffer."""
@@ -150,11 +182,19 @@ class StreamedText(Data):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnreadText:
-    """Stands for the text of a run whose model is only used: its tokenizer and context, and nothing to train on."""
+class UnreadText(Data):
+    """What a run has learnt of its text: the tokenizer, in the run's ``folder``, and how the text was read.
 
-    tokenizer: Tokenizer
+    Enough to make the model, to generate and to export; text that is scored or trained on further is made with it.
+    """
+
+    folder: Path
     context: int
+    fingerprint: str = ""
+    origin: str = ""
+    tokenizer: Tokenizer
+
+    unread = True
 
     @property
     def vocab_size(self) -> int:
@@ -167,13 +207,32 @@ class UnreadText:
     def check_vocabulary(self, vocab_size: int) -> None:
         """There are no ids to check."""
 
+    def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
+        """The tokenizer by its folder."""
+        return {**args, "tokenizer": str(self.folder / RUN_TOKENIZER)} if "tokenizer" in args else dict(args)
+
+    def write_facts(self, folder: Path) -> None:
+        save_run_tokenizer(self.tokenizer, folder)
+
+    def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
+        """There is nothing to read.
+
+        Raises:
+            ValueError: always.
+        """
+        raise ValueError(f"the text that {self.folder} was trained on has not been opened: give it with --data")
+
+    def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
+        """As ``train``."""
+        return self.train(batch_size, 0)  # type: ignore[return-value]
+
 
 def save_run_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
     """Write a run's tokenizer into ``folder/tokenizer``, whole or not at all; one that lies there already stays.
 
     Args:
         tokenizer: the one that made what the run trains on.
-        folder: the run's, a checkpoint's, or wherever its weights go.
+        folder: the run's, or wherever its weights go.
     """
     final = folder / RUN_TOKENIZER
     if not final.is_dir():
@@ -186,10 +245,25 @@ def open_run_tokenizer(folder: Path) -> Tokenizer | None:
     """The tokenizer that ``save_run_tokenizer`` wrote into ``folder``, exactly; None where a run was saved without one.
 
     Raises:
-        ValueError: it is damaged.
+        ValueError, FileNotFoundError: it is damaged.
     """
     final = folder / RUN_TOKENIZER
     return load_tokenizer(final) if final.is_dir() else None
+
+
+def _made_by_the_tokenizer_of(data: Text, run: Any) -> Text:
+    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
+        raise ValueError(
+            f"this text was read by tokenizer {data.tokenizer.spec!r} and the run was trained with another "
+            f"({run.tokenizer.spec!r}, {run.vocab_size:,} ids): give the text itself, or tokens that the run's made"
+        )
+    return data
+
+
+def _place(source: str) -> str:
+    """The full path of a local source, so that another working directory changes nothing; empty for a name."""
+    path = Path(source).expanduser()
+    return str(path.resolve()) if source not in SOURCES and path.exists() else ""
 
 
 @register("data")
@@ -227,7 +301,7 @@ def text(
         test_fraction=test_fraction,
         limit=limit,
     )
-    return TextData(tokens, context, packing)
+    return TextData(tokens, context, packing, _place(source))
 
 
 @register("data")
@@ -256,4 +330,5 @@ def stream(
         pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
         context,
         packing,
+        _place(source),
     )
