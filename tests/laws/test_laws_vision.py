@@ -173,8 +173,8 @@ def test_a_fused_qkv_adapts_as_separate_layers_do() -> None:
             {"weight": attention.qkv.weight[8 * i : 8 * i + 8], "bias": attention.qkv.bias[8 * i : 8 * i + 8]}
         )
     separate = nn.ModuleDict({f"{part}_proj": layer for part, layer in apart.items()})
-    lowrank.apply_(attention, lowrank.methods.lora(target_modules="*qkv.q,*qkv.v", rank=2))
-    lowrank.apply_(separate, lowrank.methods.lora(target_modules="q_proj,v_proj", rank=2))
+    lowrank.apply_(attention, lowrank.methods.lora(target_modules="*qkv.q,*qkv.v", rank=2, rest="freeze"))
+    lowrank.apply_(separate, lowrank.methods.lora(target_modules="q_proj,v_proj", rank=2, rest="freeze"))
     noise = torch.Generator().manual_seed(3)
     for part in "qv":
         ours, theirs = attention.qkv.adapters[part], separate[f"{part}_proj"].adapters["all"]

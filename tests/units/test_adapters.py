@@ -101,7 +101,7 @@ class TestLayer:
         from timm.models.vision_transformer import Attention
 
         model = nn.ModuleDict({"attn": Attention(8, num_heads=2, qkv_bias=True)})
-        lowrank.apply_(model, lowrank.methods.lora(parts, rank=2))
+        lowrank.apply_(model, lowrank.methods.lora(parts, rank=2, rest="freeze"))
         nudge_(model)
         x = torch.randn(5, 3, 8)
         strided = x.transpose(0, 1).contiguous().transpose(0, 1)

@@ -15,7 +15,7 @@ import lowrank
 from lowrank.data.images.decode import Reading
 from lowrank.data.images.set import ImageSet, ImageSpec
 from lowrank.data.images.source import ImageData
-from lowrank.infra.loaded import loaded_parameters
+from lowrank.infra.loaded import origin
 from lowrank.models.vision import hf_vit, logits_of, vit, vit_mini
 
 TINY = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 2}
@@ -134,7 +134,7 @@ def test_googles_npz_loads(tmp_path: Path) -> None:
     np.savez(name, **w)
     model = tiny(weights=str(name))
     np.testing.assert_allclose(model.cls_token.detach().numpy(), w["cls"], rtol=1e-6)
-    assert id(model.head.weight) not in loaded_parameters(model)
+    assert id(model.head.weight) not in origin(model).loaded
     assert not np.allclose(model.head.weight.detach().numpy(), w["head/kernel"].T)
 
 
@@ -152,7 +152,7 @@ def test_transformers_vit_from_a_folder(hf_folder: Path) -> None:
 def test_transformers_vit_takes_another_image_size(hf_folder: Path) -> None:
     model = hf_vit(data_of(), path=str(hf_folder), image_size=48)
     assert logits_of(model, torch.randn(1, 3, 48, 48)).shape == (1, 3)
-    assert id(model.vit.embeddings.position_embeddings) in loaded_parameters(model)
+    assert id(model.vit.embeddings.position_embeddings) in origin(model).loaded
     with pytest.raises(ValueError, match="48 and 56 are"):
         hf_vit(data_of(), path=str(hf_folder), image_size=50)
 

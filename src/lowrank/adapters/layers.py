@@ -12,7 +12,7 @@ one fused product; parts without an adapter cost nothing.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -88,12 +88,20 @@ class AdaptedLayer(nn.Module):
         self.adapters.register_forward_pre_hook(_keep_off_the_fast_path)
         self.parts = {part: parts[part] for part in adapters}
         self._original = [original]  # in a list, so that it is no submodule; it answers for what is not here
+        self.on_read: Callable[[], None] | None = None
         self.train(original.training)
 
     @property
     def matrix(self) -> Tensor:
         """The weight as (out, in), a view of the parameter."""
-        return self.weight.mT if self.transposed else self.weight
+        return self._weight.mT if self.transposed else self._weight
+
+    @property
+    def _weight(self) -> Tensor:
+        """The parameter, whether or not readers of ``weight`` are watched."""
+        weight = self._parameters["weight"]
+        assert weight is not None
+        return weight
 
     def pieces(self) -> Iterator[tuple[str, Adapter, Tensor]]:
         """(part, adapter, its rows of the matrix as a view)."""
@@ -108,7 +116,16 @@ class AdaptedLayer(nn.Module):
         return module.train(self.training)
 
     def __getattr__(self, name: str) -> Any:
-        """Attributes that this layer does not have (``in_features``, ``nf``, …), from the original."""
+        """Attributes that this layer does not have (``in_features``, ``nf``, …), from the original.
+
+        Who reads ``weight`` past the layer does not see its adapters, and a merge would change what is computed there:
+        ``on_read``, where it is set, is told of it when a gradient comes back to what was read.
+        """
+        on_read = self.__dict__.get("on_read")
+        if name == "weight" and on_read is not None and torch.is_grad_enabled():
+            read = self._weight.detach().requires_grad_()
+            read.register_hook(lambda gradient: on_read())
+            return read
         try:
             return super().__getattr__(name)
         except AttributeError:
@@ -172,12 +189,12 @@ class AdaptedPatches(AdaptedLinear):
 
     @property
     def matrix(self) -> Tensor:
-        return self.weight.view(self.weight.shape[0], -1)
+        return self._weight.view(self._weight.shape[0], -1)
 
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 3:
             return self.forward(x[None])[0]
-        p, q = self.weight.shape[2:]
+        p, q = self._weight.shape[2:]
         rows, columns = x.shape[2] // p, x.shape[3] // q  # a border that is no whole patch is not seen, as in Conv2d
         patches = x[..., : rows * p, : columns * q].unflatten(3, (columns, q)).unflatten(2, (rows, p))
         return super().forward(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
@@ -195,7 +212,7 @@ class AdaptedEmbedding(AdaptedLayer):
     """An embedding tied to an adapted output layer: it looks up rows of the adapted matrix, with the same adapter."""
 
     def forward(self, ids: Tensor) -> Tensor:
-        rows: Tensor = self.adapters[WHOLE].rows(ids, self.weight)  # type: ignore[operator]
+        rows: Tensor = self.adapters[WHOLE].rows(ids, self._weight)  # type: ignore[operator]
         if self.padding_idx is None:
             return rows
         return torch.where((ids == self.padding_idx)[..., None], rows.detach(), rows)  # as in nn.Embedding

@@ -7,8 +7,8 @@ Whether a parameter is trained is decided by the first of these that applies:
 3. a ``Use`` other than the catch-all names it: yes
 4. otherwise by ``rest``: ``train``: yes; ``freeze``: no; ``auto``: yes if initialised at random, no if loaded
 
-A parameter counts as loaded when ``lowrank.mark_loaded_`` said so (the loaders of ``lowrank.models`` do) or
-transformers' ``from_pretrained`` filled it.
+What was loaded, ``infra.loaded`` finds out; the plan says how. Weights of more than two dimensions that are no
+convolution's (experts, say) are stacks of matrices where their module says so.
 """
 
 from __future__ import annotations
@@ -27,6 +27,7 @@ from lowrank.adapters.layers import (
     WHOLE,
     AdaptedLayer,
     adapted,
+    adapted_layers,
     check_embedding,
     is_conv1d,
     matrix_of,
@@ -34,7 +35,7 @@ from lowrank.adapters.layers import (
 )
 from lowrank.adapters.targets import Layer, as_list, name_matches
 from lowrank.distributed.workers import ProcessLayout
-from lowrank.infra.loaded import loaded_parameters
+from lowrank.infra.loaded import origin
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.pairs import OneFactor, PairRule
 from lowrank.optim.rules import Rule
@@ -78,7 +79,9 @@ class Binding:
         self.layers = targets.linear_layers(model)
         self.names_of = _names_by_parameter(model)
         self.frozen_before = {n for n, p in model.named_parameters() if not p.requires_grad}
-        self.loaded = loaded_parameters(model)
+        heads = [layer.module for layer in self.layers if "head" in layer.groups and self._is_untied(layer)]
+        self.origin = origin(model, heads)
+        self.heads = {id(p) for head in heads for p in head.parameters()}
         self.freeze = _expand_freeze(model, method.freeze)
         self.tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
         self.claims: dict[str, dict[str, Adapt]] = {}
@@ -266,13 +269,48 @@ class Binding:
             if len(names) > 1 and key not in self.told | self.factors:
                 self.notes.append(f"{names[0]} is also {', '.join(names[1:])} (tied): one parameter, counted once")
         if self.method.rest == "auto":
-            random = sum(row.numel for row in rows if row.why == "initialised at random")
-            loaded = sum(row.numel for row in rows if row.why == "loaded")
-            self.notes.append(
-                f"rest='auto': {random:,} parameters initialised at random train, {loaded:,} loaded ones are frozen"
-            )
+            self._note_origin(rows)
+        if self.method.adapt:
+            self._note_stacks()
         self.notes += notes_on_ranks(self.method, self.layout, rows, self.adapters)
         return rows
+
+    def _note_origin(self, rows: Sequence[Row]) -> None:
+        """Say what ``rest="auto"`` took for loaded, and why.
+
+        Raises:
+            ValueError: nothing tells, and more would train than adapters, biases of their layers, and output layers.
+        """
+        parameters = dict(self.model.named_parameters())
+        random = [row for row in rows if row.why == "initialised at random"]
+        beside = {
+            id(p) for _, layer in adapted_layers(self.model) for p in layer.parameters(recurse=False)
+        } | self.heads
+        unsure = [row.name for row in random if id(parameters[row.name]) not in beside]
+        if self.origin.why is None and self.method.adapt and unsure:
+            more = f" and {len(unsure) - 1} more parameters were" if len(unsure) > 1 else " was"
+            raise ValueError(
+                f"rest='auto' cannot tell whether {unsure[0]}{more} loaded, or initialised at random and to be trained "
+                "beside the adapters: the model has neither a loader's marks nor normalisation layers. Use "
+                "rest='train' or rest='freeze', or call lowrank.mark_loaded_(model) after loading it"
+            )
+        loaded = sum(row.numel for row in rows if row.why == "loaded")
+        why = self.origin.why or "nothing says that the model was loaded"
+        trains = sum(row.numel for row in random)
+        self.notes.append(
+            f"rest='auto': {trains:,} parameters initialised at random train, {loaded:,} loaded ones are frozen ({why})"
+        )
+
+    def _note_stacks(self) -> None:
+        """Name the stacked weights, which no adapter takes."""
+        named = [(n, p) for n, p in self.model.named_parameters() if id(p) not in self.factors]
+        stacks = [f"{name} {tuple(p.shape)}" for name, p in named if _is_stack(self._owner(name), name, p)]
+        if stacks:
+            more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
+            self.notes.append(f"{stacks[0]}{more}: stacks of matrices, which adapters leave alone")
+
+    def _is_untied(self, layer: Layer) -> bool:
+        return len(self.names_of[id(layer.module.weight)]) == 1
 
     def _check_patterns(self) -> None:
         """Raise ValueError for what only adapters in place show: rules and ``freeze`` patterns that cover nothing."""
@@ -302,7 +340,7 @@ class Binding:
         if isinstance(use.rule, PairRule):
             rule: Rule = self._one_factor(use, names[0], use.rule)
         else:
-            rule = use.rule.resolve(p, stacked=id(p) in self.factors)
+            rule = self._resolved(use.rule, names[0], p)
         return Row(names[0], tuple(p.shape), p.dtype, use, rule, why, self._across(p, why))
 
     def _one_factor(self, use: Use, name: str, rule: PairRule) -> Rule:
@@ -318,6 +356,23 @@ class Binding:
         if next((u for u in self.method.rules if self._uses(u, [other])), None) is not use:
             raise ValueError(f"{rule!r} steps A and B of an adapter together: {name} and {other} must follow one Use")
         return OneFactor(rule, "A" if factor == "A" else "B", tuple(beside.shape))
+
+    def _resolved(self, rule: Rule, name: str, p: nn.Parameter) -> Rule:
+        """The rule that ``p`` really follows: a projected one gives way to its inner rule where it compresses nothing.
+
+        Raises:
+            ValueError: that depends on whether ``p`` is a stack of matrices, which nobody has said.
+        """
+        stacked = True if id(p) in self.factors else _is_stack(self._owner(name), name, p)
+        if stacked is not None:
+            return rule.resolve(p, stacked=stacked)
+        if (one := rule.resolve(p, stacked=False)) == rule.resolve(p, stacked=True):
+            return one
+        owner = f"the module {name.rpartition('.')[0]}" if "." in name else "the model"
+        raise ValueError(
+            f"{name} {tuple(p.shape)} may be a stack of matrices (experts, say), each projected by itself, or one "
+            f"matrix {(p.shape[0], p[0].numel())}: set the attribute stacked = True or stacked = False on {owner}"
+        )
 
     def _across(self, p: nn.Parameter, why: str) -> Across:
         """How several ranks train ``p`` (see ``Row.across``)."""
@@ -343,7 +398,7 @@ class Binding:
             return True, "chosen"
         if self.method.rest != "auto":
             return self.method.rest != "freeze", f"rest='{self.method.rest}'"
-        return (False, "loaded") if id(p) in self.loaded else (True, "initialised at random")
+        return (False, "loaded") if id(p) in self.origin.loaded else (True, "initialised at random")
 
     def _uses(self, use: Use, names: list[str]) -> bool:
         chosen = any(self._covers(pattern, names) for pattern in as_list(use.target_modules))
@@ -398,3 +453,18 @@ def _expand_freeze(model: nn.Module, freeze: targets.Targets) -> list[str]:
             raise ValueError(f"freeze={pattern!r} must be first:n with n from 1 to the model's {blocks} blocks")
         patterns += [f"{name}.{i}" if name else str(i) for i in range(int(count))]
     return patterns
+
+
+def _is_stack(owner: nn.Module, name: str, p: nn.Parameter) -> bool | None:
+    """Whether the leading dimensions of ``p``, a parameter of ``owner``, are a batch of matrices; None: unknown.
+
+    ``owner`` may say so by an attribute ``stacked``, by a number of experts, or by its name.
+    """
+    if p.dim() <= 2 or len(p) == 1 or isinstance(owner, nn.modules.conv._ConvNd):
+        return False
+    said = getattr(owner, "stacked", None)
+    if isinstance(said, bool):
+        return said
+    counts = {getattr(owner, attribute, None) for attribute in ("num_experts", "n_experts", "num_local_experts")}
+    is_expert = "expert" in f"{type(owner).__name__} {name}".lower()
+    return True if is_expert or len(p) in counts else None

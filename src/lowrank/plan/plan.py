@@ -151,6 +151,7 @@ class Plan:
             raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
         synchroniser = self.synchroniser(automatic=merge == "auto")
         synchroniser.keep_reference_copies_()
+        synchroniser.watch_weights_()
         synchroniser.optimizer = Optimizer(
             self._groups(lr, weight_decay),
             per_layer=per_layer,

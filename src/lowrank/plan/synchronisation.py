@@ -21,6 +21,7 @@ import warnings
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import AbstractContextManager, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from typing import TYPE_CHECKING, Literal
 
 import torch
@@ -29,6 +30,7 @@ from torch import Tensor, nn
 from lowrank.adapters import Adapter, SplitAdapter
 from lowrank.adapters.compression import add_up_
 from lowrank.adapters.head_gather import consolidated_heads, split_adapters
+from lowrank.adapters.layers import adapted_layers
 from lowrank.adapters.merge import Merge, merge_adapters_
 from lowrank.adapters.merge_across_workers import MergeWeights, in_flight, merge_across_workers_, remember_, start_merge
 from lowrank.distributed.collectives import Group
@@ -131,12 +133,19 @@ class Synchroniser:
         self.progress = ProgressCounter(merge.weigh if merge is not None and layout.workers is not None else "equal")
         self.left_out: list[int] = []
         self.reference_copies: list[Tensor] = []
+        self._read: set[str] | None = None  # layers whose weight was read past them; None from the first step on
         self._in_flight: tuple[int, Callable[[], None]] | None = None  # number of the merge that was sent; its end
 
     # --- when ----------------------------------------------------------------------------------------------------
 
     def __call__(self, steps: int) -> None:
-        """Do what is due after ``steps`` completed steps."""
+        """Do what is due after ``steps`` completed steps.
+
+        Raises:
+            RuntimeError: in the first step the model has read an adapted layer's weight past the layer.
+        """
+        if self._read is not None:
+            self._check_reads_(self._read)
         self.progress.add_step()
         merging, averaging = self.automatic and self._merges_at(steps), self._averages_at(steps)
         if merging or averaging:
@@ -163,6 +172,23 @@ class Synchroniser:
         if averaging or participants.left_out:
             self._average_rest_(participants, self.optimizer.steps if self.optimizer is not None else 0)
             self.progress.reset("average")
+
+    def watch_weights_(self) -> None:
+        """Until the first step find who reads the weight of an adapted layer without calling it (``F.linear``, say)."""
+        self._read = set()
+        for name, layer in adapted_layers(self.model):
+            layer.on_read = partial(self._read.add, name)
+
+    def _check_reads_(self, read: set[str]) -> None:
+        self._read = None
+        for _, layer in adapted_layers(self.model):
+            layer.on_read = None
+        if read:
+            raise RuntimeError(
+                f"the model calls {min(read)}, which is adapted, and also reads its weight without calling it (by "
+                "F.linear, say), where the adapter is not seen and a merge would change what is computed: leave it out "
+                "with exclude_modules, or call the layer there"
+            )
 
     # --- merges --------------------------------------------------------------------------------------------------
 

@@ -25,6 +25,7 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
 from lowrank.infra.files import read_json
+from lowrank.infra.loaded import mark_loaded_
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.overrides import catalogue
@@ -75,6 +76,7 @@ def open_session(
     model = offer.make("model", run, data)
     data = data.for_model(model)
     if init_from is not None:
+        mark_loaded_(model, ())  # what trains is up to the recipe; so a resumed run, which loads nothing here, agrees
         load_plain_(model, init_from)
     if run.precision == "bf16-weights":
         model = model.to(torch.bfloat16)
