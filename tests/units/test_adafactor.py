@@ -42,19 +42,6 @@ def test_torchs_adafactor_where_the_two_agree():
     torch.testing.assert_close(ours, theirs.detach(), atol=1e-5, rtol=1e-5)
 
 
-@pytest.mark.parametrize("beta1", [None, 0.9])
-def test_a_stack_is_its_matrices_one_by_one(beta1):
-    rule = Adafactor(scale_parameter=True, beta1=beta1)
-    stack, state = run(rule, (3, 6, 9), lr=0.1)
-    assert state["scale"].shape == (3,)
-    for i in range(3):
-        p = torch.randn(3, 6, 9, generator=torch.Generator().manual_seed(0))[i]
-        alone = rule.init(p)
-        for g in gradients((3, 6, 9)):
-            rule.apply_([p], [g[i]], [alone], lr=0.1, decay=0.0)
-        torch.testing.assert_close(stack[i], p, atol=1e-6, rtol=1e-5)
-
-
 def test_state_is_sublinear():
     state = Adafactor().init(torch.empty(100, 200, device="meta"))
     assert {k: tuple(v.shape) for k, v in state.items()} == {

@@ -1,12 +1,12 @@
-"""Laws 4, 6, 7, 9 and 10 for ``Projected``, over combinations of its slots; refreshes, failures, refusals."""
+"""``Projected``: law 4, bytes, refreshes, failures, refusals; tests/contract has what every rule keeps."""
 
-import io
 import math
 
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from tests.quadratic import Quadratic, state_bytes
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
@@ -24,95 +24,9 @@ from lowrank.optim import (
     Rescale,
     Residual,
 )
+from lowrank.optim.state import leaves
 
-COMBINATIONS = {
-    "galore": Projected(rank=3, refresh_every=4),
-    "galore-svd-rotate": Projected(rank=3, refresh_every=4, basis=SVD(), transport="rotate"),
-    "galore-long-reset": Projected(rank=3, refresh_every=4, side="long", transport="reset"),
-    "galore-left": Projected(rank=3, refresh_every=4, side="left", transport="rotate"),
-    "galore-right": Projected(rank=3, refresh_every=4, side="right"),
-    "galore-both": Projected(rank=3, refresh_every=4, side="both", transport="rotate"),
-    "galore-int8": Projected(inner=AdamW(storage="int8"), rank=3, refresh_every=4, basis_storage="int8"),
-    "galore-bfloat16": Projected(inner=AdamW(storage="bfloat16"), rank=3, refresh_every=4, basis_storage="bfloat16"),
-    "q-galore": Projected(
-        inner=AdamW(storage="int8"), rank=3, refresh_every=2, basis_storage="int4", lazy=Lazy(window=2)
-    ),
-    "galore-sgd": Projected(inner=SGD(momentum=0.9), rank=3, refresh_every=4, transport="rotate"),
-    "galore-adafactor": Projected(
-        inner=Adafactor(beta1=0.9, scale_parameter=True), rank=3, refresh_every=4, transport="rotate"
-    ),
-    "ldadam": Projected(rank=3, refresh_every=1, basis=PowerIteration(iterations=1), transport="rotate"),
-    "apollo": Projected(rank=3, refresh_every=4, basis=Gaussian(), lift=Rescale(), scale=1.0),
-    "apollo-svd": Projected(rank=3, refresh_every=4, basis=SVD(), lift=Rescale(limiter=None), transport="reset"),
-    "apollo-mini": Projected(rank=1, refresh_every=4, basis=Gaussian(), lift=Rescale(scope="tensor"), scale=128**0.5),
-    "fira": Projected(rank=3, refresh_every=4, lift=Residual()),
-    "fira-both": Projected(rank=3, refresh_every=4, lift=Residual(scope="tensor"), side="both"),
-    "flora": Projected(inner=SGD(momentum=0.9), rank=3, refresh_every=4, basis=Gaussian()),
-    "nested": Projected(inner=Projected(rank=2, refresh_every=3, scale=1.0), rank=5, refresh_every=4),
-}
 SHAPES = [(8, 13), (13, 8), (9, 9)]
-every_combination = pytest.mark.parametrize("name", COMBINATIONS)
-
-
-class Task:
-    """Gradients of ½‖p − target‖² with noise, as a function of (p, step)."""
-
-    def __init__(self, shape, dtype=torch.float32, noise=0.1):
-        self.start, self.target = torch.randn(2, *shape, generator=torch.Generator().manual_seed(0)).to(dtype)
-        self.noise = noise
-
-    def gradient(self, p, step):
-        noise = torch.randn(p.shape, generator=torch.Generator().manual_seed(step + 1)).to(p.dtype)
-        return p - self.target + self.noise * noise
-
-    def run(self, rule, steps, *, in_place=True, lr=0.02, decay=0.1, p=None, state=None, begin=0):
-        p = self.start.clone() if p is None else p
-        if state is None:
-            state = rule.init(p)
-            rule.place_(state, 0)
-        for step in range(begin, begin + steps):
-            g = self.gradient(p, step)
-            if in_place:
-                rule.apply_([p], [g], [state], lr=lr, decay=decay)
-            else:
-                rule.observe_(p, state)
-                direction, gain = rule.update(g, state)
-                p = p * (1 - lr * decay) - lr * gain * direction
-        return p, state
-
-
-def leaves(state, prefix=""):
-    for key, value in state.items():
-        if isinstance(value, torch.Tensor):
-            yield prefix + key, value
-        else:
-            yield from leaves(value, prefix + key + ".")
-
-
-def state_bytes(state):
-    return sum(t.numel() * t.element_size() for _, t in leaves(state))
-
-
-# --- the definition and the step in place -----------------------------------------------------------------------
-
-
-@every_combination
-@pytest.mark.parametrize("shape", [*SHAPES, (2, 8, 13), (2, 2, 13, 8)], ids=str)
-def test_in_place_is_the_definition_to_rounding(name, shape):
-    task, rule = Task(shape), COMBINATIONS[name]
-    narrow = "int" in name or "float16" in name or name == "q-galore"  # a code may fall on the other side of an edge
-    there, _ = task.run(rule, 10)
-    here, _ = task.run(rule, 10, in_place=False)
-    torch.testing.assert_close(there, here, atol=3e-3 if narrow else 2e-5, rtol=1e-4)
-
-
-@every_combination
-def test_rules_are_frozen_hashable_printable_values(name):
-    rule = COMBINATIONS[name]
-    assert eval(repr(rule)) == rule
-    assert hash(eval(repr(rule))) == hash(rule)
-    with pytest.raises(AttributeError):
-        rule.rank = 4
 
 
 # --- law 4 ------------------------------------------------------------------------------------------------------
@@ -122,7 +36,7 @@ def test_rules_are_frozen_hashable_printable_values(name):
 @pytest.mark.parametrize("basis", [SVD(), PowerIteration(), Gaussian()], ids=str)
 @pytest.mark.parametrize(("shape", "rank", "side"), [((5, 9), 5, "short"), ((9, 5), 9, "long"), ((4, 4), 20, "right")])
 def test_a_rank_that_does_not_compress_is_torch_adamw(lift, basis, shape, rank, side):
-    task = Task(shape)
+    task = Quadratic(shape)
     rule = Projected(rank=rank, basis=basis, lift=lift, side=side, scale=1.0)
     assert rule.rank_for(shape) is None
     ours, state = task.run(rule, 8)
@@ -137,7 +51,7 @@ def test_a_rank_that_does_not_compress_is_torch_adamw(lift, basis, shape, rank, 
 
 @pytest.mark.parametrize("shape", [(7,), ()], ids=str)
 def test_vectors_follow_the_inner_rule(shape):
-    task = Task(shape)
+    task = Quadratic(shape)
     ours, _ = task.run(Projected(rank=1), 5)
     theirs = task.start.clone()
     state = AdamW().init(theirs)
@@ -150,7 +64,7 @@ def test_vectors_follow_the_inner_rule(shape):
 @pytest.mark.parametrize("basis", [SVD(), PowerIteration()], ids=str)
 def test_rotate_transported_sgd_at_full_rank_is_sgd(shape, basis):
     """SGD does not care about coordinates, so a moving orthogonal basis may not change it."""
-    task, momentum = Task(shape, torch.float64), SGD(momentum=0.9)
+    task, momentum = Quadratic(shape, torch.float64), SGD(momentum=0.9)
     options = {"rank": min(shape), "basis": basis, "refresh_every": 3, "scale": 1.0, "fallback": False}
     rotated, state = task.run(Projected(inner=momentum, transport="rotate", **options), 12)
     kept, _ = task.run(Projected(inner=momentum, transport="keep", **options), 12)
@@ -163,33 +77,6 @@ def test_rotate_transported_sgd_at_full_rank_is_sgd(shape, basis):
     assert (kept - plain).abs().max() > 1e-3
 
 
-# --- law 6: micro-batches kept in the subspace ------------------------------------------------------------------
-
-
-@every_combination
-def test_projected_micro_batches_are_the_whole_step(name):
-    rule, task = COMBINATIONS[name], Task((8, 13))
-    p, state = task.run(rule, 5)
-    for step in range(5, 9):
-        q, parallel = p.clone(), _copy(state)
-        parts = [task.gradient(p, 100 * step + i) / 3 for i in range(3)]
-        if not rule.accumulates_projected(state):
-            assert rule.lift.needs_gradient or int(state["step"]) == int(state["due"])
-            rule.apply_([p], [sum(parts)], [state], lr=0.02, decay=0.1)
-            continue
-        before = {k: t.clone() for k, t in leaves(state)}
-        projected = sum(rule.project(part, state) for part in parts)
-        assert projected.numel() < p.numel()
-        assert all(torch.equal(before[k], t) for k, t in leaves(state))
-        rule.apply_projected_(p, projected, state, lr=0.02, decay=0.1)
-        rule.apply_([q], [sum(parts)], [parallel], lr=0.02, decay=0.1)
-        torch.testing.assert_close(p, q, atol=3e-3 if "int" in name or "q-" in name else 1e-5, rtol=1e-4)
-
-
-def _copy(state):
-    return {k: v.clone() if isinstance(v, torch.Tensor) else _copy(v) for k, v in state.items()}
-
-
 def test_fallback_states_keep_whole_gradients():
     rule = Projected(rank=100)
     assert not rule.accumulates_projected(rule.init(torch.zeros(4, 5)))
@@ -197,69 +84,11 @@ def test_fallback_states_keep_whole_gradients():
 
 def test_a_nested_rule_alone_is_that_rule():
     """Where the outer projection falls back, the inner one's state is not taken for the outer one's."""
-    inner, task = Projected(rank=2, refresh_every=3), Task((6, 9))
+    inner, task = Projected(rank=2, refresh_every=3), Quadratic((6, 9))
     alone, _ = task.run(inner, 7)
     nested, state = task.run(Projected(inner=inner, rank=100), 7)
     assert torch.equal(nested, alone)
     assert not Projected(inner=inner, rank=100).accumulates_projected(state)
-
-
-# --- law 7: resuming --------------------------------------------------------------------------------------------
-
-
-@every_combination
-def test_resume_is_bitwise(name):
-    task, rule = Task((8, 13)), COMBINATIONS[name]
-    whole, _ = task.run(rule, 10)
-    p, state = task.run(rule, 5)
-    buffer = io.BytesIO()
-    torch.save({"p": p, "state": state}, buffer)
-    loaded = torch.load(io.BytesIO(buffer.getvalue()), weights_only=True)
-    p, _ = task.run(rule, 5, p=loaded["p"], state=loaded["state"], begin=5)
-    assert torch.equal(p, whole)
-
-
-@pytest.mark.parametrize("name", ["galore", "q-galore", "fira", "apollo"])
-def test_the_optimizer_resumes_bitwise_and_keeps_dtypes_in_bfloat16(name):
-    def train(optimizer, model, steps, begin=0):
-        for step in range(begin, begin + steps):
-            x = torch.randn(6, 12, generator=torch.Generator().manual_seed(step)).bfloat16()
-            model(x).float().square().mean().backward()
-            optimizer.step()
-            optimizer.zero_grad()
-
-    def fresh():
-        torch.manual_seed(0)
-        model = torch.nn.Sequential(torch.nn.Linear(12, 9), torch.nn.Linear(9, 10)).bfloat16()
-        groups = [{"params": list(model.named_parameters()), "rule": COMBINATIONS[name], "lr": 0.01, "decay": 0.1}]
-        return model, Optimizer(groups)
-
-    model, optimizer = fresh()
-    train(optimizer, model, 8)
-    first, first_optimizer = fresh()
-    train(first_optimizer, first, 4)
-    second, second_optimizer = fresh()
-    second.load_state_dict(first.state_dict())
-    second_optimizer.load_state_dict(first_optimizer.state_dict())
-    train(second_optimizer, second, 4, begin=4)
-    assert all(torch.equal(a, b) for a, b in zip(model.parameters(), second.parameters(), strict=True))
-    states = zip(optimizer.state.values(), second_optimizer.state.values(), strict=True)
-    assert all(x.dtype == y.dtype for a, b in states for (_, x), (_, y) in zip(leaves(a), leaves(b), strict=True))
-
-
-# --- law 9: stacks and bytes ------------------------------------------------------------------------------------
-
-
-@every_combination
-def test_a_stack_is_its_matrices_one_by_one(name):
-    task, rule = Task((3, 8, 13)), COMBINATIONS[name]
-    stack, _ = task.run(rule, 7)
-    for i in range(3):
-        single = Task((8, 13))
-        single.start, single.target = task.start[i], task.target[i]
-        single.gradient = lambda p, step, i=i: task.gradient(task.start, step)[i] - task.start[i] + p
-        alone, _ = single.run(rule, 7)
-        torch.testing.assert_close(stack[i], alone, atol=2e-4, rtol=1e-3)
 
 
 @given(rows=st.integers(2, 30), cols=st.integers(2, 30), rank=st.integers(1, 12), lead=st.integers(1, 3))
@@ -303,38 +132,13 @@ class Made(TorchDispatchMode):
 @pytest.mark.parametrize("side", ["short", "long", "both"])
 @pytest.mark.parametrize(("lift", "most"), [(GaLore(), 0), (Rescale(scope="tensor"), 0), (Residual(scope="tensor"), 1)])
 def test_an_ordinary_step_makes_at_most_one_tensor_as_large_as_the_gradient(side, lift, most):
-    task, rule = Task((24, 60)), Projected(rank=3, side=side, lift=lift, refresh_every=100)
+    task, rule = Quadratic((24, 60)), Projected(rank=3, side=side, lift=lift, refresh_every=100)
     p, state = task.run(rule, 2)
     g = task.gradient(p, 2)
     with Made() as made:
         rule.apply_([p], [g], [state], lr=0.1, decay=0.1)
     assert made.numbers
     assert sum(numbers >= g.numel() for numbers in made.numbers) == most
-
-
-# --- law 10 -----------------------------------------------------------------------------------------------------
-
-
-@every_combination
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lowers_the_loss_is_deterministic_and_keeps_dtypes(name, dtype):
-    def train():
-        task = Task((8, 13), torch.float32)
-        p = torch.nn.Parameter(task.start.clone().to(dtype))
-        optimizer = Optimizer([{"params": [("p", p)], "rule": COMBINATIONS[name], "lr": 0.05}])
-        for step in range(120):
-            p.grad = task.gradient(p.detach().float(), step).to(dtype)
-            optimizer.step()
-        loss = (p.detach().float() - task.target).square().mean()
-        return p, loss / (task.start - task.target).square().mean(), optimizer
-
-    p, loss, optimizer = train()
-    again, _, _ = train()
-    assert p.dtype is dtype
-    assert loss < 0.9
-    assert torch.equal(p, again)
-    kinds = {t.dtype for _, t in leaves(optimizer.state[p]) if t.is_floating_point()}
-    assert kinds == ({torch.float32, torch.bfloat16} if name == "galore-bfloat16" else {torch.float32})
 
 
 # --- refreshes --------------------------------------------------------------------------------------------------
@@ -395,7 +199,7 @@ def test_transport(transport):
 @pytest.mark.parametrize("basis", [SVD(), PowerIteration()], ids=str)
 @pytest.mark.parametrize("shape", [(6, 9), (3, 6, 9)], ids=str)
 def test_a_gradient_that_is_not_finite_leaves_the_basis_and_is_counted(basis, shape):
-    task, rule = Task(shape), Projected(rank=2, refresh_every=3, basis=basis, stagger=False)
+    task, rule = Quadratic(shape), Projected(rank=2, refresh_every=3, basis=basis, stagger=False)
     _, state = task.run(rule, 3)
     old = state["basis"]["left"].clone()
     bad = task.gradient(task.start, 3)
@@ -408,7 +212,7 @@ def test_a_gradient_that_is_not_finite_leaves_the_basis_and_is_counted(basis, sh
 
 @pytest.mark.parametrize("basis", [SVD(), PowerIteration()], ids=str)
 def test_one_bad_matrix_of_a_stack_does_not_hold_back_the_others(basis):
-    task, rule = Task((3, 6, 9)), Projected(rank=2, refresh_every=3, basis=basis, stagger=False)
+    task, rule = Quadratic((3, 6, 9)), Projected(rank=2, refresh_every=3, basis=basis, stagger=False)
     _, state = task.run(rule, 3)
     old = state["basis"]["left"].clone()
     bad = task.gradient(task.start, 3)
@@ -421,7 +225,7 @@ def test_one_bad_matrix_of_a_stack_does_not_hold_back_the_others(basis):
 
 @pytest.mark.parametrize("basis", [SVD(), PowerIteration()], ids=str)
 def test_a_bad_first_gradient_is_tried_again(basis):
-    task, rule = Task((6, 9)), Projected(rank=2, refresh_every=50, basis=basis)
+    task, rule = Quadratic((6, 9)), Projected(rank=2, refresh_every=50, basis=basis)
     state = rule.init(task.start)
     rule.update(torch.full((6, 9), float("nan")), state)
     assert (int(state["failures"]), int(state["refreshes"]), int(state["due"])) == (1, 0, 1)
@@ -453,10 +257,10 @@ def test_random_streams_differ_by_parameter_and_by_refresh():
 @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
 def test_a_convolution_is_read_as_a_matrix_on_request(memory_format):
     rule = Projected(rank=3, refresh_every=3, stack=False)
-    task = Task((6, 3, 2, 2))
+    task = Quadratic((6, 3, 2, 2))
     p = task.start.clone(memory_format=memory_format)
     p, state = task.run(rule, 6, p=p, state=rule.init(p))
-    flat = Task((6, 12))
+    flat = Quadratic((6, 12))
     flat.start, flat.target = task.start.flatten(1), task.target.flatten(1)
     flat.gradient = lambda q, step: task.gradient(q.view(6, 3, 2, 2), step).flatten(1)
     expected, _ = flat.run(rule, 6)
