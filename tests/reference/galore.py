@@ -39,18 +39,26 @@ def train(
     scale: float,
     lr: float,
     decay: float,
+    share: float = 0.0,
 ) -> Tensor:
-    """The weight after all ``gradients``; ``method`` is galore, apollo or fira, with exact bases of the short side."""
+    """The weight after all ``gradients``; ``method`` is galore, apollo or fira, with exact bases of the short side.
+
+    ``share`` above 0: error feedback, with that share of what is in the subspace dealt with (1: LDAdam, 2410.16103).
+    """
     w = weight.double().clone()
     left = w.shape[0] < w.shape[1]  # of a square the columns are projected
     m = v = torch.zeros(())
-    last = 0.0
+    last, error = 0.0, torch.zeros_like(w)
     for t, gradient in enumerate(gradients, start=1):
-        g = gradient.double() if left else gradient.double().T
+        gradient = gradient.double() + error
+        g = gradient if left else gradient.T
         if (t - 1) % every == 0:
-            q = torch.linalg.svd(gradient.double(), full_matrices=False)
+            q = torch.linalg.svd(gradient, full_matrices=False)
             basis = q[0][:, :rank] if left else q[2][:rank].T
         r = basis.T @ g
+        if share:
+            error = g - share * basis @ r
+            error = error if left else error.T
         m, v, s, gain = adam_direction(r, m, v, t)
         lengths = torch.stack([s[:, j].norm() / r[:, j].norm() for j in range(r.shape[1])])
         if method == "galore":

@@ -299,7 +299,7 @@ class Optimizer(torch.optim.Optimizer):
         self._write(p, lambda target: rule.apply_([target], [g.to(target.dtype)], [state], lr=lr, decay=decay))
 
     def _step_pair(self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any]) -> None:
-        """Step the factors of one adapter together; the gradient of one alone is beside zero."""
+        """Step the factors of one adapter together; a gradient that is missing counts as zero."""
         rule, state, lr, decay = group["rule"], self.state[A], self._lr(group), group["decay"]
         g, h = (torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in (A, B))
         if self.clip_per_layer is not None:
