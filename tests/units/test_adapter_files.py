@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from tests.models import images, nudge_, output, vit
+from tests.models import gpt2, images, nudge_, output, tokens, vit
 from torch import Tensor, nn
 
 import lowrank
@@ -99,6 +99,17 @@ def test_an_adapter_added_while_another_is_in_use_does_not_disturb_it() -> None:
 
 
 def test_rest_trained_from_scratch_travels_too() -> None:
+    """Tied parameters under all their names."""
+    model = gpt2()
+    plan = lowrank.apply_(model, lowrank.methods.lora(rank=2, rest="train"))
+    with torch.no_grad():
+        model.transformer.wte.weight += 0.1
+        expected = output(model.eval(), tokens())
+        bank = AdapterBank(gpt2())
+        info = AdapterInfo(method=Call(name="lora", args={"rank": 2, "rest": "train"}), model=Call(name="gpt2"))
+        bank.add("x", info, trained_tensors(plan))
+        torch.testing.assert_close(output(bank.use("x").eval(), tokens()), expected)
+        assert bank.model.lm_head.weight is bank.model.transformer.wte.weight
     model = vit()
     plan = lowrank.apply_(model, lowrank.methods.lora("all-linear", rank=2, rest="train"))
     with torch.no_grad():

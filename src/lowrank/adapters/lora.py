@@ -192,8 +192,13 @@ class LoRAAdapter(Additive, SplitAdapter):
 
         Exactly zero right after a merge that keeps the factors.
         """
+        A, B, scale = self.factors()
+        return B @ A * scale
+
+    def factors(self) -> tuple[Tensor, Tensor, float]:
+        """A (R, in), B (out, R) and s/N with the change (s/N) B A: the factors of all heads beside each other."""
         A, B = self._factors()
-        return B.transpose(0, 1).flatten(1) @ A.flatten(0, 1) * (self.config.scale / self.heads)
+        return A.flatten(0, 1), B.transpose(0, 1).flatten(1), self.config.scale / self.heads
 
     def merged(self, W: Tensor) -> Tensor:
         return (W.to(self.A.dtype) + self.delta()).to(W.dtype)
@@ -240,8 +245,8 @@ class LoRAAdapter(Additive, SplitAdapter):
     def row_norms(self, W: Tensor) -> Tensor:
         """As in ``Adapter``, from the factors: ‖w + δ‖² = ‖w‖² + 2⟨w, δ⟩ + ‖δ‖² for each row, without a dense Δ."""
         W = W.to(self.A.dtype)
-        A, B = self._factors()
-        A, B = A.flatten(0, 1), B.transpose(0, 1).flatten(1) * (self.config.scale / self.heads)
+        A, B, scale = self.factors()
+        B = B * scale
         cross = ((W @ A.mT) * B).sum(dim=1)
         own = ((B @ (A @ A.mT)) * B).sum(dim=1)
         return (W.square().sum(dim=1) + 2 * cross + own).clamp_min(0).sqrt()

@@ -198,6 +198,8 @@ class AdapterBank:
         self.model = model
         self.current: str | None = None
         self._base = dict(model.named_parameters())
+        every = list(model.named_parameters(remove_duplicate=False))
+        self._names = {n: [each for each, p in every if p is own] for n, own in self._base.items()}  # tied: several
         self._digests: dict[str, str] = {}
         self._known: dict[str, _Installed] = {}
 
@@ -319,16 +321,16 @@ class AdapterBank:
         device = next(iter(self._base.values())).device
         for n, p in own.items():
             p.data = p.data.to(device)
-            _set_parameter(self.model, n, p)
+            self._set_parameter(n, p)
 
     def _restore_parameters(self) -> None:
         for n, p in self._base.items():
-            _set_parameter(self.model, n, p)
+            self._set_parameter(n, p)
 
-
-def _set_parameter(model: nn.Module, name: str, p: nn.Parameter) -> None:
-    owner, _, leaf = name.rpartition(".")
-    model.get_submodule(owner)._parameters[leaf] = p
+    def _set_parameter(self, name: str, p: nn.Parameter) -> None:
+        for each in self._names[name]:
+            owner, _, leaf = each.rpartition(".")
+            self.model.get_submodule(owner)._parameters[leaf] = p
 
 
 def _is_head(name: str, own: Tensor, base: Tensor) -> bool:
