@@ -6,10 +6,16 @@ import os
 import socket
 import subprocess
 import sys
+import warnings
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
+
+from lowrank.distributed.process_group import ProcessGroup, joined
+from lowrank.infra import checkpoint
+from lowrank.infra.log import read_log
 
 ROOT = Path(__file__).resolve().parents[2]
 RANKS = 2
@@ -51,3 +57,44 @@ def outcome(module: str, folder: Path, saved_as: str, *, ranks: int) -> list[dic
     """What each rank of the module has found, which it saves in the folder under that name."""
     run_well(module, folder, ranks=ranks)
     return [torch.load(folder / f"{saved_as}-{rank}.pt", weights_only=False) for rank in range(ranks)]
+
+
+def as_rank(folder: Path, save_as: str, found: Callable[[ProcessGroup], dict[str, Any] | None]) -> None:
+    """In a started process: join the others, and save what this rank has found for ``outcome``."""
+    torch.set_num_threads(1)
+    warnings.simplefilter("ignore")
+    with joined(torch.device("cpu")) as ranks:
+        assert ranks is not None
+        torch.save(found(ranks), folder / f"{save_as}-{ranks.rank}.pt")
+
+
+def message_of(function: Callable[[], object]) -> str:
+    """What it is refused with; empty where it is not."""
+    try:
+        function()
+    except ValueError as error:
+        return str(error)
+    return ""
+
+
+def assert_same(one: Any, other: Any) -> None:
+    """Two nests of tensors, bitwise and in their dtypes."""
+    torch.testing.assert_close(one, other, rtol=0.0, atol=0.0)
+
+
+def assert_same_checkpoint(one: Path, other: Path) -> None:
+    """Of two runs the last."""
+    mine, theirs = (checkpoint.load(checkpoint.latest(run / "checkpoints")) for run in (one, other))
+    assert mine.step == theirs.step
+    assert_same(mine.tensors, theirs.tensors)
+    assert_same(mine.optimizer["state"], theirs.optimizer["state"])
+
+
+def assert_close_logs(one: Path, other: Path, rel: float) -> list[list[dict[str, Any]]]:
+    """The same steps, with losses and norms as near as that; returns both runs' records."""
+    logs = [read_log(run / "log.jsonl") for run in (one, other)]
+    for mine, theirs in zip(*logs, strict=True):
+        assert theirs["step"] == mine["step"]
+        for name in {"loss", "val_loss", "grad_norm"} & mine.keys():
+            assert abs(theirs[name] - mine[name]) <= rel * abs(mine[name])
+    return logs

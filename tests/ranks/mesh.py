@@ -7,18 +7,18 @@ whether the ranks of a worker hold its model whole or in parts.
 from __future__ import annotations
 
 import sys
-import warnings
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from tests.ranks import worker
+from tests.ranks.launch import as_rank, message_of
 from tests.ranks.worker import Result, lte
 
 import lowrank
 from lowrank.distributed.collectives import share
-from lowrank.distributed.process_group import ProcessGroup, joined
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import process_layout
 
 WORKERS = 2
@@ -73,17 +73,11 @@ def talking(ranks: ProcessGroup) -> Result:
 
 def refused(ranks: ProcessGroup) -> Result:
     """What cannot be, each with its message."""
-    messages = {}
-    for name, workers in {"three": 3, "none": 0}.items():
-        try:
-            process_layout(ranks, workers)
-        except ValueError as error:
-            messages[name] = str(error)
-    try:
-        lowrank.apply_(worker.mlp(), lte(heads=2, rest="freeze"), ranks=ranks)
-    except ValueError as error:
-        messages["heads"] = str(error)
-    return messages
+    return {
+        "three": message_of(lambda: process_layout(ranks, 3)),
+        "none": message_of(lambda: process_layout(ranks, 0)),
+        "heads": message_of(lambda: lowrank.apply_(worker.mlp(), lte(heads=2, rest="freeze"), ranks=ranks)),
+    }
 
 
 def mesh_run(**options: Any) -> Any:
@@ -116,27 +110,21 @@ def runs(ranks: ProcessGroup, folder: Path) -> Result:
         "heads": {"method.heads": 5},
     }
     for name, options in messages.items():
-        try:
-            train(mesh_run(**options), folder / "refused", quiet=True)
-        except ValueError as error:
-            found[name] = {"message": str(error)}
+        refused_run = partial(train, mesh_run(**options), folder / "refused", quiet=True)
+        found[name] = {"message": message_of(refused_run)}
     return found
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with joined(torch.device("cpu")) as ranks:
-        assert ranks is not None
-        found: dict[str, Any] = {"talking": talking(ranks), "refused": refused(ranks)}
-        for name in NAMES:
-            poison = {"poison": 3} if "nan" in name else {}
-            for sharded in (True, False) if name in ("lte-local", "lte-train", "galore") else (True,):
-                function = partial(scenario(name), workers=WORKERS, sharded=sharded, **poison)
-                found[name if sharded else f"{name}-whole"] = function(ranks)
-        found["runs"] = runs(ranks, folder)
-        torch.save(found, folder / f"mesh-{ranks.rank}.pt")
+def found(ranks: ProcessGroup, folder: Path) -> Result:
+    found: Result = {"talking": talking(ranks), "refused": refused(ranks)}
+    for name in NAMES:
+        poison = {"poison": 3} if "nan" in name else {}
+        for sharded in (True, False) if name in ("lte-local", "lte-train", "galore") else (True,):
+            function = partial(scenario(name), workers=WORKERS, sharded=sharded, **poison)
+            found[name if sharded else f"{name}-whole"] = function(ranks)
+    return {**found, "runs": runs(ranks, folder)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    as_rank(place, "mesh", partial(found, folder=place))

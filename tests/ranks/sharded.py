@@ -8,7 +8,6 @@ import os
 import shutil
 import sys
 import tempfile
-import warnings
 from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
@@ -18,11 +17,12 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tests.models import gpt2, small_method, text_loss, tokens
+from tests.ranks.launch import as_rank, assert_same, message_of
 from torch import Tensor, nn
 
 import lowrank
 from lowrank.distributed.collectives import share
-from lowrank.distributed.process_group import ProcessGroup, joined
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.sharded_checkpoint import save_sharded
 from lowrank.distributed.shards import to_local
 from lowrank.infra import checkpoint
@@ -157,22 +157,9 @@ def _reloaded(
                 )
             )
         if ranks is not None:
-            assert_equal(found[0], found[1])
+            assert_same(found[0], found[1])
             ranks.total(0.0)
     return fresh, other
-
-
-def assert_equal(one: Any, other: Any) -> None:
-    """Two nests with the same tensors, bitwise."""
-    if isinstance(one, Tensor):
-        assert torch.equal(one, other)
-    elif isinstance(one, dict):
-        assert one.keys() == other.keys()
-        for key in one:
-            assert_equal(one[key], other[key])
-    else:
-        for mine, theirs in zip(one, other, strict=True):
-            assert_equal(mine, theirs)
 
 
 def tied(ranks: ProcessGroup | None, *, method: lowrank.Method, chunked: bool = False) -> Result:
@@ -202,13 +189,10 @@ def tied(ranks: ProcessGroup | None, *, method: lowrank.Method, chunked: bool = 
 def refused(ranks: ProcessGroup | None) -> Result:
     """What cannot be, each with its message."""
     assert ranks is not None
-    messages = {}
+    messages: dict[str, str] = {}
 
     def note(name: str, function: Callable[[], object]) -> None:
-        try:
-            function()
-        except ValueError as error:
-            messages[name] = str(error)
+        messages[name] = message_of(function)
 
     full = lowrank.methods.full()
     together = partial(lowrank.apply_, ranks=ranks, workers=1)
@@ -355,23 +339,19 @@ def disks(ranks: ProcessGroup, folder: Path) -> Result:
     return {"names": names, "summary": summary}
 
 
-def main(folder: Path, only: str = "") -> None:
-    """Four ranks start a run (``start``) and stop after three steps; two go on with it to the sixth, after the rest."""
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
+def found(ranks: ProcessGroup, folder: Path, *, start: bool) -> Result | None:
+    """Four ranks start a run and stop after three steps; two go on with it to the sixth, after the rest."""
     from lowrank.train.loop import train
 
-    with joined(torch.device("cpu")) as ranks:
-        assert ranks is not None
-        if only == "start":
-            train(replace(tiny_run(), stop_at=3), folder / "run", quiet=True)
-            return
-        found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
-        found["refused"], found["unsaved"] = refused(ranks), unsaved(ranks, folder)
-        train(replace(tiny_run(), stop_at=6), folder / "run", resume=True, quiet=True)
-        found["disks"] = disks(ranks, folder)
-        torch.save(found, folder / f"sharded-{ranks.rank}.pt")
+    if start:
+        train(replace(tiny_run(), stop_at=3), folder / "run", quiet=True)
+        return None
+    found: Result = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
+    found["refused"], found["unsaved"] = refused(ranks), unsaved(ranks, folder)
+    train(replace(tiny_run(), stop_at=6), folder / "run", resume=True, quiet=True)
+    return {**found, "disks": disks(ranks, folder)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]), *sys.argv[2:])
+    place = Path(sys.argv[1])
+    as_rank(place, "sharded", partial(found, folder=place, start="start" in sys.argv[2:]))

@@ -13,8 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.ranks.launch import ROOT
-from tests.ranks.test_ranks import flat
+from tests.ranks.launch import ROOT, assert_same_checkpoint
 from tests.ranks.worker import tiny_run
 
 from lowrank.cli import app as cli
@@ -96,10 +95,7 @@ def assert_same_course(out: Path, straight: Path) -> None:
     logs = [read_log(at / "log.jsonl") for at in (out, straight)]
     one, other = ([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r] for log in logs)
     assert one == other
-    saved = [checkpoint.load(checkpoint.latest(at / "checkpoints")) for at in (out, straight)]
-    for mine, theirs in ((saved[0].tensors, saved[1].tensors), *((each.optimizer["state"] for each in saved),)):
-        theirs = flat(theirs)
-        assert all(tensor.equal(theirs[key]) for key, tensor in flat(mine).items())
+    assert_same_checkpoint(out, straight)
 
 
 @pytest.mark.slow

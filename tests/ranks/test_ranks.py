@@ -8,25 +8,18 @@ from typing import Any
 import pytest
 import torch
 from tests.models import mlp
-from tests.ranks.launch import RANKS, launch
+from tests.ranks.launch import RANKS, assert_close_logs, assert_same, assert_same_checkpoint, launch
 from tests.ranks.worker import SCENARIOS, lte, tiny_run, trained
 
 import lowrank
 from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra import checkpoint
-from lowrank.infra.log import read_log
 from lowrank.plan.communication import forecast, merge_words
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 from lowrank.train.loop import train
 
 TRAINED = [name for name, (function, _) in SCENARIOS.items() if getattr(function, "func", None) is trained]
-
-
-def flat(nest: Any, path: str = "") -> dict[str, torch.Tensor]:
-    if isinstance(nest, torch.Tensor):
-        return {path: nest}
-    return {name: t for key, value in nest.items() for name, t in flat(value, f"{path}/{key}").items()}
 
 
 # --- law 3 -----------------------------------------------------------------------------------------------------------
@@ -37,20 +30,14 @@ def test_ranks_equal_one_process_on_the_same_batches(name: str, found: list[dict
     """Weights, factors of all heads, optimizer state and the function: R × H heads are 1 × R·H heads."""
     alone = SCENARIOS[name][0](None)
     for rank in range(RANKS):
-        theirs = found[rank][name]
-        for part in ("state", "moments"):
-            mine, others = flat(alone[part]), flat(theirs[part])
-            assert mine.keys() == others.keys()
-            for key, tensor in mine.items():
-                torch.testing.assert_close(others[key], tensor, rtol=1e-7, atol=1e-9, msg=lambda m, k=key: f"{k}: {m}")
-        torch.testing.assert_close(theirs["output"], alone["output"], rtol=1e-7, atol=1e-9)
+        for part in ("state", "moments", "output"):
+            torch.testing.assert_close(found[rank][name][part], alone[part], rtol=1e-7, atol=1e-9)
 
 
 @pytest.mark.parametrize("name", TRAINED)
 def test_the_whole_model_is_bitwise_the_same_on_all_ranks(name: str, found: list[dict[str, Any]]) -> None:
     one, other = (found[rank][name] for rank in range(RANKS))
-    assert all(torch.equal(tensor, other["state"][key]) for key, tensor in one["state"].items())
-    assert torch.equal(one["output"], other["output"])
+    assert_same([one["state"], one["output"]], [other["state"], other["output"]])
 
 
 ROUNDED = [name for name in TRAINED if "bfloat16" in name or "int8" in name]
@@ -63,8 +50,7 @@ EXPLORERS = [name for name in TRAINED if name.startswith("explorers") and name n
 )
 def test_weights_are_bitwise_the_same_at_every_step(name: str, found: list[dict[str, Any]]) -> None:
     one, other = (found[rank][name]["own"]["weights"] for rank in range(RANKS))
-    for mine, theirs in zip(one, other, strict=True):
-        assert all(torch.equal(tensor, theirs[key]) for key, tensor in mine.items())
+    assert_same(one, other)
 
 
 # --- what is said, and when ------------------------------------------------------------------------------------------
@@ -122,7 +108,7 @@ def test_a_rank_left_out_keeps_to_the_shared_basis(found: list[dict[str, Any]]) 
         assert found[rank]["explorers-nan"]["own"]["left_out"] == [1]
     last = [found[rank]["explorers-nan"]["own"]["weights"][5] for rank in range(RANKS)]  # right after the second merge
     before = found[0]["explorers-nan"]["own"]["weights"][4]
-    assert all(torch.equal(last[0][key], last[1][key]) for key in last[0])
+    assert_same(last[0], last[1])
     assert not torch.equal(last[0]["fc1.weight"], before["fc1.weight"])
 
 
@@ -148,7 +134,7 @@ def test_sums_under_way_during_backward_are_those_after_it(found: list[dict[str,
     """Bitwise, with parameters that some ranks do not use; the bytes are the same; a backward pass too many is told."""
     for rank in range(RANKS):
         late, early = found[rank]["unused"]["weights"]
-        assert all(torch.equal(tensor, early[key]) for key, tensor in late.items())
+        assert_same(late, early)
         assert "call step() after 2 backward passes" in found[rank]["unused"]["messages"][0]
     for name in ("full", "galore", "apollo", "lte-train"):
         told, early_told = (found[0][each]["own"]["said"] for each in (name, f"{name}-early"))
@@ -214,7 +200,7 @@ def test_overlap_is_refused_where_it_cannot_be() -> None:
 def test_after_a_rounded_meeting_all_ranks_hold_the_same_bits(name: str, found: list[dict[str, Any]]) -> None:
     """At step 6 merges and averages fall together."""
     one, other = (found[rank][name]["own"]["weights"][5] for rank in range(RANKS))
-    assert all(torch.equal(tensor, other[key]) for key, tensor in one.items())
+    assert_same(one, other)
     assert any(not torch.equal(tensor, found[1][name]["own"]["weights"][4][key]) for key, tensor in one.items())
 
 
@@ -295,7 +281,7 @@ def test_a_rank_whose_numbers_are_not_finite_is_left_out_and_begins_anew(found: 
         assert all(tensor.isfinite().all() for tensor in found[rank]["lte-nan"]["state"].values())
         assert found[rank]["lte-nan"]["output"].isfinite().all()
     after = [found[rank]["lte-nan"]["own"]["weights"][2] for rank in range(RANKS)]  # right after the merge
-    assert all(torch.equal(after[0][key], after[1][key]) for key in after[0])
+    assert_same(after[0], after[1])
 
 
 def test_ranks_share_a_batch_of_images() -> None:
@@ -311,29 +297,28 @@ def test_ranks_share_a_batch_of_images() -> None:
         data.train(1, 1, 0, 2)
 
 
-def test_fewer_heads_than_ranks_are_refused() -> None:
+def test_heads_and_intervals_that_cannot_be_are_refused() -> None:
     from lowrank.adapters import LoRA, Site
 
     with pytest.raises(ValueError, match="heads=1 for 2 workers"):
         LoRA(rank=1, heads=1, split=True)(Site("fc1", torch.zeros(4, 4), rank=0, ranks=2))
-
-
-def test_an_interval_for_a_rest_that_is_not_local_is_refused() -> None:
     with pytest.raises(ValueError, match="rest='local'"):
         lte(rest="train", rest_every=5)
 
 
-def test_a_rank_that_dies_is_named_within_the_timeout() -> None:
-    (code, error), (dead, _) = launch("tests.ranks.dying", ranks=RANKS, LOWRANK_TIMEOUT="20")
-    assert dead == -9
-    assert code == 3, error
-    assert "rank 1 (127.0.0.1) is gone" in error
-
-
-def test_a_rank_that_does_not_answer_in_time_is_named() -> None:
-    (code, error), _ = launch("tests.ranks.dying", "late", ranks=RANKS, LOWRANK_TIMEOUT="2")
-    assert code == 3, error
-    assert "rank 1 lives but did not answer rank 0 in a sum within 2 s" in error
+@pytest.mark.parametrize(
+    ("words", "timeout", "exits", "message"),
+    [
+        ((), "20", [3, -9], "rank 1 (127.0.0.1) is gone"),
+        (("late",), "2", [3, 0], "rank 1 lives but did not answer rank 0 in a sum within 2 s"),
+    ],
+)
+def test_a_rank_that_dies_or_does_not_answer_is_named_within_the_timeout(
+    words: tuple[str, ...], timeout: str, exits: list[int], message: str
+) -> None:
+    results = launch("tests.ranks.dying", *words, ranks=RANKS, LOWRANK_TIMEOUT=timeout)
+    assert [code for code, _ in results] == exits
+    assert message in results[0][1]
 
 
 # --- the loop --------------------------------------------------------------------------------------------------------
@@ -344,15 +329,10 @@ def test_a_run_on_two_ranks_equals_one_process(found: list[dict[str, Any]], fold
     summary = found[0]["runs"]["run"]
     assert summary["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-5)
     assert summary["val_tokens"] == alone["val_tokens"]
-    one, two = (read_log(at / "run" / "log.jsonl") for at in (tmp_path, folder))
-    for mine, theirs in zip(one, two, strict=True):
-        assert theirs["step"] == mine["step"]
-        for name in {"loss", "val_loss", "grad_norm"} & mine.keys():
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-4)
+    one, two = assert_close_logs(tmp_path / "run", folder / "run", rel=1e-4)
     saved = [checkpoint.load(checkpoint.latest(at / "run" / "checkpoints")) for at in (tmp_path, folder)]
     assert [each.step for each in saved] == [9, 9]
-    for key, tensor in saved[0].tensors.items():
-        torch.testing.assert_close(saved[1].tensors[key], tensor, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(saved[1].tensors, saved[0].tensors, rtol=1e-4, atol=1e-5)
     training = [record for record in two if "loss" in record]
     assert all(record["bytes_sent"] == record["bytes_received"] > 0 for record in training)
     assert not any("bytes_sent" in record for record in one)
@@ -364,11 +344,7 @@ def test_one_rank_asked_to_stop_stops_all(found: list[dict[str, Any]], folder: P
     assert [found[rank]["runs"]["stopped"]["steps"] for rank in range(RANKS)] == [6, 6]
     assert all(found[rank]["runs"]["stopped"]["interrupted"] for rank in range(RANKS))
     assert [found[rank]["runs"]["resumed"]["steps"] for rank in range(RANKS)] == [9, 9]
-    one, other = (checkpoint.load(checkpoint.latest(folder / name / "checkpoints")) for name in ("stopped", "straight"))
-    assert (one.step, other.step) == (9, 9)
-    for mine, theirs in ((one.tensors, other.tensors), (one.optimizer["state"], other.optimizer["state"])):
-        theirs = flat(theirs)
-        assert all(torch.equal(tensor, theirs[key]) for key, tensor in flat(mine).items())
+    assert_same_checkpoint(folder / "stopped", folder / "straight")
 
 
 def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path) -> None:
@@ -389,9 +365,7 @@ def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path)
     together = sum(tally.total for tally in tallies) / summary["val_tokens"]  # type: ignore[attr-defined]
     assert summary["val_loss"] == pytest.approx(together, rel=1e-5)
     assert found[0]["runs"]["own-ddp"]["val_tokens"] == summary["val_tokens"]  # in step, on data of their own
-    one, other = (checkpoint.load(checkpoint.latest(folder / n / "checkpoints")) for n in ("own", "own-stopped"))
-    assert one.step == other.step == 9
-    assert all(torch.equal(tensor, other.tensors[key]) for key, tensor in one.tensors.items())
+    assert_same_checkpoint(folder / "own", folder / "own-stopped")
 
 
 def test_one_process_goes_on_from_the_checkpoint_of_two(found: list[dict[str, Any]], folder: Path) -> None:

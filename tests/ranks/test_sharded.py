@@ -8,15 +8,13 @@ from typing import Any
 
 import pytest
 import torch
-from tests.ranks.launch import outcome, run_well
+from tests.ranks.launch import assert_close_logs, assert_same, outcome, run_well
 from tests.ranks.sharded import SCENARIOS, stack, tiny_run
-from tests.ranks.test_ranks import flat
 
 import lowrank
 from lowrank.distributed.workers import nodes
 from lowrank.evaluate.generate import generate
 from lowrank.infra import checkpoint
-from lowrank.infra.log import read_log
 from lowrank.train.loop import train
 
 RANKS = 2
@@ -39,12 +37,7 @@ def test_sharded_equals_unsharded(name: str, found: list[dict[str, Any]]) -> Non
     function, slack = SCENARIOS[name]
     alone, theirs = function(None), found[0][name]
     for part in ("state", "moments")[: 1 if slack else 2]:
-        mine, others = flat(alone[part]), flat(theirs[part])
-        assert mine.keys() == others.keys()
-        for key, tensor in mine.items():
-            torch.testing.assert_close(
-                others[key], tensor, rtol=1e-7, atol=max(1e-9, slack * 7e-2), msg=lambda m, k=key: f"{k}: {m}"
-            )
+        torch.testing.assert_close(theirs[part], alone[part], rtol=1e-7, atol=max(1e-9, slack * 7e-2))
 
 
 def test_projected_matrices_are_cut_along_the_side_that_is_not_projected(found: list[dict[str, Any]]) -> None:
@@ -122,11 +115,7 @@ def test_saved_on_four_resumed_on_two_and_on_one(found: list[dict[str, Any]], fo
     summary = train(tiny_run(), folder / "run", resume=True, quiet=True)
     assert summary["val_tokens"] == alone["val_tokens"]
     assert summary["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
-    one, two = (read_log(run / "log.jsonl") for run in (tmp_path / "alone", folder / "run"))
-    for mine, theirs in zip(one, two, strict=True):
-        assert theirs["step"] == mine["step"]
-        for name in {"loss", "val_loss", "grad_norm"} & mine.keys():
-            assert theirs[name] == pytest.approx(mine[name], rel=1e-3)
+    assert_close_logs(tmp_path / "alone", folder / "run", rel=1e-3)
     assert len(generate(str(folder / "run"), "The", tokens=3, device="cpu")) > 3
 
 
@@ -140,7 +129,7 @@ def test_torch_itself_reads_what_is_saved_in_parts(found: list[dict[str, Any]], 
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
         dcp.load(state, storage_reader=dcp.HuggingFaceStorageReader(str(saved / "model")), no_dist=True)
-    assert all(torch.equal(tensor, wanted[name]) for name, tensor in state.items())
+    assert_same(state, wanted)
 
 
 def test_ranks_with_disks_of_their_own_each_keep_the_whole(found: list[dict[str, Any]], tmp_path: Path) -> None:

@@ -11,7 +11,6 @@ import shutil
 import signal
 import sys
 import time
-import warnings
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
@@ -20,10 +19,11 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from tests.models import mlp, small_method
+from tests.ranks.launch import as_rank, message_of
 
 import lowrank
 from lowrank.distributed.collectives import Traffic, share
-from lowrank.distributed.process_group import ProcessGroup, RanksDisagree, joined
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.synchronisation import consolidated_model
@@ -162,11 +162,7 @@ def unused(ranks: ProcessGroup | None) -> Result:
 def disagreeing(ranks: ProcessGroup | None) -> Result:
     assert ranks is not None
     ranks.agree({"step": 3, "code": "1"})
-    try:
-        ranks.agree({"step": 3 + ranks.rank, "code": "1"})
-    except RanksDisagree as error:
-        return {"message": str(error)}
-    return {"message": ""}
+    return {"message": message_of(lambda: ranks.agree({"step": 3 + ranks.rank, "code": "1"}))}
 
 
 def talking(ranks: ProcessGroup | None) -> Result:
@@ -381,16 +377,11 @@ def nodes(ranks: ProcessGroup, folder: Path) -> Result:
     }
 
 
-def main(folder: Path) -> None:
-    torch.set_num_threads(1)
-    warnings.simplefilter("ignore")
-    with joined(torch.device("cpu")) as ranks:
-        assert ranks is not None
-        found: dict[str, Any] = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
-        found["runs"] = runs(folder)
-        found["nodes"] = nodes(ranks, folder)
-        torch.save(found, folder / f"rank-{ranks.rank}.pt")
+def found(ranks: ProcessGroup, folder: Path) -> Result:
+    everything = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
+    return {**everything, "runs": runs(folder), "nodes": nodes(ranks, folder)}
 
 
 if __name__ == "__main__":
-    main(Path(sys.argv[1]))
+    place = Path(sys.argv[1])
+    as_rank(place, "rank", partial(found, folder=place))
