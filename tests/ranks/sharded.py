@@ -36,7 +36,7 @@ from lowrank.train.checkpointing import (
     load_model_,
     local_optimizer_state,
 )
-from lowrank.train.elastic import SaveRole
+from lowrank.train.folder import SaveRole
 
 BATCH, WIDTH, CLASSES = 8, 12, 5
 Result = dict[str, Any]

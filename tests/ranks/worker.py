@@ -337,7 +337,8 @@ def nodes(ranks: ProcessGroup, folder: Path) -> Result:
     """As if each rank were a node with a disk of its own: who keeps the run, and what a lost or spoilt disk gets."""
     from lowrank.infra.checkpoint import CheckpointError
     from lowrank.run.overrides import override, resolve
-    from lowrank.train.elastic import is_writer, newest
+    from lowrank.train.elastic import newest
+    from lowrank.train.folder import is_writer
     from lowrank.train.loop import train
 
     kept = {"one node": is_writer(folder / "shared", ranks)}

@@ -35,7 +35,7 @@ from lowrank.optim.sharded import consolidated_state, local_state, shard_specs
 from lowrank.optim.state import find_saved, leaves, mapped
 from lowrank.plan.plan import Plan
 from lowrank.run.run import Run
-from lowrank.train.elastic import SaveRole, save_role
+from lowrank.train.folder import SaveRole, save_role
 
 if TYPE_CHECKING:
     from lowrank.train.coordinator import Coordinator

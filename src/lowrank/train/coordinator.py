@@ -215,12 +215,7 @@ class Coordinator:
 
     def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
         """Scale the gradients so that their ``norm`` is at most ``limit``."""
-        if not self.plan.shards:
-            torch.nn.utils.clip_grads_with_norm_(list(gradients), limit, norm)
-            return
-        factor = (limit / (norm + 1e-6)).clamp(max=1.0)
-        for gradient in gradients.values():
-            gradient.mul_(factor)
+        torch._foreach_mul_(list(gradients.values()), (limit / (norm + 1e-6)).clamp(max=1.0))
 
     def after_step(self, record: Mapping[str, Any], stop: bool, steps: int) -> tuple[Tensor, bool]:
         """(the loss to log, whether to stop): agreed between the ranks wherever they communicate anyway."""

@@ -1,81 +1,22 @@
-"""A run that goes on by itself: which checkpoint a started group goes on from, and who keeps one.
+"""A run that goes on by itself: which checkpoint a started group goes on from.
 
-No shared disk is assumed. The first rank of every node keeps the whole run's folder on its own disk: settings, log and
-checkpoints, each with the weights, the optimizer's state and the heads of all ranks. So a group may come back with any
-one node's disk lost, with other nodes, or with more or fewer of them:
-
-    is_writer    rank 0, and the first rank of each further node that does not see the same folder as one before it
-    save_role    what each rank saves of a model that is sharded: its shards, where they can lie in one folder
-    newest       the ranks exchange which newest good checkpoint they have; whoever lacks the newest of all gets a copy
-
-Damaged checkpoints are passed over, with a note.
+No shared disk is assumed: every node has the whole run in a folder of its own (``folder``). So a group may come back
+with any one node's disk lost, with other nodes, or with more or fewer of them: the ranks exchange which newest good
+checkpoint they have, and whoever lacks the newest of all gets a copy. Damaged checkpoints are passed over, with a note.
 """
 
 from __future__ import annotations
 
 import shutil
-import uuid
 from pathlib import Path
-from typing import Literal
 
 import torch
 
-from lowrank.distributed.process_group import ProcessGroup, first_on_node
+from lowrank.distributed.process_group import ProcessGroup
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
-from lowrank.plan.plan import Plan
 
 PIECE = 1 << 24  # bytes of a file that travel at once
-
-# What a rank gets of what is to be saved: all of it; its shards; nothing, but it helps those who do; or nothing.
-SaveRole = Literal["full", "sharded", "assist", "none"]
-
-
-def is_writer(out: Path, ranks: ProcessGroup | None) -> bool:
-    """Whether this process writes the run's folder ``out``. Every rank must call it.
-
-    Nodes that share a disk are found out by files that each first rank leaves there for a moment.
-    """
-    if ranks is None:
-        return True
-    first = ranks.gather_objects(first_on_node())
-    if sum(first) < 2:
-        return ranks.rank == 0
-    seen = _in_our_folder(out, ranks, sign=first_on_node())
-    return first_on_node() and min(seen) == ranks.rank
-
-
-def save_role(out: Path, plan: Plan, *, writer: bool) -> SaveRole:
-    """What this rank gets of what is to be saved; ``writer``: whether it writes. Every rank must call it.
-
-    The ranks that hold a model in shards write them side by side where one of them writes and all see its folder.
-    All checkpoints of a step are written alike, so that ranks can tell that they are the same.
-    """
-    if not plan.shards or plan.intra_worker is None or plan.ranks is None:
-        return "full" if writer else "assist"
-    writing = plan.ranks.gather_objects(writer)
-    writers = [rank for rank in plan.intra_worker.numbers if writing[rank]]
-    seen = _in_our_folder(out, plan.ranks, sign=writer)
-    together = all(plan.ranks.gather_objects(not writers or (len(writers) == 1 and writers[0] in seen)))
-    if not writers:
-        return "none"
-    if together:
-        return "sharded"
-    return "full" if writer else "assist"
-
-
-def _in_our_folder(out: Path, ranks: ProcessGroup, *, sign: bool) -> set[int]:
-    """Which of the ranks that leave a sign in ``out`` for a moment have the folder that this rank has by that name."""
-    run = ranks.gather_objects(uuid.uuid4().hex)[0]
-    signs = [out / f".here-{run}-{rank}" for rank in range(ranks.count)]
-    if sign:
-        out.mkdir(parents=True, exist_ok=True)
-        signs[ranks.rank].touch()
-    ranks.total(0.0)
-    seen = {rank for rank, path in enumerate(signs) if path.exists()}
-    ranks.total(0.0)
-    signs[ranks.rank].unlink(missing_ok=True)
-    return seen
 
 
 def newest(out: Path, ranks: ProcessGroup | None, *, writer: bool) -> tuple[Path | None, list[str]]:

@@ -4,7 +4,7 @@
               → step (merges when due) → log → evaluate on the merged weights → checkpoint
 
 Started by ``torchrun``, several ranks run this same loop, each on its rows of every batch (``train.coordinator``). They
-evaluate together, each some of the batches; the first rank of each node writes the run's folder (``train.elastic``),
+evaluate together, each some of the batches; the first rank of each node writes the run's folder (``train.folder``),
 rank 0 prints. When one is asked to stop, all do, after the next step at which they communicate.
 
 A step's loss is the mean over all its predictions, whatever micro-batches they came in. Steps are optimizer steps;
@@ -21,7 +21,7 @@ import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
-from contextlib import ExitStack, contextmanager
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -32,8 +32,7 @@ from lowrank import __version__
 from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
-from lowrank.infra.environment import environment
-from lowrank.infra.files import FolderInUseError, finite, locked, read_json, write_json
+from lowrank.infra.files import finite, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
@@ -44,12 +43,11 @@ from lowrank.run.session import Session, learnt_by_run, open_session, pick_devic
 from lowrank.run.task import Batch, to_device
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
-from lowrank.train.elastic import is_writer, newest
+from lowrank.train.elastic import newest
+from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder, refuse_occupied
 from lowrank.train.prefetch import Prefetch
 
 __all__ = ["NotFinite", "train"]
-
-SUMMARY = "summary.json"
 
 
 def train(
@@ -79,10 +77,10 @@ def train(
         CheckpointError: nothing to resume from, or the disk is full.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
-    _refuse_occupied(out, new=not (resume or elastic))
+    refuse_occupied(out, new=not (resume or elastic))
     with joined(pick_device(run.device)) as ranks:
         writer = is_writer(out, ranks)
-        with _lock(out, ranks, writer=writer, new=not (resume or elastic)):
+        with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
             return _train(
                 run, out, ranks, resume=resume, elastic=elastic, init_from=init_from, writer=writer, quiet=quiet
             )
@@ -116,7 +114,7 @@ def _train(
         loop.saver.restore_random(saved)
         del saved  # which holds all that was read
     if writer:
-        _describe(session, out)
+        describe(session, out)
     loop.saver.prepare()
     loop.coordinator.begin()
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
@@ -129,37 +127,6 @@ def _train(
     if stopping.is_set():
         loop.coordinator.wait()  # the launcher ends all ranks when the first leaves with an exit status
     return summary
-
-
-@contextmanager
-def _lock(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: bool) -> Iterator[None]:
-    """Meanwhile the run's folder is written by these ranks alone; what is refused to one is refused to all."""
-    refused: OSError | None = None
-    with ExitStack() as held:
-        try:
-            if writer:
-                held.enter_context(locked(out))
-                _refuse_occupied(out, new=new)
-        except (FolderInUseError, FileExistsError) as error:
-            refused = error
-        everyone = [refused] if ranks is None else ranks.gather_objects(refused)
-        for each in everyone:
-            if each is not None:
-                raise each
-        yield
-
-
-def _refuse_occupied(out: Path, *, new: bool) -> None:
-    if new and (out / "run.json").exists():
-        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
-
-
-def _describe(session: Session, out: Path) -> None:
-    """What the run is and what it runs on, into its folder."""
-    out.mkdir(parents=True, exist_ok=True)
-    session.run.write(out / "run.json")
-    session.data.write_facts(out)
-    write_json(out / "env.json", environment())
 
 
 class _Loop:
@@ -411,7 +378,7 @@ class _Loop:
         Raises:
             ValueError: it is of another method or step count, or its state does not fit.
         """
-        complete = any(self.coordinator.gathered(self._is_complete()))
+        complete = any(self.coordinator.gathered(is_complete(self.out, self.end)))
         if saved.step > self.end or (saved.step == self.end and complete and not ended):
             raise ValueError(
                 f"the run has already reached step {saved.step} of {self.end}; give a larger --steps (or --stop-at) to "
@@ -420,14 +387,6 @@ class _Loop:
         self.saver.restore(saved)
         self.best, self.latest_metrics = saved.meta["best"], saved.meta["metrics"]
         self.step = saved.step
-
-    def _is_complete(self) -> bool:
-        """Whether the folder has the summary of a run that came to this end."""
-        try:
-            summary = read_json(self.out / SUMMARY)
-            return bool(summary["steps"] == self.end and not summary["interrupted"])
-        except (OSError, ValueError, KeyError, TypeError):
-            return False
 
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""

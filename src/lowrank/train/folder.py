@@ -1,0 +1,115 @@
+"""The folder of a run: which ranks write it, its lock, and what describes the run in it.
+
+No shared disk is assumed. The first rank of every node writes the whole run's folder on its own disk: settings, log and
+checkpoints, each with the weights, the optimizer's state and the heads of all ranks.
+
+    is_writer      rank 0, and the first rank of each further node that does not see the same folder as one before it
+    save_role      what each rank saves of a model that is sharded: its shards, where they can lie in one folder
+    lock_folder    two runs never write one folder
+"""
+
+from __future__ import annotations
+
+import uuid
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+from typing import Literal
+
+from lowrank.distributed.process_group import ProcessGroup, first_on_node
+from lowrank.infra.environment import environment
+from lowrank.infra.files import FolderInUseError, locked, read_json, write_json
+from lowrank.plan.plan import Plan
+from lowrank.run.session import Session
+
+SUMMARY = "summary.json"
+
+# What a rank gets of what is to be saved: all of it; its shards; nothing, but it helps those who do; or nothing.
+SaveRole = Literal["full", "sharded", "assist", "none"]
+
+
+def is_writer(out: Path, ranks: ProcessGroup | None) -> bool:
+    """Whether this process writes the run's folder ``out``. Every rank must call it.
+
+    Nodes that share a disk are found out by files that each first rank leaves there for a moment.
+    """
+    if ranks is None:
+        return True
+    first = ranks.gather_objects(first_on_node())
+    if sum(first) < 2:
+        return ranks.rank == 0
+    seen = _in_our_folder(out, ranks, sign=first_on_node())
+    return first_on_node() and min(seen) == ranks.rank
+
+
+def save_role(out: Path, plan: Plan, *, writer: bool) -> SaveRole:
+    """What this rank gets of what is to be saved; ``writer``: whether it writes. Every rank must call it.
+
+    The ranks that hold a model in shards write them side by side where one of them writes and all see its folder.
+    All checkpoints of a step are written alike, so that ranks can tell that they are the same.
+    """
+    if not plan.shards or plan.intra_worker is None or plan.ranks is None:
+        return "full" if writer else "assist"
+    writing = plan.ranks.gather_objects(writer)
+    writers = [rank for rank in plan.intra_worker.numbers if writing[rank]]
+    seen = _in_our_folder(out, plan.ranks, sign=writer)
+    together = all(plan.ranks.gather_objects(not writers or (len(writers) == 1 and writers[0] in seen)))
+    if not writers:
+        return "none"
+    if together:
+        return "sharded"
+    return "full" if writer else "assist"
+
+
+def _in_our_folder(out: Path, ranks: ProcessGroup, *, sign: bool) -> set[int]:
+    """Which of the ranks that leave a sign in ``out`` for a moment have the folder that this rank has by that name."""
+    run = ranks.gather_objects(uuid.uuid4().hex)[0]
+    signs = [out / f".here-{run}-{rank}" for rank in range(ranks.count)]
+    if sign:
+        out.mkdir(parents=True, exist_ok=True)
+        signs[ranks.rank].touch()
+    ranks.total(0.0)
+    seen = {rank for rank, path in enumerate(signs) if path.exists()}
+    ranks.total(0.0)
+    signs[ranks.rank].unlink(missing_ok=True)
+    return seen
+
+
+@contextmanager
+def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: bool) -> Iterator[None]:
+    """Meanwhile the run's folder is written by these ranks alone; what is refused to one is refused to all."""
+    refused: OSError | None = None
+    with ExitStack() as held:
+        try:
+            if writer:
+                held.enter_context(locked(out))
+                refuse_occupied(out, new=new)
+        except (FolderInUseError, FileExistsError) as error:
+            refused = error
+        everyone = [refused] if ranks is None else ranks.gather_objects(refused)
+        for each in everyone:
+            if each is not None:
+                raise each
+        yield
+
+
+def refuse_occupied(out: Path, *, new: bool) -> None:
+    if new and (out / "run.json").exists():
+        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
+
+
+def describe(session: Session, out: Path) -> None:
+    """What the run is and what it runs on, into its folder."""
+    out.mkdir(parents=True, exist_ok=True)
+    session.run.write(out / "run.json")
+    session.data.write_facts(out)
+    write_json(out / "env.json", environment())
+
+
+def is_complete(out: Path, end: int) -> bool:
+    """Whether the folder has the summary of a run that came to the step ``end`` by itself."""
+    try:
+        summary = read_json(out / SUMMARY)
+        return bool(summary["steps"] == end and not summary["interrupted"])
+    except (OSError, ValueError, KeyError, TypeError):
+        return False
