@@ -119,64 +119,59 @@ def test_saved_state_is_the_optimizers_own_in_torchs_form() -> None:
     assert_same_state(opt.state_dict()["state"], before)
 
 
-class TestRefused:
-    """What does not fit is refused, and nothing is changed."""
+def stepped(rule: object = AdamW(), **sizes: int) -> Optimizer:
+    model = mlp(**sizes)
+    opt = lowrank.apply_(model, Method(rules=(Use("*", rule),), rest="train")).optimizer(lr=0.1)
+    model(torch.ones(2, 10)).sum().backward()
+    opt.step()
+    return opt
 
-    def optimizer(self, rule: object = AdamW(), **sizes: int) -> Optimizer:
-        model = mlp(**sizes)
-        opt = lowrank.apply_(model, Method(rules=(Use("*", rule),), rest="train")).optimizer(lr=0.1)
-        model(torch.ones(2, sizes.get("width", 10))).sum().backward()
-        opt.step()
-        return opt
 
-    def refuse(self, opt: Optimizer, saved: Saved, words: str) -> None:
-        before = copy.deepcopy(opt.state_dict())
-        with pytest.raises(ValueError, match=words):
-            opt.load_state_dict(saved)
-        assert_same_state(opt.state_dict(), before)
+def without(saved: Saved) -> None:
+    del saved["state"][5]["exp_avg_sq"]
 
-    def test_another_rule(self) -> None:
-        self.refuse(
-            self.optimizer(),
-            self.optimizer(AdamW(eps=1e-5)).state_dict(),
-            "is of rule AdamW.*eps=1e-05.*optimizer's is",
-        )
-        self.refuse(self.optimizer(), self.optimizer(SGD(momentum=0.9)).state_dict(), "is of rule SGD")
 
-    def test_another_shape(self) -> None:
-        self.refuse(
-            self.optimizer(),
-            self.optimizer(hidden=9).state_dict(),
-            r"exp_avg of 'fc1.weight' is torch.float32 \(9, 10\)",
-        )
+def with_one_more(saved: Saved) -> None:
+    saved["param_groups"][0]["param_names"].append("extra.weight")
+    saved["param_groups"][0]["params"].append(7)
+    saved["state"][7] = saved["state"][0]
 
-    def test_another_dtype(self) -> None:
-        saved = self.optimizer().state_dict()
-        saved["state"][2]["exp_avg"] = saved["state"][2]["exp_avg"].double()
-        self.refuse(self.optimizer(), saved, "exp_avg of 'fc2.weight' is torch.float64")
 
-    def test_another_name(self) -> None:
-        saved = self.optimizer().state_dict()
-        saved["param_groups"][0]["param_names"][0] = "stem.weight"
-        self.refuse(self.optimizer(), saved, "no parameter 'fc1.weight'")
+def in_double(saved: Saved) -> None:
+    saved["state"][2]["exp_avg"] = saved["state"][2]["exp_avg"].double()
 
-    def test_missing_tensors(self) -> None:
-        saved = self.optimizer().state_dict()
-        del saved["state"][5]["exp_avg_sq"]
-        self.refuse(self.optimizer(), saved, r"of 'head.weight' holds \['exp_avg', 'step'\]")
 
-    def test_other_groups(self) -> None:
-        saved = self.optimizer().state_dict()
-        saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
-        self.refuse(self.optimizer(), saved, "has 2 parameter groups, the optimizer 1")
+def renamed(saved: Saved) -> None:
+    saved["param_groups"][0]["param_names"][0] = "stem.weight"
 
-    def test_more_parameters(self) -> None:
-        saved = self.optimizer().state_dict()
-        group = saved["param_groups"][0]
-        group["param_names"].append("extra.weight")
-        group["params"].append(7)
-        saved["state"][7] = saved["state"][0]
-        self.refuse(self.optimizer(), saved, "has 8 parameters, the optimizer 7")
+
+def with_two_groups(saved: Saved) -> None:
+    saved["param_groups"].append(copy.deepcopy(saved["param_groups"][0]))
+
+
+@pytest.mark.parametrize(
+    ("other", "change", "words"),
+    [
+        (lambda: stepped(AdamW(eps=1e-5)), None, "is of rule AdamW.*eps=1e-05.*optimizer's is"),
+        (lambda: stepped(SGD(momentum=0.9)), None, "is of rule SGD"),
+        (lambda: stepped(hidden=9), None, r"exp_avg of 'fc1.weight' is torch.float32 \(9, 10\)"),
+        (stepped, in_double, "exp_avg of 'fc2.weight' is torch.float64"),
+        (stepped, renamed, "no parameter 'fc1.weight'"),
+        (stepped, without, r"of 'head.weight' holds \['exp_avg', 'step'\]"),
+        (stepped, with_two_groups, "has 2 parameter groups, the optimizer 1"),
+        (stepped, with_one_more, "has 8 parameters, the optimizer 7"),
+    ],
+)
+def test_what_does_not_fit_is_refused_and_nothing_is_changed(
+    other: Callable[[], Optimizer], change: Callable[[Saved], None] | None, words: str
+) -> None:
+    opt, saved = stepped(), other().state_dict()
+    if change is not None:
+        change(saved)
+    before = copy.deepcopy(opt.state_dict())
+    with pytest.raises(ValueError, match=words):
+        opt.load_state_dict(saved)
+    assert_same_state(opt.state_dict(), before)
 
 
 def test_matched_by_name_and_not_by_order() -> None:
