@@ -4,6 +4,7 @@
 """
 
 import ast
+import importlib
 import subprocess
 import sys
 from pathlib import Path
@@ -15,6 +16,8 @@ import lowrank
 PACKAGE = Path(lowrank.__file__).parent
 MODULES = sorted(p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py"))
 HEAVY = (
+    "torch",
+    "numpy",
     "transformers",
     "timm",
     "datasets",
@@ -110,13 +113,23 @@ def test_no_circles_within_a_room() -> None:
 def test_heavy_libraries_are_imported_where_they_are_used() -> None:
     """Inside functions; a module that lives by one may import it, and is then itself imported only inside functions."""
     for module in MODULES:
-        if {name.split(".")[0] for name in imports(module, top_level=True)} & set(HEAVY):
+        if {name.split(".")[0] for name in imports(module, top_level=True)} & set(HEAVY[2:]):
             name = "lowrank." + ".".join(module.parts)
             users = [other for other in MODULES if other != module and name in imports(other, top_level=True)]
             assert not users, f"{name} imports a heavy library and is imported by {users}"
 
 
 def test_importing_the_package_is_light() -> None:
-    code = f"import sys, lowrank; print(*[m for m in {HEAVY!r} if m in sys.modules])"
+    """Not even torch: a name's module is imported when the name is touched."""
+    code = f"import sys, lowrank, lowrank.methods, lowrank.run; print(*[m for m in {HEAVY!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True)
     assert done.stdout.strip() == ""
+
+
+@pytest.mark.parametrize("package", ["", *sorted({m.parts[0] for m in MODULES if len(m.parts) > 1})])
+def test_every_promised_name_is_there_when_it_is_touched(package: str) -> None:
+    module = importlib.import_module(f"lowrank.{package}".rstrip("."))
+    for name in getattr(module, "__all__", ()):
+        assert getattr(module, name) is not None
+    with pytest.raises(AttributeError):
+        module.no_such_name  # noqa: B018

@@ -81,6 +81,12 @@ def test_calls_hold_plain_data_only():
         (lambda content: content | {"steps": "many"}, "steps many: expected a whole number or none"),
         (lambda content: content | {"schedule": "step"}, "expected one of cosine, linear, constant"),
         (lambda content: content | {"method": "lora"}, "a call is written as an object, got 'lora'"),
+        (lambda content: content | {"method": {"name": 3}}, "a call has a name, which is text, got 3"),
+        (lambda content: content | {"method": {"name": "full", "args": 3}}, "args is written as an object, got 3"),
+        (lambda content: content | {"method": {"name": "full", "args": {"a": {}}}}, "full: a is {}; a run holds text"),
+        (lambda content: content | {"per_method": []}, r"per_method is written as an object, got \[\]"),
+        (lambda content: content | {"per_method": {"lora": 3}}, "lora is written as an object, got 3"),
+        (lambda content: [content], "a run is written as an object"),
     ],
 )
 def test_unsound_json_is_refused_with_the_file(tmp_path, harm, says):
@@ -245,6 +251,7 @@ def test_fingerprints_see_what_determines_the_numbers_and_nothing_else():
         {"recipe": "x"},
         {"wandb": True},
         {"per_method": {}},
+        {"method": Call(name="full", args={"rest": "train"})},
     ):
         assert fingerprint(a_run(**same), OFFER) == base
     for other in ({"seed": 1}, {"lr": 2e-3}, {"steps": 41}, {"stop_at": 20}, {"precision": "bf16"}, {"eval_every": 5}):
@@ -255,6 +262,31 @@ def test_fingerprints_see_what_determines_the_numbers_and_nothing_else():
 def test_a_default_left_out_or_written_is_one_run():
     left, written = a_run(), a_run(data=Call(name="text", args={"context": 128, "tokenizer": "bytes"}))
     assert fingerprint(left, OFFER) == fingerprint(written, OFFER)
+
+
+@pytest.mark.parametrize(
+    "pair",
+    [
+        ({"method.alpha": 16}, {"method.alpha": 16.0}),
+        ({"method.alpha": "16"}, {"method.alpha": "1.6e1"}),
+        ({"method.rank": 8}, {"method.rank": 8.0}),
+        ({"lr": 1}, {"lr": "1.0"}),
+        ({"method.target_modules": "q,v"}, {"method.target_modules": ["q", "v"]}),
+    ],
+)
+def test_one_number_written_in_two_ways_is_one_run(pair):
+    base = override(find("gpt-mini"), {"method": "lora"})
+    one, other = (fingerprint(override(base, options)) for options in pair)
+    assert one == other
+    assert fingerprint(override(base, {"method.alpha": 17})) != one
+
+
+def test_a_run_json_with_numbers_of_another_kind_is_the_same_run():
+    content = resolve(override(find("gpt-mini"), {"method": "lora"})).to_json()
+    content["method"]["args"] |= {"alpha": 16, "rank": 8.0}
+    del content["files"]
+    other = Run.from_json(json.loads(json.dumps(content)))
+    assert fingerprint(other) == fingerprint(override(find("gpt-mini"), {"method": "lora", "method.alpha": 16.0}))
 
 
 # --- checks ----------------------------------------------------------------------------------------------------------
@@ -331,6 +363,9 @@ def test_resuming_may_change_lengths_and_logging_only():
         refuse_changed(old, new)
     with pytest.raises(ValueError, match=r"--method \(lte -> full\)"):
         refuse_changed(old, resolve(a_run(), OFFER))
+    with pytest.raises(ValueError, match=r"--engine \(auto -> ddp or fsdp\)"):
+        refuse_changed(old, override(old, {"engine": "ddp"}, OFFER))
+    refuse_changed(override(old, {"engine": "fsdp"}, OFFER), override(old, {"engine": "ddp"}, OFFER))
 
 
 def test_folders_with_a_run_are_refused(tmp_path):
@@ -368,9 +403,17 @@ def test_choosing_the_recipe_s_own_method_again_changes_nothing():
         assert override(recipe, {"method": recipe.method.name}) == recipe
 
 
-def test_the_catalogue_can_be_set_from_the_command_line():
-    for functions in (catalogue().model, catalogue().data, catalogue().method):
-        assert all(signature_of(function).kinds for function in functions.values())
+@pytest.mark.parametrize("kind", ["method", "model", "data"])
+def test_signatures_read_from_the_source_are_those_of_the_functions(kind):
+    offer = catalogue()
+    for name, function in offer.of(kind).items():
+        read, asked = offer.signature(kind, name), signature_of(function)
+        assert read.doc == asked.doc
+        assert read.defaults == asked.defaults
+        assert {each: describe(of) for each, of in read.kinds.items()} == {
+            each: describe(of) for each, of in asked.kinds.items()
+        }
+        assert asked.kinds, "it can be set from the command line"
 
 
 def test_own_functions_and_files(tmp_path, monkeypatch):

@@ -1,26 +1,33 @@
 """The command line: which commands there are, how they explain themselves, and how errors look.
 
 `main` parses, calls (`lowrank.cli.commands`) and prints. An error that the user can mend is one clear message and exit
-status 2; LOWRANK_DEBUG=1 adds the traceback.
+status 2; one that should not have been is a short message, a file with all about it, and status 70. LOWRANK_DEBUG=1
+shows the traceback of either.
 """
 
 from __future__ import annotations
 
+import io
 import os
+import platform
+import re
+import shlex
 import sys
+import tempfile
+import traceback
 from collections.abc import Sequence
 from dataclasses import fields
 
+from lowrank import __version__
 from lowrank.cli import commands
-from lowrank.cli.arguments import Command, Option, explain, options_of, overview, parse, placeholder
-from lowrank.infra.checkpoint_files import CheckpointError
+from lowrank.cli.arguments import Command, Option, Parsed, explain, options_of, overview, parse, placeholder
 from lowrank.infra.convert import nearest
+from lowrank.infra.text import printable
+from lowrank.run import own_files
 from lowrank.run.overrides import options
 from lowrank.run.run import Run
 
-_ABOUT = """
-Train neural networks with low-rank weights and low-rank gradients, and compare the methods honestly.
-"""
+_ABOUT = "Train neural networks with low-rank weights and low-rank gradients, and compare the methods honestly."
 
 _CLOSING = """
 Begin with:
@@ -31,18 +38,24 @@ Begin with:
 lowrank COMMAND --help explains a command. LOWRANK_DEBUG=1 shows where an error came from.
 """
 
-_WHAT = (
-    Option(name="method", value="NAME", group="What", help="see lowrank methods; its options are --method.rank 8 …"),
-    Option(name="data", value="SOURCE", group="What", help="a file, folder or name; see lowrank data list"),
-    Option(name="model", value="NAME", group="What", help="gpt2, vit, …; its options are --model.n_layer 4 …"),
-    Option(name="task", value="NAME", group="What", help="text, images, or a file.py:class of your own"),
-    Option(name="labels", value="FILE", group="What", help="a folder of images' labels: CSV with path, label, …"),
+_WHAT = tuple(
+    Option(name=name, value=value, group="What", help=text)
+    for name, value, text in (
+        ("method", "NAME", "see lowrank methods, or your file.py:function; its options are --method.rank 8 …"),
+        ("data", "SOURCE", "a file, a folder, a name (lowrank data list) or your file.py:function"),
+        ("model", "NAME", "gpt2, vit, … or your file.py:function; its options are --model.n_layer 4 …"),
+        ("task", "NAME", "text, images or your file.py:class"),
+        ("labels", "FILE", "a folder of images' labels: CSV with path, label, …"),
+    )
 )
 
 _TRAIN = """
 Trains a recipe (see lowrank recipes), a run.json, or a Run that a function of yours returns (file.py:function).
 Everything a recipe sets can be overridden; --method.X, --model.X and --data.X reach the arguments of the method, the
 model and the data by name (lowrank methods NAME lists the first).
+
+A method, model, source of data or task of your own is named as file.py:function. Its file goes into run.json with its
+digest, and is executed only where you name it or say --trust-files.
 
 The run's folder gets run.json (all settings: training it again gives the same numbers), env.json, log.jsonl,
 checkpoints/ and summary.json. Ctrl-C saves and stops; --resume goes on. With --elastic the same command goes on by
@@ -54,6 +67,7 @@ Examples:
   lowrank train runs/articles/run.json --out runs/again
   lowrank train --resume runs/articles --steps 2000
   lowrank train gpt-mini --method relora --init-from runs/warm-up
+  lowrank train gpt-mini --method examples/new_optimizer.py:method
   torchrun --nproc-per-node 2 --max-restarts 3 -m lowrank train gpt-mini --method lte --elastic --out runs/lte
 """
 
@@ -143,8 +157,14 @@ Examples:
 
 
 def main(words: Sequence[str] | None = None) -> int:
-    """Run a command line; the exit status: 0, 1 (some runs of a comparison failed), 2 (an error), 130 (interrupted)."""
+    """Run a command line.
+
+    Returns:
+        The exit status: 0, 1 (some runs of a comparison failed), 2 (an error that can be mended), 70 (one that should
+        not have been), 130 (interrupted).
+    """
     words = list(sys.argv[1:] if words is None else words)
+    _ready_streams()
     try:
         status = _dispatch(words)
         sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
@@ -155,20 +175,68 @@ def main(words: Sequence[str] | None = None) -> int:
     except BrokenPipeError:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # whoever read our output has left
         return 0
-    except (ValueError, OSError, ImportError, ArithmeticError, CheckpointError) as error:
+    except Exception as error:
         if os.environ.get("LOWRANK_DEBUG", "0") not in ("", "0"):
             raise
-        print(f"lowrank: {error}", file=sys.stderr)
-        return 2
+        message = _mendable(error)
+        print(f"lowrank: {printable(message or _reported(words, error))}", file=sys.stderr)
+        return 2 if message else 70
+    finally:
+        own_files.trust_nothing()
+
+
+def _ready_streams() -> None:
+    """Streams that are closed swallow what is written; characters that a terminal does not have are written out."""
+    for name in ("stdout", "stderr"):
+        stream = getattr(sys, name)
+        if stream is None:
+            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
+        elif isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _mendable(error: Exception) -> str | None:
+    """What to say of an error whose cause is input, the machine or a package that is missing; None of any other."""
+    import csv
+    import zipfile
+    import zlib
+
+    text = str(error) or type(error).__name__
+    if isinstance(error, MemoryError) or "OutOfMemory" in type(error).__name__ or "can't allocate memory" in text:
+        return (
+            f"out of memory ({text.splitlines()[0]}): use a smaller --batch-size with a larger --grad-accum, a shorter "
+            "context, --precision bf16 or --per-layer; what was saved is whole, --resume goes on from there"
+        )
+    if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
+        return text
+    damaged = (EOFError, re.error, csv.Error, zipfile.BadZipFile, zlib.error)
+    if isinstance(error, damaged) or type(error).__name__ == "SafetensorError":
+        return f"a file or pattern cannot be read ({type(error).__name__}: {text})"
+    from lowrank.infra.checkpoint import CheckpointError  # and torch with it
+
+    return text if isinstance(error, CheckpointError) else None
+
+
+def _reported(words: Sequence[str], error: Exception) -> str:
+    """Words for an error that should not have been; all about it is in a file."""
+    versions = f"lowrank {__version__}, Python {platform.python_version()}, {platform.platform()}"
+    trace = "".join(traceback.format_exception(error))
+    short = f"this should not have happened: {type(error).__name__}: {error}"
+    try:
+        with tempfile.NamedTemporaryFile(
+            "w", prefix="lowrank-error-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+        ) as file:
+            file.write(f"{versions}\nlowrank {shlex.join(words)}\n\n{trace}")
+    except OSError:
+        return f"{short}\n{trace}"
+    return f"{short}\nWhat is known about it is in {file.name}: please report it with that file"
 
 
 def _dispatch(words: list[str]) -> int:
     if words[:1] in ([], ["--help"], ["-h"], ["help"]):
-        print(overview("lowrank", _ABOUT, every_command(), _CLOSING))
+        print(overview(_ABOUT, every_command(), _CLOSING))
         return 0
     if words == ["--version"]:
-        from lowrank import __version__
-
         print(f"lowrank {__version__}")
         return 0
     known = {command.name: command for command in every_command()}
@@ -179,18 +247,25 @@ def _dispatch(words: list[str]) -> int:
     if {"--help", "-h"} & set(before_end):
         print(explain(known[name]))
         return 0
-    return known[name].call(parse(rest, known[name]))
+    parsed = parse(rest, known[name])
+    if commands.switch(parsed, "trust_files"):
+        own_files.trust_every_file()
+    return known[name].call(Parsed(positions=parsed.positions, options=parsed.without(("trust_files",))))
 
 
 def every_command() -> list[Command]:
     """The commands, in the order in which the overview shows them."""
-    run, dotted = run_options(), ("method.", "model.", "data.")
-    out = Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>")
+    dotted = ("method.", "model.", "data.")
+    trust = Option(name="trust_files", help="execute the .py files that a run.json names, if they are still the same")
     quiet = Option(name="quiet", help="no progress line")
-    resume = Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before")
-    elastic = Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there")
-    start = Option(name="init_from", value="DIR", help="start from the merged weights of another run")
-    best = Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best")
+    run = (*run_options(), trust)
+    training = (
+        Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>"),
+        Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before"),
+        Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there"),
+        Option(name="init_from", value="DIR", help="start from the merged weights of another run"),
+        quiet,
+    )
     linked = (
         Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
         Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
@@ -204,106 +279,101 @@ def every_command() -> list[Command]:
         Option(name="out", value="DIR", help="holds one folder a run and the report; default runs/compare-<recipe>"),
         quiet,
     )
+    exported = (
+        Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best"),
+        Option(name="adapter", value="OUT", help="write the adapter alone, into this folder"),
+    )
+    written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
+    score, generate, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
         Command(
-            name="train",
             usage="train RECIPE|run.json|file.py:function [options]",
             summary="train a recipe, or go on with a run",
             about=_TRAIN,
-            options=(out, resume, elastic, start, quiet, *run),
+            call=commands.train,
+            options=(*training, *run),
             prefixes=dotted,
             positions=(0, 1),
-            call=commands.train,
         ),
         Command(
-            name="compare",
             usage="compare RECIPE --methods A,B,… [options]",
             summary="train several methods under one budget, and report",
             about=_COMPARE,
+            call=commands.compare,
             options=(*several, *(option for option in run if option.name != "method")),
             prefixes=dotted,
             positions=(1, 1),
-            call=commands.compare,
         ),
         Command(
-            name="report",
             usage="report DIR… [--out DIR]",
             summary="tables and loss curves of finished runs",
             about=_REPORT,
-            options=(Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report"),),
-            positions=(1, None),
             call=commands.report,
+            options=(written,),
+            positions=(1, None),
         ),
         Command(
-            name="plan",
             usage="plan RECIPE [options]",
             summary="what would train, by what, at what cost in memory",
             about=_PLAN,
+            call=commands.plan,
             options=(*linked, *run),
             prefixes=dotted,
             positions=(1, 1),
-            call=commands.plan,
         ),
         Command(
-            name="eval",
             usage="eval RUN|MODEL [options]",
             summary="loss and perplexity on any split",
             about=_EVAL,
-            options=options_of(commands.signature("score")),
-            positions=(1, 1),
             call=commands.evaluate,
+            options=(*score, trust),
+            positions=(1, 1),
         ),
         Command(
-            name="generate",
             usage="generate RUN|MODEL --prompt TEXT [options]",
             summary="text from a run or a model",
             about=_GENERATE,
-            options=options_of(commands.signature("generate")),
-            positions=(1, 1),
             call=commands.generate,
+            options=(*generate, trust),
+            positions=(1, 1),
         ),
         Command(
-            name="export",
             usage="export RUN OUT, or export RUN --adapter OUT [options]",
             summary="a plain model from a run, adapters merged; or its adapter alone",
             about=_EXPORT,
-            options=(best, Option(name="adapter", value="OUT", help="write the adapter alone, into this folder")),
-            positions=(1, 2),
             call=commands.export,
+            options=(*exported, trust),
+            positions=(1, 2),
         ),
         Command(
-            name="predict",
             usage="predict --base RUN|FILE --adapter DIR IMAGE… [options]",
             summary="what image files show",
             about=_PREDICT,
-            options=options_of(commands.signature("predict")),
-            positions=(1, None),
             call=commands.predict,
+            options=(*predict, trust),
+            positions=(1, None),
         ),
         Command(
-            name="data",
             usage="data list, or data prepare NAME|FILE [options]",
             summary="the texts there are, and tokenising one",
             about=_DATA,
-            options=options_of(commands.signature("prepare")),
-            positions=(1, 2),
             call=commands.data,
+            options=prepare,
+            positions=(1, 2),
         ),
         Command(
-            name="methods",
             usage="methods [NAME]",
             summary="the catalogue of methods, or one with its options",
             about="Lists the methods; with a name, its source, defaults and options.",
-            positions=(0, 1),
             call=commands.methods,
+            positions=(0, 1),
         ),
         Command(
-            name="recipes",
             usage="recipes [NAME]",
             summary="the recipes, or one with everything it sets",
             about="Lists the recipes; with a name, its command, time, expected result and all its settings as JSON.",
-            positions=(0, 1),
             call=commands.recipes,
+            positions=(0, 1),
         ),
     ]
 

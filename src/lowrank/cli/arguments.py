@@ -14,7 +14,7 @@ from typing import Any, get_args, get_origin
 from lowrank.infra.convert import nearest
 from lowrank.infra.signatures import Signature
 
-WIDTH = 80
+WIDTH = 80  # of everything that explains
 
 
 class UsageError(ValueError):
@@ -53,31 +53,34 @@ class Command:
     """A subcommand.
 
     Attributes:
-        name, usage: "train", "train RECIPE [options]".
+        usage: "train RECIPE [options]"; its first word is the name.
         summary: one line, for the list of commands.
-        about: paragraphs and examples, for the command's own help.
+        about: paragraphs and examples (indented by two), for the command's own help.
+        call: does it, and returns the exit status.
         options: what it takes.
         prefixes: of further options that it takes ("method."), which are checked where they are used.
         positions: fewest and most words beside the options.
-        call: does it, and returns the exit status.
     """
 
-    name: str
     usage: str
     summary: str
     about: str
+    call: Callable[[Parsed], int]
     options: Sequence[Option] = ()
     prefixes: Sequence[str] = ()
     positions: tuple[int, int | None] = (0, 0)
-    call: Callable[[Parsed], int]
+
+    @property
+    def name(self) -> str:
+        return self.usage.split()[0]
 
 
 def parse(words: Sequence[str], command: Command) -> Parsed:
     """Split a command's words into positions and options.
 
     Raises:
-        UsageError: an unknown option (the nearest is named), one without its value or given twice, too few or too many
-            positions.
+        UsageError: an unknown option (the nearest is named), one without its value, empty or given twice, too few or
+            too many positions.
     """
     known = {option.name: option for option in command.options}
     positions: list[str] = []
@@ -94,39 +97,50 @@ def parse(words: Sequence[str], command: Command) -> Parsed:
         flag, equals, value = word.partition("=")
         name = flag[2:].replace("-", "_")
         if name not in known and not name.startswith(tuple(command.prefixes)):
-            flags = [_flag(option.name) for option in command.options]
-            raise UsageError(
-                f"{command.name} has no option {flag}{nearest(flag, flags)}; see: lowrank {command.name} --help"
-            )
+            near = nearest(flag, [_flag(option.name) for option in command.options])
+            raise UsageError(f"{command.name} has no option {flag}{near}; see: lowrank {command.name} --help")
         if not equals:
             value = _value(flag, known.get(name), rest)
+        if not value:
+            raise UsageError(f"{flag} is empty: give it a value, or leave it out")
         if name in options:
             raise UsageError(f"{flag} is given twice")
         options[name] = value
     fewest, most = command.positions
-    if len(positions) < fewest or (most is not None and len(positions) > most):
-        what = (
-            f"unexpected {positions[most]!r}" if most is not None and len(positions) > most else "something is missing"
-        )
-        raise UsageError(f"{what}; usage: lowrank {command.usage}")
+    if most is not None and len(positions) > most:
+        raise UsageError(f"unexpected {positions[most]!r}; usage: lowrank {command.usage}")
+    if len(positions) < fewest or "" in positions:
+        raise UsageError(f"something is missing; usage: lowrank {command.usage}")
     return Parsed(positions=positions, options=options)
 
 
 def explain(command: Command) -> str:
     """The help of a command."""
-    lines = [f"usage: lowrank {command.usage}", "", command.about.strip(), ""]
+    lines = [f"usage: lowrank {command.usage}", "", fitted(command.about), ""]
     for group in dict.fromkeys(option.group for option in command.options):
-        lines.append(f"{group}:")
-        lines += [_row(option) for option in command.options if option.group == group]
-        lines.append("")
+        lines += [f"{group}:", *(_row(option) for option in command.options if option.group == group), ""]
     return "\n".join(lines).rstrip()
 
 
-def overview(program: str, about: str, commands: Sequence[Command], closing: str) -> str:
+def overview(about: str, commands: Sequence[Command], closing: str) -> str:
     """The help of the whole program."""
     width = max(len(command.name) for command in commands)
     rows = [f"  {command.name.ljust(width)}  {command.summary}" for command in commands]
-    return "\n".join([f"usage: {program} COMMAND …", "", about.strip(), "", "Commands:", *rows, "", closing.strip()])
+    return "\n".join(["usage: lowrank COMMAND …", "", fitted(about), "", "Commands:", *rows, "", fitted(closing)])
+
+
+def fitted(text: str) -> str:
+    """Paragraphs wrapped to the width; what is indented (examples) keeps its lines, long ones end in a backslash."""
+    blocks: list[str] = []
+    for line in text.strip().splitlines():
+        if line.startswith(" "):
+            parts = textwrap.wrap(line, WIDTH - 2, subsequent_indent="      ", break_on_hyphens=False)
+            blocks.append(" \\\n".join(parts))
+        elif blocks and line and blocks[-1] and not blocks[-1].startswith(" "):
+            blocks[-1] += " " + line
+        else:
+            blocks.append(line)
+    return "\n".join(block if block.startswith(" ") else textwrap.fill(block, WIDTH) for block in blocks)
 
 
 def options_of(function: Signature) -> tuple[Option, ...]:
@@ -182,9 +196,7 @@ def _flag(name: str) -> str:
 
 
 def _row(option: Option) -> str:
-    left = f"  {_flag(option.name)} {option.value}".rstrip()
-    indent = 30
-    lines = textwrap.wrap(option.help, WIDTH - indent) or [""]
-    if len(left) >= indent - 1:
-        return "\n".join([left, *(" " * indent + line for line in lines)])
-    return "\n".join([left.ljust(indent) + lines[0], *(" " * indent + line for line in lines[1:])])
+    left, indent = f"  {_flag(option.name)} {option.value}".rstrip(), " " * 28
+    if len(left) < len(indent) - 1:
+        return textwrap.fill(option.help, WIDTH, initial_indent=left.ljust(len(indent)), subsequent_indent=indent)
+    return left + "\n" + textwrap.fill(option.help, WIDTH, initial_indent=indent, subsequent_indent=indent)

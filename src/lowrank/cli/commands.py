@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import inspect
 import json
+import re
 import shutil
 import sys
 import textwrap
@@ -19,7 +20,9 @@ from lowrank.cli.arguments import WIDTH, Parsed, UsageError
 from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.signatures import Signature, module_file, read
+from lowrank.infra.text import printable
 from lowrank.recipes import RECIPES, find
+from lowrank.run import own_files
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 from lowrank.run.validation import refuse_changed, refuse_occupied, validate
@@ -30,7 +33,7 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
     changes = parsed.without(("out", "resume", "elastic", "init_from", "quiet"))
-    resumed, elastic = parsed.options.get("resume"), _switch(parsed, "elastic")
+    resumed, elastic = parsed.options.get("resume"), switch(parsed, "elastic")
     if elastic and (resumed is not None or "out" not in parsed.options):
         raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
     if resumed is None:
@@ -55,7 +58,7 @@ def train(parsed: Parsed) -> int:
     from lowrank.train.loop import train as train_run
 
     start = Path(parsed.options["init_from"]) if "init_from" in parsed.options else None
-    how = {"resume": resumed is not None, "elastic": elastic, "quiet": _switch(parsed, "quiet")}
+    how = {"resume": resumed is not None, "elastic": elastic, "quiet": switch(parsed, "quiet")}
     summary = train_run(run, out, init_from=start, **how)
     if is_first():
         print(_verdict(out, summary))
@@ -73,6 +76,12 @@ def evaluate(parsed: Parsed) -> int:
 
 def compare(parsed: Parsed) -> int:
     """Many runs, the missing ones executed, and their report."""
+    base, offer = find(parsed.positions[0]), catalogue()
+    texts = _list(parsed, "methods", [base.method.name])
+    for name in (re.split(r":(?=[\w.-]+=)", text)[0] for text in texts):
+        offer.check("method", name)
+        if own_files.is_own(name) and "methods" in parsed.options:
+            own_files.given(name)
     from lowrank.distributed.process_group import world_size
     from lowrank.report.compare import execute, parse_variant, planned
     from lowrank.report.table import find_results
@@ -82,26 +91,24 @@ def compare(parsed: Parsed) -> int:
         raise UsageError(
             "lowrank compare trains its runs one after the other in one process: start it without torchrun"
         )
-    base = find(parsed.positions[0])
-    offer = catalogue()
-    variants = [parse_variant(text, offer) for text in _words(parsed.options.get("methods", base.method.name))]
+    variants = [parse_variant(text, offer) for text in texts]
     runs = planned(
         base,
         variants,
-        seeds=[_whole(text, "--seeds") for text in _words(parsed.options.get("seeds", ""))],
-        rates=[_number(text, "--lrs") for text in _words(parsed.options.get("lrs", ""))],
+        seeds=[_whole(text, "--seeds") for text in _list(parsed, "seeds")],
+        rates=[_number(text, "--lrs") for text in _list(parsed, "lrs")],
         changes=parsed.without(("methods", "seeds", "lrs", "out", "quiet")),
         offer=offer,
     )
     out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
-    quiet = _switch(parsed, "quiet")
+    quiet = switch(parsed, "quiet")
     outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, quiet=quiet))
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]
     if finished:
         _show_report(find_results(finished), out)
     for each in failed:
-        print(f"failed: {each.name}: {each.error}", file=sys.stderr)
+        print(printable(f"failed: {each.name}: {each.error}"), file=sys.stderr)
     return 1 if failed else 0
 
 
@@ -160,7 +167,8 @@ def generate(parsed: Parsed) -> int:
     options = arguments("generate", parsed.options)
     from lowrank.evaluate.generate import generate as generate_text
 
-    print(generate_text(_existing(parsed.positions[0]), **options))
+    text = generate_text(_existing(parsed.positions[0]), **options)
+    print(printable(text) if sys.stdout.isatty() else text)
     return 0
 
 
@@ -192,7 +200,7 @@ def predict(parsed: Parsed) -> int:
     for each in predict_images(parsed.positions, **options):
         surest = sorted(each.scores.items(), key=lambda item: -item[1])[:3]
         figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
-        print(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})")
+        print(printable(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})", keep=""))
     return 0
 
 
@@ -257,8 +265,8 @@ def _checked(run: Run) -> Run:
 
 def _free_folder(run: Run) -> Path:
     """runs/<recipe>-<method>-<n>, the first that there is not."""
-    number = 1
-    while (folder := Path("runs") / f"{run.recipe}-{run.method.name}-{number}").exists():
+    number, name = 1, re.sub(r"[^\w.=-]+", "_", f"{run.recipe}-{own_files.short(run.method.name)}")
+    while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return folder
 
@@ -268,7 +276,7 @@ def _show_report(results: Sequence[Any], out: Path) -> None:
     from lowrank.report import html
     from lowrank.report.table import printed
 
-    print(printed(results, shutil.get_terminal_size((100, 24)).columns))
+    print(printable(printed(results, shutil.get_terminal_size((100, 24)).columns)))
     html.write(results, out)
     print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png")
 
@@ -356,12 +364,19 @@ def _written(default: object) -> str:
     return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
 
 
-def _switch(parsed: Parsed, name: str) -> bool:
+def switch(parsed: Parsed, name: str) -> bool:
+    """Whether an option without a value is given."""
     return bool(convert(parsed.options.get(name, "false"), bool, f"--{name}"))
 
 
-def _words(text: str) -> list[str]:
-    return [word.strip() for word in text.split(",") if word.strip()]
+def _list(parsed: Parsed, name: str, default: Sequence[str] = ()) -> list[str]:
+    """The values of an option that takes several."""
+    if name not in parsed.options:
+        return list(default)
+    words = [word.strip() for word in parsed.options[name].split(",") if word.strip()]
+    if not words:
+        raise UsageError(f"--{name} {parsed.options[name]!r} names nothing: give one or more, or leave it out")
+    return words
 
 
 def _whole(text: str, name: str) -> int:

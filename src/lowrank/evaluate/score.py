@@ -23,6 +23,7 @@ from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.run.overrides import catalogue, override
+from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session, open_session, restore
 
@@ -156,7 +157,7 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     options = {f"data.{name}": value for name, value in changes.items() if value is not None}
     if source is None and not options and not session.data.unread:
         return session
-    if source is not None and session.run.task == "text":
+    if source is not None and session.run.task == "text" and not is_own(source):
         own = dict.fromkeys(("data.column", "data.delimiter", "data.limit"))
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
     if source is None and session.data.unread and not Path(str(session.run.data.args.get("source"))).exists():

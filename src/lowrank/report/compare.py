@@ -16,7 +16,7 @@ from typing import Any
 from lowrank.infra import checkpoint
 from lowrank.report.table import is_finished
 from lowrank.run.overrides import Catalogue, catalogue, fingerprint, options, override, resolve
-from lowrank.run.own_files import is_own
+from lowrank.run.own_files import is_own, short
 from lowrank.run.run import Run
 from lowrank.run.validation import validate
 
@@ -33,7 +33,7 @@ class Variant:
 
     def __str__(self) -> str:
         parts = [f"{name.removeprefix('method.')}={value}" for name, value in self.settings.items()]
-        return ":".join([self.method, *parts])
+        return ":".join([short(self.method), *parts])
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -162,7 +162,7 @@ def _attempt(each: Planned, folder: Path, train: Train, *, resume: bool) -> Outc
 
 def _one(base: Run, variant: Variant, changes: Mapping[str, object], offer: Catalogue) -> Run:
     """The base under a variant: method first, then what all share, then the variant's own."""
-    run = override(base, {"method": variant.method}, offer)
+    run = base if variant.method == base.method.name else override(base, {"method": variant.method}, offer)
     known = offer.signature("method", variant.method).kinds
     shared = {name: value for name, value in changes.items() if _argument(name) is None or _argument(name) in known}
     return override(override(run, shared, offer), variant.settings, offer)

@@ -68,7 +68,9 @@ class Catalogue:
         """
         name = run.task if kind == "task" else getattr(run, kind).name
         self.check(kind, name)
-        found: Callable[..., Any] = own_files.load(name, run.files) if own_files.is_own(name) else self.of(kind)[name]
+        found: Callable[..., Any] = (
+            own_files.load(kind, name, run.files) if own_files.is_own(name) else self.of(kind)[name]
+        )
         return found
 
     def make(self, kind: str, run: Run, *first: object) -> Any:

@@ -56,6 +56,11 @@ def trust_every_file() -> None:
     _TRUSTED.add(_EVERY)
 
 
+def trust_nothing() -> None:
+    """Forget what was trusted: a command's trust ends with it."""
+    _TRUSTED.clear()
+
+
 def digest(file: Path) -> str:
     """SHA-256, in hexadecimal; empty where there is no such file."""
     return hashlib.sha256(file.read_bytes()).hexdigest() if file.is_file() else ""
@@ -64,7 +69,7 @@ def digest(file: Path) -> str:
 def identity(name: str, files: Mapping[str, str]) -> str:
     """The name with the file's digest in place of its path: the same wherever the file lies."""
     file, _, function = name.rpartition(":")
-    return f"{files[file]}:{function}" if is_own(name) and file in files else name
+    return f"{function} of {files[file][:16]}" if is_own(name) and file in files else name
 
 
 def signature(name: str) -> Signature:
@@ -83,10 +88,11 @@ def signature(name: str) -> Signature:
     return read(path, function)
 
 
-def load(name: str, files: Mapping[str, str]) -> Any:
+def load(kind: str, name: str, files: Mapping[str, str]) -> Any:
     """The function itself, its file executed.
 
     Args:
+        kind: of the option that names it, such as "method".
         name: with the file's whole path.
         files: the digests that the run has written down.
 
@@ -97,8 +103,8 @@ def load(name: str, files: Mapping[str, str]) -> Any:
     file, _, function = name.rpartition(":")
     if not _TRUSTED & {file, _EVERY}:
         raise PermissionError(
-            f"the run names the file {file}, which would be executed: name it yourself where the command takes it "
-            f"(such as --method {name}), or say --trust-files if you trust whoever made the run"
+            f"the run names the file {file}, which would be executed: name it yourself where the command takes "
+            f"it (--{kind} {name}), or say --trust-files if you trust whoever made the run"
         )
     now = digest(Path(file))
     if file in files and files[file] != now:

@@ -17,6 +17,7 @@ from typing import Any, Literal, TypeAlias, get_type_hints
 
 from lowrank.infra.convert import Setting, convert, nearest
 from lowrank.infra.files import write_json
+from lowrank.run.own_files import short
 
 Settings: TypeAlias = Mapping[str, Setting]
 
@@ -211,10 +212,10 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
     found: dict[str, Any] = {}
     for name, value in content.items():
         if name in _CALLS:
-            found[name] = value["name"]
+            found[name] = short(value["name"])
             found |= {f"{name}.{argument}": each for argument, each in value["args"].items()}
         elif name not in ("per_method", "files"):
-            found[name] = value
+            found[name] = short(value) if name == "task" else value
     return found
 
 

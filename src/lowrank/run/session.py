@@ -11,7 +11,7 @@ from __future__ import annotations
 import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,11 +24,13 @@ from lowrank.data.text.corpora import UnreadText, open_run_tokenizer
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
+from lowrank.infra.convert import nearest
 from lowrank.infra.files import read_json
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.overrides import catalogue
+from lowrank.run.own_files import is_own
 from lowrank.run.run import Run
 from lowrank.run.task import Task
 
@@ -108,18 +110,25 @@ def restore(
     Raises:
         FileNotFoundError: the folder holds no run.
         CheckpointError: it holds no sound checkpoint.
+        ValueError: the checkpoint is of another model than the run.json describes.
     """
     root = run_folder(folder)
     run = Run.read(root / "run.json")
-    saved = checkpoint.load(folder if folder != root else pick_checkpoint(root, which))
+    found = folder if folder != root else pick_checkpoint(root, which)
+    saved = checkpoint.load(found)
     data = learnt_by_run(root, saved) if data is None else data
-    if data is None and run.task == "text":
+    if data is None and run.task == "text" and not is_own(run.data.name):
         warnings.warn(
             f"{root} was written before runs kept their tokenizer: it is made anew, from the text as it is now",
             stacklevel=2,
         )
-    session = open_session(run if device == "auto" else _on(run, device), data=data)
-    session.model.load_state_dict(saved.tensors)
+    on: dict[str, Any] = {} if device == "auto" else {"device": device}
+    session = open_session(replace(run, **on), data=data)
+    try:
+        session.model.load_state_dict(saved.tensors)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[-1].strip()
+        raise ValueError(f"{found} is not of the model that {root / 'run.json'} describes: {fault}") from error
     session.model.eval()
     return session, saved.step
 
@@ -171,6 +180,8 @@ def load_plain_(model: nn.Module, source: Path) -> None:
 
 def pick_device(name: str) -> torch.device:
     """``auto`` is the GPU where there is one."""
+    if name not in ("auto", "cpu", "cuda"):
+        raise ValueError(f"device {name!r}{nearest(name, ('auto', 'cpu', 'cuda'))}: it is auto, cpu or cuda")
     if name == "cuda" and not torch.cuda.is_available():
         raise ValueError("--device cuda: no CUDA device is available; use --device cpu or auto")
     return torch.device("cuda" if name in ("auto", "cuda") and torch.cuda.is_available() else "cpu")
@@ -186,9 +197,3 @@ def precision(name: str, device: torch.device) -> tuple[Callable[[], AbstractCon
     old = device.type == "cuda" and torch.cuda.get_device_capability(device)[0] < 8
     dtype = torch.float16 if name == "fp16" or old else torch.bfloat16
     return lambda: torch.autocast(device.type, dtype=dtype), dtype is torch.float16
-
-
-def _on(run: Run, device: str) -> Run:
-    from dataclasses import replace
-
-    return replace(run, device=device)  # type: ignore[arg-type]

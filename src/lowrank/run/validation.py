@@ -11,9 +11,12 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
+from lowrank.infra.convert import describe
 from lowrank.run.overrides import Catalogue, catalogue, identified, resolve
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run, flat, names_that
+
+_MOST = 2**31 - 1  # of any count of steps or rows
 
 
 def validate(run: Run, offer: Catalogue | None = None) -> None:
@@ -30,6 +33,7 @@ def validate(run: Run, offer: Catalogue | None = None) -> None:
         *_batches(run),
         *_clipping(run),
         *_intervals(run),
+        *_sizes(run, offer),
         *_context(run),
         *_task(run, offer),
         *_packages(run),
@@ -122,8 +126,10 @@ def _batches(run: Run) -> Iterator[str]:
         value = getattr(run, name)
         if value is not None and value < 1:
             yield f"--{name.replace('_', '-')} {value}: at least 1 is needed"
-    if run.seed < 0:
-        yield f"--seed {run.seed} must not be negative"
+        if value is not None and value > _MOST:
+            yield f"--{name.replace('_', '-')} {value}: at most {_MOST} can be meant"
+    if not 0 <= run.seed < 2**63:
+        yield f"--seed {run.seed} must be at least 0 and below 2^63"
     heads = _number(run.method.args.get("heads"))
     if heads is not None and heads > run.batch_size and "merge_every" in run.method.args:
         yield (
@@ -151,6 +157,15 @@ def _intervals(run: Run) -> Iterator[str]:
             f"--method.merge_every {merge_every:g} is longer than the run, --steps {run.steps}: "
             f"nothing would ever merge; use at most {run.steps}"
         )
+
+
+def _sizes(run: Run, offer: Catalogue) -> Iterator[str]:
+    """Whole numbers of our models are sizes."""
+    if not is_own(run.model.name):
+        for name, kind in offer.signature("model", run.model.name).kinds.items():
+            value = _number(run.model.args.get(name))
+            if value is not None and value < 1 and "whole number" in describe(kind):
+                yield f"--model.{name} {value:g}: at least 1 is needed"
 
 
 def _context(run: Run) -> Iterator[str]:

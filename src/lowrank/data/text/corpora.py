@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
 
 from lowrank.data.cache import published
 from lowrank.data.catalogue import Data
@@ -31,6 +31,10 @@ from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, load_tokenizer, pretrained_tokenizer
 from lowrank.infra.registry import register
+
+if TYPE_CHECKING:
+    from torch import nn
+    from typing_extensions import Self
 
 RUN_TOKENIZER = "tokenizer"  # a folder beside run.json
 Packing = Literal["packed", "documents"]
@@ -52,8 +56,22 @@ class Corpus(Protocol):
     def check_vocabulary(self, vocab_size: int) -> None: ...
 
 
+class _Text(Data):
+    """What all text has in common for a model."""
+
+    context: int
+
+    def for_model(self, model: nn.Module) -> Self:
+        """Raise ValueError where a sequence is longer than the positions that the model has."""
+        config = getattr(model, "config", None)
+        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        if positions and self.context > positions:
+            raise ValueError(f"data.context={self.context} is beyond the {positions} positions of the model")
+        return self
+
+
 @dataclass(frozen=True)
-class TextData(Data):
+class TextData(_Text):
     """Tokenised text."""
 
     tokens: Tokens
@@ -116,7 +134,7 @@ class TextData(Data):
 
 
 @dataclass
-class StreamedText(Data):
+class StreamedText(_Text):
     """Text that is tokenised as it is read; its length is not known, so runs say ``steps`` and ``eval_batches``."""
 
     source: Source

@@ -1,0 +1,19 @@
+"""Text as people see it: names that come from files must not steer a terminal."""
+
+from __future__ import annotations
+
+import unicodedata
+
+
+def printable(text: str, keep: str = "\n\t") -> str:
+    r"""``text`` with control characters, and marks that turn the direction of writing, written out.
+
+    >>> printable("a\x1b[2Jb")
+    'a\\x1b[2Jb'
+    """
+    hidden = ("Cc", "Cf", "Cs", "Zl", "Zp")
+    return "".join(c if c in keep or unicodedata.category(c) not in hidden else _escaped(c) for c in text)
+
+
+def _escaped(character: str) -> str:
+    return character.encode("unicode_escape").decode("ascii")
