@@ -26,8 +26,3 @@ def test_local_models(split: bool, heads: int, batch: int) -> None:
     adapter.eval()
     torch.testing.assert_close(adapter(x, W), F.linear(x, mean))
     torch.testing.assert_close(adapter.rows(ids, W), F.embedding(ids, mean))
-
-
-def test_heads_must_be_whole() -> None:
-    with pytest.raises(ValueError, match=r"heads=0 must be a whole number"):
-        Dense(heads=0)

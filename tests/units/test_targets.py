@@ -2,12 +2,12 @@
 
 import fnmatch
 import re
-from collections.abc import Callable
 
 import pytest
+import timm
 import torch
+import transformers
 from tests.models import gpt2, llama, mlp, vit
-from tests.units import zoo
 from torch import nn
 
 import lowrank
@@ -56,26 +56,48 @@ def test_outputs() -> None:
     assert "head" not in chosen(vit(), "all-linear")
 
 
+class Tied(nn.Module):
+    """A model of one's own: its output layer is known by its weight alone."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.table, self.inner, self.words = nn.Embedding(20, 8), nn.Linear(8, 8), nn.Linear(8, 20, bias=False)
+        self.words.weight = self.table.weight
+
+
+SMALL = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 12, "vocab_size": 20}
+SMALL_T5 = {"vocab_size": 20, "d_model": 8, "d_kv": 4, "d_ff": 12, "num_layers": 1, "num_heads": 2}
+SMALL_DISTILBERT = {"vocab_size": 20, "dim": 8, "n_layers": 1, "n_heads": 2, "hidden_dim": 12}
+FEED_FORWARD = "*.intermediate.dense *.[0-9].output.dense"
 OTHERS = {
-    # model: its attention, its feed-forward, its output layers; names from their third dot on
-    zoo.t5: ("SelfAttention.[qkvo] EncDecAttention.[qkvo]", "DenseReluDense.w[io]", "lm_head"),
-    zoo.mamba: ("", "", "lm_head"),
-    zoo.roberta: ("attention.*", "*.intermediate.dense *.[0-9].output.dense", "classifier.dense classifier.out_proj"),
-    zoo.bert: ("attention.*", "*.intermediate.dense *.[0-9].output.dense", "cls.predictions.*"),
-    zoo.distilbert: ("attention.*", "ffn.*", "pre_classifier classifier"),
-    zoo.vit_of_transformers: ("attention.*", "mlp.*", "classifier"),
-    zoo.convnext: ("", "mlp.*", "head.fc"),
-    zoo.distilled: ("attn.*", "mlp.*", "head head_dist"),
-    zoo.Tied: ("", "", "words"),
+    # architecture: its configuration; globs of its attention, its feed-forward, its output layers
+    "T5ForConditionalGeneration": (SMALL_T5, "SelfAttention.[qkvo] EncDecAttention.[qkvo]", "wi wo", "lm_head"),
+    "MambaForCausalLM": ({"vocab_size": 20, "hidden_size": 8, "num_hidden_layers": 1}, "", "", "lm_head"),
+    "RobertaForSequenceClassification": (SMALL, "attention.*", FEED_FORWARD, "classifier.*"),
+    "BertForMaskedLM": (SMALL, "attention.*", FEED_FORWARD, "cls.predictions.*"),
+    "DistilBertForSequenceClassification": (SMALL_DISTILBERT, "attention.*", "ffn.*", "pre_classifier classifier"),
+    "ViTForImageClassification": (SMALL | {"image_size": 16, "patch_size": 8}, "attention.*", "mlp.*", "classifier"),
+    "timm.convnext_atto": ({"conv_mlp": False}, "", "mlp.*", "head.fc"),
+    "timm.deit_tiny_distilled_patch16_224": ({"depth": 1}, "attn.*", "mlp.*", "head head_dist"),
+    "Tied": ({}, "", "", "words"),
 }
 
 
-@pytest.mark.parametrize("build", OTHERS, ids=lambda build: build.__name__)
-def test_roles_in_models_of_others(build: Callable[[], nn.Module]) -> None:
+def of_others(architecture: str) -> nn.Module:
+    if architecture == "Tied":
+        return Tied()
+    if architecture.startswith("timm."):
+        return timm.create_model(architecture.removeprefix("timm."), **OTHERS[architecture][0])
+    kind = getattr(transformers, architecture)
+    return kind(kind.config_class(**OTHERS[architecture][0]))
+
+
+@pytest.mark.parametrize("architecture", OTHERS)
+def test_roles_in_models_of_others(architecture: str) -> None:
     """By position and shape as well as by name; output layers are known from the model itself and never adapted."""
-    model = build()
+    model = of_others(architecture)
     names = [layer.name for layer in targets.linear_layers(model)]
-    for group, globs in zip(("attention", "mlp", "head"), OTHERS[build], strict=True):
+    for group, globs in zip(("attention", "mlp", "head"), OTHERS[architecture][1:], strict=True):
         matching = [n for n in names if any(fnmatch.fnmatchcase(f".{n}", f"*.{glob}") for glob in globs.split())]
         assert chosen(model, group) == matching, group
     assert not set(chosen(model, "all-linear")) & set(chosen(model, "head"))
@@ -83,7 +105,7 @@ def test_roles_in_models_of_others(build: Callable[[], nn.Module]) -> None:
 
 def test_a_new_output_layer_trains_beside_the_adapters() -> None:
     """RoBERTa's classifier is two layers initialised at random: neither may be frozen under an adapter."""
-    model = zoo.roberta()
+    model = of_others("RobertaForSequenceClassification")
     lowrank.mark_loaded_(model.roberta)
     plan = lowrank.apply_(model, lowrank.methods.lora("all-linear", rank=2))
     why = {row.name: row.why for row in plan.rows}

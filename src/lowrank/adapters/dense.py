@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Site, check_whole, shard_sizes
+from lowrank.adapters.adapter import Site, check_integer, shard_sizes
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.linalg.rounding import wide
@@ -34,7 +34,7 @@ class Dense:
     split: bool = True
 
     def __post_init__(self) -> None:
-        check_whole("heads", self.heads)
+        check_integer("heads", self.heads)
 
     def __call__(self, linear: Site | nn.Module) -> DenseAdapter:
         return DenseAdapter(self, Site.of(linear))

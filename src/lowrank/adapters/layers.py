@@ -26,7 +26,7 @@ from lowrank.linalg.rounding import round_into_, wide
 if TYPE_CHECKING:
     from lowrank.adapters.merge import Merge
 
-WHOLE = "all"  # the part that is the whole matrix
+WHOLE = "all"  # the part that is all of the matrix
 HOOKS = (
     "_forward_hooks",
     "_forward_hooks_with_kwargs",
@@ -47,8 +47,8 @@ def is_patch_embedding(module: nn.Module) -> bool:
     """Whether a convolution is a linear map of patches without overlap or gaps, as a ViT's first layer is."""
     if not isinstance(module, nn.Conv2d) or type(module).forward is not nn.Conv2d.forward:
         return False
-    whole = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
-    return whole and module.stride == module.kernel_size and module.weight.is_contiguous()
+    plain = module.padding in ((0, 0), "valid") and module.dilation == (1, 1) and module.groups == 1
+    return plain and module.stride == module.kernel_size and module.weight.is_contiguous()
 
 
 def is_linear(module: nn.Module) -> bool:

@@ -31,7 +31,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Additive, Site, check_whole, shard_sizes
+from lowrank.adapters.adapter import Additive, Site, check_integer, shard_sizes
 from lowrank.adapters.low_rank_product import add_low_rank_
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.infra.seeds import draw_normal, generator
@@ -68,8 +68,8 @@ class LoRA:
     dropout: float = 0.0
 
     def __post_init__(self) -> None:
-        check_whole("rank", self.rank)
-        check_whole("heads", self.heads)
+        check_integer("rank", self.rank)
+        check_integer("heads", self.heads)
         if self.init not in get_args(Init):
             raise ValueError(f"init={self.init!r} is unknown; it is one of {', '.join(get_args(Init))}")
         if not 0.0 <= self.dropout < 1.0:

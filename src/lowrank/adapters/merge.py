@@ -22,7 +22,7 @@ from typing import Literal, get_args
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, check_whole
+from lowrank.adapters.adapter import Adapter, check_integer
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.layers import adapted_layers, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
@@ -61,7 +61,7 @@ class Merge:
     overlap: bool = False
 
     def __post_init__(self) -> None:
-        check_whole("merge_every", self.merge_every)
+        check_integer("merge_every", self.merge_every)
         if not 0.0 <= self.forget <= 1.0:
             raise ValueError(f"forget={self.forget} must lie in [0, 1]")
         if not 0.0 < self.outer_lr < float("inf"):

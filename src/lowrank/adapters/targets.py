@@ -4,7 +4,7 @@ A target is one of
 
 * a group: ``all-linear`` (every linear layer but output layers), ``attention``, ``q`` ``k`` ``v`` ``o``, ``mlp``,
   ``lm_head``, ``classifier``, ``head`` (either output), ``patch_embed`` (a ViT's convolution on its patches);
-* a glob over the whole name: ``*.attn.*``, ``blocks.[0-3].mlp.fc?``;
+* a glob over the full name: ``*.attn.*``, ``blocks.[0-3].mlp.fc?``;
 * a name, or the end of one: ``c_attn`` is every layer whose last part is that; ``attn.c_proj`` the same with two parts.
 
 A fused projection (GPT-2's ``c_attn``, a ViT's ``qkv``: three matrices in one, when it is three times as high as wide)

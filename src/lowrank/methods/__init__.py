@@ -1,7 +1,7 @@
 """What we offer: the catalogue of the field's methods, each a value of one type.
 
     A method is what we add to the weights (adapt), how we turn gradients into steps (rules), and when the first is
-    folded into the weights (merge).
+    merged into the weights (merge).
 
 Each function here returns the :class:`Method` of one paper with that paper's defaults; its docstring cites it and says
 where the defaults differ. Arguments mean the same everywhere:

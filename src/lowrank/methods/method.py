@@ -1,7 +1,7 @@
 """A training method as a value.
 
 A method is what we add to the weights (adapt), how we turn gradients into steps (rules), and when the first is
-folded into the weights (merge).
+merged into the weights (merge).
 """
 
 from __future__ import annotations
@@ -70,7 +70,7 @@ class Method:
     Args:
         adapt: which layers get which adapter; the first match wins.
         rules: which parameters follow which rule; the first match wins.
-        merge: when adapters fold into the weights, or None for never.
+        merge: when adapters are merged into the weights, or None for never.
         lr: a schedule that multiplies the run's own.
         rest: what becomes of parameters that are not chosen: ``auto``, ``train``, ``freeze`` or ``local``.
         rest_every: over several ranks, where the rest may train locally, steps between two averages of it; None means
@@ -105,7 +105,7 @@ class Method:
                 f"rest={self.rest!r}: use rest='local', or leave rest_every out"
             )
         if self.merge is not None and not self.adapt:
-            raise ValueError("merge= folds adapters into the weights, and this method has no adapters (adapt=())")
+            raise ValueError("merge= merges adapters into the weights, and this method has no adapters (adapt=())")
 
     @property
     def family(self) -> Family:
