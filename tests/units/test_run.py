@@ -383,7 +383,11 @@ def test_folders_with_a_run_are_refused(tmp_path):
 def test_recipes_are_sound_under_every_method_they_speak_of(name):
     recipe = find(name)
     assert recipe.recipe == name
-    for method in {recipe.method.name, "full", *recipe.per_method} - {"*"}:
+    offer = catalogue()
+    spoken_of = {*recipe.per_method, recipe.method.name, "full"}
+    for method in offer.method:
+        if not spoken_of & {method, f"@{offer.facts('method', method)['family']}"}:
+            continue
         run = resolve(override(recipe, {"method": method}))
         validate(run)
         assert Run.from_json(run.to_json()) == run
@@ -395,6 +399,15 @@ def test_recipes_say_command_time_and_result(name):
     assert f"lowrank train {name}" in text
     assert "Time:" in text
     assert "Expected:" in text
+
+
+def test_what_a_recipe_says_of_a_family_reaches_its_methods_where_they_have_it():
+    base = find("gpt-mini")
+    assert override(base, {"method": "rslora"}).method.args == {"rank": 8, "target_modules": "all-linear"}
+    assert override(base, {"method": "fira"}).method.args == {"rank": 32, "refresh_every": 50}
+    assert override(base, {"method": "apollo_mini"}).method.args["rank"] == 1, "its own name has the last word"
+    new = dataclasses.replace(base, per_method={"@adapter": {"method.heads": 3, "method.rank": 5}})
+    assert override(new, {"method": "dora"}).method.args == {"rank": 5}, "it has no heads"
 
 
 def test_choosing_the_recipe_s_own_method_again_changes_nothing():

@@ -8,29 +8,24 @@ fine-tuning freezes it.
 from __future__ import annotations
 
 from dataclasses import replace
+from typing import Any
 
+from lowrank.infra.convert import Setting
 from lowrank.run.run import Call, Run, Settings
 
 # What the methods want in a run of a few hundred steps; the rates are those of docs/log.md.
-_ALL: Settings = {"method.target_modules": "all-linear"}
-_PROJECTED: Settings = {"method.rank": 32, "method.refresh_every": 50}
 _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
-    "frozen": {"lr": 3e-3, **_ALL},
-    "lora": {"lr": 3e-3, "method.rank": 8, **_ALL},
-    "rslora": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "dora": {"lr": 3e-3, "method.rank": 8, **_ALL},
-    "pissa": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "lora_plus": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "multihead_lora": {"lr": 1e-3, "method.rank": 4, "method.heads": 4, **_ALL},
-    "lte": {"lr": 3e-3, "method.rank": 4, "method.heads": 4, "method.merge_every": 10, **_ALL},
-    "relora": {"lr": 1e-3, "method.rank": 8, "method.merge_every": 100, **_ALL},
-    "galore": {"lr": 3e-2, **_PROJECTED},
-    "galore_8bit": {"lr": 3e-2, **_PROJECTED},
-    "galore_adafactor": {"lr": 3e-2, **_PROJECTED},
-    "apollo": {"lr": 1e-2, **_PROJECTED},
-    "apollo_mini": {"lr": 3e-3, "method.refresh_every": 50},
-    "fira": {"lr": 3e-2, **_PROJECTED},
+    "@adapter": {"method.rank": 8, "method.target_modules": "all-linear"},
+    "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "frozen": {"lr": 3e-3, "method.target_modules": "all-linear"},
+    "lora": {"lr": 3e-3},
+    "dora": {"lr": 3e-3},
+    "multihead_lora": {"method.rank": 4, "method.heads": 4},
+    "lte": {"lr": 3e-3, "method.rank": 4, "method.heads": 4, "method.merge_every": 10},
+    "relora": {"method.merge_every": 100},
+    "apollo": {"lr": 1e-2},
+    "apollo_mini": {"lr": 3e-3, "method.rank": 1},
     "lte_galore": {"lr": 3e-3, "method.galore_rank": 32, "method.refresh_every": 50},
 }
 
@@ -42,19 +37,7 @@ def gpt_mini() -> Run:
     Time:     about half a minute on 2 cores, 400 steps of 16 × 128 bytes
     Expected: validation loss about 2.3 nats a byte with full training; the unigram entropy is 3.3
     """
-    return Run(
-        recipe="gpt-mini",
-        task="text",
-        model=Call(name="gpt2", args=_shape(layers=4, heads=4, width=128)),
-        data=Call(name="text", args={"source": "builtin", "tokenizer": "bytes", "context": 128}),
-        method=Call(name="full"),
-        steps=400,
-        lr=1e-3,
-        batch_size=16,
-        eval_every=100,
-        eval_batches=32,
-        per_method=_MINI,
-    )
+    return _mini("gpt-mini", source="builtin", tokenizer="bytes", context=128, steps=400)
 
 
 def shakespeare_char() -> Run:
@@ -64,24 +47,8 @@ def shakespeare_char() -> Run:
     Time:     a few minutes on 2 cores, 2,000 steps of 12 × 64 characters
     Expected: validation loss about 1.9 nats a character (nanoGPT reports 1.88 for the same shape and budget)
     """
-    return Run(
-        recipe="shakespeare-char",
-        task="text",
-        model=Call(name="gpt2", args=_shape(layers=4, heads=4, width=128)),
-        data=Call(
-            name="text",
-            args={"source": "tiny-shakespeare", "tokenizer": "chars", "context": 64, "val_fraction": 0.1},
-        ),
-        method=Call(name="full"),
-        steps=2000,
-        lr=1e-3,
-        warmup=100,
-        batch_size=12,
-        eval_every=250,
-        eval_batches=20,
-        checkpoint_every=500,
-        per_method=_MINI,
-    )
+    run = _mini("shakespeare-char", **_SHAKESPEARE, context=64, steps=2000)
+    return replace(run, warmup=100, batch_size=12, eval_every=250, eval_batches=20, checkpoint_every=500)
 
 
 def babygpt() -> Run:
@@ -91,24 +58,9 @@ def babygpt() -> Run:
     Time:     a few minutes on one GPU, 5,000 steps of 64 × 256 characters; hours on a processor
     Expected: best validation loss about 1.47 nats a character (nanoGPT's figure), after which it overfits
     """
-    return Run(
-        recipe="babygpt",
-        task="text",
-        model=Call(name="gpt2", args=_shape(layers=6, heads=6, width=384) | {"dropout": 0.2}),
-        data=Call(
-            name="text",
-            args={"source": "tiny-shakespeare", "tokenizer": "chars", "context": 256, "val_fraction": 0.1},
-        ),
-        method=Call(name="full"),
-        steps=5000,
-        lr=1e-3,
-        warmup=100,
-        batch_size=64,
-        eval_every=250,
-        eval_batches=50,
-        checkpoint_every=500,
-        per_method=_MINI,
-    )
+    run = _mini("babygpt", **_SHAKESPEARE, context=256, steps=5000)
+    model = Call(name="gpt2", args=_shape(layers=6, heads=6, width=384) | {"dropout": 0.2})
+    return replace(run, model=model, warmup=100, batch_size=64, eval_every=250, eval_batches=50, checkpoint_every=500)
 
 
 def gpt2_pretrain() -> Run:
@@ -119,12 +71,13 @@ def gpt2_pretrain() -> Run:
     Expected: 96.619 M of 124.083 M parameters train with the attention biases frozen, and the loss falls from 10.9
               towards 6.5 (a budget for comparing methods, not a finished model)
     """
+    lte: Settings = {"target_modules": "attention", "rank": 4, "heads": 4, "merge_every": 10}
     return Run(
         recipe="gpt2-pretrain",
         task="text",
         model=Call(name="gpt2", args=_shape(layers=12, heads=12, width=768) | {"vocab_size": 50304}),
         data=Call(name="text", args={"source": "cnn_dailymail", "tokenizer": "gpt2", "context": 512}),
-        method=Call(name="lte", args={"target_modules": "attention", "rank": 4, "heads": 4, "merge_every": 10}),
+        method=Call(name="lte", args=lte),
         steps=500,
         lr=6e-4,
         weight_decay=0.1,
@@ -137,12 +90,7 @@ def gpt2_pretrain() -> Run:
             "frozen": {"method.target_modules": "attention"},
             "lora": {"method.target_modules": "attention", "method.rank": 4},
             "multihead_lora": {"method.target_modules": "attention", "method.rank": 4, "method.heads": 4},
-            "lte": {
-                "method.target_modules": "attention",
-                "method.rank": 4,
-                "method.heads": 4,
-                "method.merge_every": 10,
-            },
+            "lte": {f"method.{name}": value for name, value in lte.items()},
             "relora": {"method.target_modules": "attention", "method.rank": 4, "method.merge_every": 100},
         },
     )
@@ -190,6 +138,23 @@ def gpt2_finetune() -> Run:
             "dora": {"method.target_modules": "attention", "method.rank": 8},
             "relora": {"method.target_modules": "attention", "method.rank": 8, "method.merge_every": 100},
         },
+    )
+
+
+_SHAKESPEARE: dict[str, Any] = {"source": "tiny-shakespeare", "tokenizer": "chars", "val_fraction": 0.1}
+
+
+def _mini(recipe: str, *, steps: int, **data: Setting) -> Run:
+    """A small GPT from scratch."""
+    return Run(
+        recipe=recipe,
+        task="text",
+        model=Call(name="gpt2", args=_shape(layers=4, heads=4, width=128)),
+        data=Call(name="text", args=data),
+        method=Call(name="full"),
+        steps=steps,
+        eval_batches=32,
+        per_method=_MINI,
     )
 
 

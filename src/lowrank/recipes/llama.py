@@ -11,24 +11,17 @@ from __future__ import annotations
 
 from lowrank.run.run import Call, Run, Settings
 
+_LORA: Settings = {"lr": 3e-3, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32}
+
 # Learning rates of llama-mini from the grid in docs/log.md.
 _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
-    "galore": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
-    "galore_8bit": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
-    "galore_adafactor": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
-    "apollo": {"lr": 1e-2, "method.rank": 32, "method.refresh_every": 50},
-    "apollo_mini": {"lr": 1e-2, "method.refresh_every": 50},
-    "fira": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "apollo": {"lr": 1e-2},
+    "apollo_mini": {"lr": 1e-2, "method.rank": 1},
     "frozen": {"method.target_modules": "all-linear"},
-    "lora": {"lr": 3e-3, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32},
-    "relora": {
-        "lr": 3e-3,
-        "method.target_modules": "all-linear",
-        "method.rank": 32,
-        "method.alpha": 32,
-        "method.merge_every": 100,
-    },
+    "lora": _LORA,
+    "relora": {**_LORA, "method.merge_every": 100},
     "multihead_lora": {"lr": 3e-3, "method.rank": 8},
     "lte": {"lr": 3e-3, "method.rank": 8},
     "lte_galore": {"lr": 3e-3, "method.rank": 8, "method.galore_rank": 32, "method.refresh_every": 50},
@@ -133,7 +126,6 @@ def _c4(
     lr: float = 1e-2,
     refresh: int = 200,
 ) -> Run:
-    projected: Settings = {"lr": lr, "method.rank": rank, "method.refresh_every": refresh}
     adapter: Settings = {
         "lr": 1e-3,
         "method.target_modules": "all-linear",
@@ -161,12 +153,10 @@ def _c4(
         checkpoint_every=1000,
         per_method={
             "*": {"lr": 1e-3},
-            "galore": projected,
-            "galore_8bit": projected,
-            "galore_adafactor": projected,
-            "apollo": {**projected, "method.rank": apollo_rank or rank},
-            "apollo_mini": {"lr": lr, "method.scale": mini_scale, "method.refresh_every": refresh},
-            "fira": {**projected, "method.rank": fira_rank or rank, "method.scale": fira_scale},
+            "@projected": {"lr": lr, "method.rank": rank, "method.refresh_every": refresh},
+            "apollo": {"method.rank": apollo_rank or rank},
+            "apollo_mini": {"method.rank": 1, "method.scale": mini_scale},
+            "fira": {"method.rank": fira_rank or rank, "method.scale": fira_scale},
             "lora": adapter,
             "relora": {**adapter, "method.merge_every": 1000},
         },

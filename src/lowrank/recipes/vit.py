@@ -10,29 +10,19 @@ from __future__ import annotations
 from lowrank.run.run import Call, Run, Settings
 
 # From scratch adapters go on all linear layers: on q and v alone they would leave those frozen as they were drawn.
-_ALL: Settings = {"method.target_modules": "all-linear"}
-
-# Far below the width of 96: at the methods' own 128 a projection of this model would compress nothing.
-_PROJECTED: Settings = {"method.rank": 16, "method.refresh_every": 50}
-
+# Projections are far below the width of 96: at the methods' own 128 they would compress nothing.
 _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
+    "@adapter": {"method.rank": 8, "method.target_modules": "all-linear"},
+    "@projected": {"lr": 2e-3, "method.rank": 16, "method.refresh_every": 50},
     "linear_probe": {"lr": 1e-2},
-    "frozen": _ALL,
-    "lora": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "rslora": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "dora": {"lr": 3e-3, "method.rank": 8, **_ALL},
-    "pissa": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "lora_plus": {"lr": 1e-3, "method.rank": 8, **_ALL},
-    "multihead_lora": {"lr": 3e-3, "method.rank": 4, "method.heads": 4, **_ALL},
-    "lte": {"lr": 3e-3, "method.rank": 4, "method.heads": 4, "method.merge_every": 10, **_ALL},
-    "relora": {"lr": 3e-3, "method.rank": 8, "method.merge_every": 50, **_ALL},
-    "galore": {"lr": 2e-3, **_PROJECTED},
-    "galore_8bit": {"lr": 2e-3, **_PROJECTED},
-    "galore_adafactor": {"lr": 2e-3, **_PROJECTED},
-    "apollo": {"lr": 1e-3, **_PROJECTED},
-    "apollo_mini": {"lr": 1e-3, "method.refresh_every": 50},
-    "fira": {"lr": 2e-3, **_PROJECTED},
+    "frozen": {"method.target_modules": "all-linear"},
+    "dora": {"lr": 3e-3},
+    "multihead_lora": {"lr": 3e-3, "method.rank": 4, "method.heads": 4},
+    "lte": {"lr": 3e-3, "method.rank": 4, "method.heads": 4, "method.merge_every": 10},
+    "relora": {"lr": 3e-3, "method.merge_every": 50},
+    "apollo": {"lr": 1e-3},
+    "apollo_mini": {"lr": 1e-3, "method.rank": 1},
     "lte_galore": {
         "lr": 2e-3,
         "method.rank": 4,
