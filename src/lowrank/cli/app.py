@@ -15,7 +15,7 @@ import shlex
 import sys
 import tempfile
 import traceback
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import fields
 
 from lowrank import __version__
@@ -31,7 +31,7 @@ _ABOUT = "Train neural networks with low-rank weights and low-rank gradients, an
 
 _CLOSING = """
 Begin with:
-  lowrank train gpt-mini                      a small GPT on built-in text, in a minute or so
+  lowrank train gpt-mini                      a small GPT, in a minute
   lowrank train gpt-mini --method lte         the same with LoRA-the-Explorer
   lowrank compare gpt-mini --methods full,lora,multihead_lora,lte,relora
 
@@ -50,6 +50,9 @@ _WHAT = tuple(
 )
 
 _TRAIN = """
+train RECIPE|run.json|file.py:function [options]
+train a recipe, or go on with a run
+
 Trains a recipe (see lowrank recipes), a run.json, or a Run that a function of yours returns (file.py:function).
 Everything a recipe sets can be overridden; --method.X, --model.X and --data.X reach the arguments of the method, the
 model and the data by name (lowrank methods NAME lists the first).
@@ -72,6 +75,9 @@ Examples:
 """
 
 _EVAL = """
+eval RUN|MODEL [options]
+loss and perplexity on any split
+
 Scores every token of a split exactly once, on the merged weights. MODEL is a folder of transformers' format or a name
 on the hub that was never trained here.
 
@@ -82,6 +88,9 @@ Examples:
 """
 
 _COMPARE = """
+compare RECIPE --methods A,B,… [options]
+train several methods under one budget, and report
+
 Trains a recipe under several methods with the same seeds and budget, each run in a folder of its own, and reports.
 Runs that exist already are not repeated, one that fails does not stop the others, so the same command again, perhaps
 with more methods or seeds, does what is missing.
@@ -95,6 +104,9 @@ Examples:
 """
 
 _REPORT = """
+report DIR… [--out DIR]
+tables and loss curves of finished runs
+
 Prints a table of the finished runs in the folders (or right below them), and writes report.md, report.html (one file
 with tables, plots and settings) and curves.png.
 
@@ -103,6 +115,9 @@ Example:
 """
 
 _PLAN = """
+plan RECIPE [options]
+what would train, by what, at what cost in memory
+
 Shows which parameters a run would train, by which adapter and rule, which it leaves alone and why, and what that costs
 in memory. Takes the options of lowrank train.
 
@@ -117,6 +132,9 @@ Examples:
 """
 
 _GENERATE = """
+generate RUN|MODEL --prompt TEXT [options]
+text from a run or a model
+
 Continues a prompt with a run's best checkpoint, a certain checkpoint, or a model of transformers.
 
 Examples:
@@ -125,6 +143,9 @@ Examples:
 """
 
 _EXPORT = """
+export RUN OUT, or export RUN --adapter OUT [options]
+a plain model from a run, adapters merged; or its adapter alone
+
 Merges the adapters of a run into its weights and writes a plain model. One of transformers gets config.json,
 model.safetensors and its tokenizer, which transformers loads, and so do lowrank eval, generate and train gpt2-finetune
 --model.path OUT. A vision transformer of timm gets model.safetensors, for lowrank train --model.weights OUT.
@@ -138,6 +159,9 @@ Examples:
 """
 
 _PREDICT = """
+predict --base RUN|FILE --adapter DIR IMAGE… [options]
+what image files show
+
 Says which class image files show. The adapter names the base that it was trained on; --base says where that is: a run's
 folder, a file of weights, a timm name or hub. Without --adapter, --base is a run that is used as it is.
 
@@ -147,12 +171,29 @@ Examples:
 """
 
 _DATA = """
+data list, or data prepare NAME|FILE [options]
+the texts there are, and tokenising one
+
 lowrank data list shows the texts that have a name; any .txt, .csv, .jsonl, .parquet or folder works beside them.
 lowrank data prepare tokenises one into memory-mapped files; train does so by itself where it has not been done.
 
 Examples:
   lowrank data prepare articles.csv --tokenizer bpe:4096 --column article
   lowrank data prepare openwebtext --tokenizer gpt2 --out data/openwebtext
+"""
+
+_METHODS = """
+methods [NAME]
+the catalogue of methods, or one with its options
+
+Lists the methods; with a name, its source, defaults and options.
+"""
+
+_RECIPES = """
+recipes [NAME]
+the recipes, or one with everything it sets
+
+Lists the recipes; with a name, its command, time, expected result and all its settings as JSON.
 """
 
 
@@ -286,96 +327,33 @@ def every_command() -> list[Command]:
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
     score, generate, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
-        Command(
-            usage="train RECIPE|run.json|file.py:function [options]",
-            summary="train a recipe, or go on with a run",
-            about=_TRAIN,
-            call=commands.train,
-            options=(*training, *run),
-            prefixes=dotted,
-            positions=(0, 1),
+        _command(_TRAIN, commands.train, (*training, *run), dotted, (0, 1)),
+        _command(
+            _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
-        Command(
-            usage="compare RECIPE --methods A,B,… [options]",
-            summary="train several methods under one budget, and report",
-            about=_COMPARE,
-            call=commands.compare,
-            options=(*several, *(option for option in run if option.name != "method")),
-            prefixes=dotted,
-            positions=(1, 1),
-        ),
-        Command(
-            usage="report DIR… [--out DIR]",
-            summary="tables and loss curves of finished runs",
-            about=_REPORT,
-            call=commands.report,
-            options=(written,),
-            positions=(1, None),
-        ),
-        Command(
-            usage="plan RECIPE [options]",
-            summary="what would train, by what, at what cost in memory",
-            about=_PLAN,
-            call=commands.plan,
-            options=(*linked, *run),
-            prefixes=dotted,
-            positions=(1, 1),
-        ),
-        Command(
-            usage="eval RUN|MODEL [options]",
-            summary="loss and perplexity on any split",
-            about=_EVAL,
-            call=commands.evaluate,
-            options=(*score, trust),
-            positions=(1, 1),
-        ),
-        Command(
-            usage="generate RUN|MODEL --prompt TEXT [options]",
-            summary="text from a run or a model",
-            about=_GENERATE,
-            call=commands.generate,
-            options=(*generate, trust),
-            positions=(1, 1),
-        ),
-        Command(
-            usage="export RUN OUT, or export RUN --adapter OUT [options]",
-            summary="a plain model from a run, adapters merged; or its adapter alone",
-            about=_EXPORT,
-            call=commands.export,
-            options=(*exported, trust),
-            positions=(1, 2),
-        ),
-        Command(
-            usage="predict --base RUN|FILE --adapter DIR IMAGE… [options]",
-            summary="what image files show",
-            about=_PREDICT,
-            call=commands.predict,
-            options=(*predict, trust),
-            positions=(1, None),
-        ),
-        Command(
-            usage="data list, or data prepare NAME|FILE [options]",
-            summary="the texts there are, and tokenising one",
-            about=_DATA,
-            call=commands.data,
-            options=prepare,
-            positions=(1, 2),
-        ),
-        Command(
-            usage="methods [NAME]",
-            summary="the catalogue of methods, or one with its options",
-            about="Lists the methods; with a name, its source, defaults and options.",
-            call=commands.methods,
-            positions=(0, 1),
-        ),
-        Command(
-            usage="recipes [NAME]",
-            summary="the recipes, or one with everything it sets",
-            about="Lists the recipes; with a name, its command, time, expected result and all its settings as JSON.",
-            call=commands.recipes,
-            positions=(0, 1),
-        ),
+        _command(_REPORT, commands.report, (written,), positions=(1, None)),
+        _command(_PLAN, commands.plan, (*linked, *run), dotted),
+        _command(_EVAL, commands.evaluate, (*score, trust)),
+        _command(_GENERATE, commands.generate, (*generate, trust)),
+        _command(_EXPORT, commands.export, (*exported, trust), positions=(1, 2)),
+        _command(_PREDICT, commands.predict, (*predict, trust), positions=(1, None)),
+        _command(_DATA, commands.data, prepare, positions=(1, 2)),
+        _command(_METHODS, commands.methods, positions=(0, 1)),
+        _command(_RECIPES, commands.recipes, positions=(0, 1)),
     ]
+
+
+def _command(
+    text: str,
+    call: Callable[[Parsed], int],
+    options: Sequence[Option] = (),
+    prefixes: Sequence[str] = (),
+    positions: tuple[int, int | None] = (1, 1),
+) -> Command:
+    """A command whose text begins with its usage and its summary, a line each."""
+    usage, summary, about = text.strip().split("\n", 2)
+    told = {"usage": usage, "summary": summary, "about": about}
+    return Command(**told, call=call, options=options, prefixes=prefixes, positions=positions)
 
 
 def run_options() -> tuple[Option, ...]:
