@@ -14,10 +14,9 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.data.images.set import ImageSpec
+from lowrank.data.images.set import ImageSpec, some
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.loaded import mark_loaded_
@@ -47,7 +46,6 @@ def vit_mini(
         weights: a file, or a folder with one, to start from (``lowrank export RUN OUT`` writes such a folder); the head
             is not taken from it.
     """
-    _need_images(data, "vit-mini")
     _check_shape(image_size, patch_size, width, heads)
     from timm.models.vision_transformer import VisionTransformer
 
@@ -58,15 +56,14 @@ def vit_mini(
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_ratio,
-        num_classes=len(data.classes),
+        num_classes=_outputs(data),
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
         attn_drop_rate=dropout,
     )
-    model.image_spec = ImageSpec(size=image_size)
     if weights is not None:
         load_timm_(model, weights)
-    return _as_module(model)
+    return _wanting(model, ImageSpec(size=image_size))
 
 
 @register("model", "vit", task="images")
@@ -94,7 +91,6 @@ def vit(
         dropout: before the head.
         drop_path: the probability of skipping a block's branch (stochastic depth).
     """
-    _need_images(data, "vit")
     import timm
 
     base = name.partition(".")[0]
@@ -106,7 +102,7 @@ def vit(
         model: Any = timm.create_model(
             name,
             pretrained=weights == "hub",
-            num_classes=len(data.classes),
+            num_classes=_outputs(data),
             drop_rate=dropout,
             drop_path_rate=drop_path,
             **given,
@@ -116,16 +112,16 @@ def vit(
     except (OSError, RuntimeError) as error:
         raise _not_made(name, weights, error) from error
     config = model.pretrained_cfg
-    own = image_size or _pixels(model) or config["input_size"][-1]
-    _check_patches(own, getattr(model, "patch_embed", None))
+    patches = getattr(model, "patch_embed", None)
+    own = image_size or _side(getattr(patches, "img_size", None) or config["input_size"][-1])
+    _check_patches(own, _side(getattr(patches, "patch_size", 1)))
     mode = "bicubic" if config.get("interpolation") == "bicubic" else "bilinear"
     mean, std = (tuple(map(float, config.get(key, (0.5,) * 3))) for key in ("mean", "std"))
-    model.image_spec = ImageSpec(size=own, mean=mean, std=std, interpolation=mode)  # type: ignore[arg-type]
     if weights == "hub":
         _mark_all_but_head_(model, _timm_heads(model))
     elif weights is not None:
         load_timm_(model, weights)
-    return _as_module(model)
+    return _wanting(model, ImageSpec(size=own, mean=mean, std=std, interpolation=mode))  # type: ignore[arg-type]
 
 
 @register("model", "hf-vit", task="images")
@@ -136,7 +132,6 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
         path: the folder with ``config.json``, or the name.
         image_size: by default the model's own; another one resizes a ViT's position embeddings.
     """
-    _need_images(data, "hf-vit")
     import transformers
 
     folder = Path(path).expanduser()
@@ -147,9 +142,10 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
     try:
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
             folder if folder.is_dir() else path,
-            num_labels=len(data.classes),
+            num_labels=_outputs(data),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
+            trust_remote_code=False,
             dtype=torch.float32,
         )
     finally:
@@ -157,13 +153,12 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
     head = [name for name, _ in model.named_parameters() if name.startswith(("classifier", "score"))]
     new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
     if new - set(head):
-        raise ValueError(f"the weights of {path} do not fit the model: {_some(sorted(new - set(head)))}")
+        raise ValueError(f"the weights of {path} do not fit the model: {some(sorted(new - set(head)))}")
     _fresh_(model, head)
     _mark_all_but_head_(model, head)
     if image_size is not None and image_size != model.config.image_size:
         _resize_positions_(model, image_size)
-    model.image_spec = _spec_of_folder(folder, _side(model.config.image_size))
-    return _as_module(model)
+    return _wanting(model, _spec_of_folder(folder, _side(model.config.image_size)))
 
 
 def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:
@@ -195,18 +190,18 @@ def load_timm_(model: nn.Module, source: str) -> None:
     state = _converted(read_weights(file), model)
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in heads}
     state = {name: tensor for name, tensor in state.items() if name not in heads and not name.startswith("head.")}
-    missing, foreign = [n for n in ours if n not in state], [n for n in state if n not in ours]
-    shapes = [
-        f"{n} {tuple(state[n].shape)} where {tuple(ours[n].shape)} is wanted"
-        for n in ours
-        if n in state and state[n].shape != ours[n].shape
-    ]
-    if missing or foreign or shapes:
-        parts = [("it lacks", missing), ("the model has no", foreign), ("shapes differ:", shapes)]
-        raise ValueError(
-            f"the weights of {file} do not fit the model: "
-            + "; ".join(f"{what} {_some(names)}" for what, names in parts if names)
-        )
+    wrong = {
+        "it lacks": [n for n in ours if n not in state],
+        "the model has no": [n for n in state if n not in ours],
+        "shapes differ:": [
+            f"{n} {tuple(state[n].shape)} where {tuple(ours[n].shape)} is wanted"
+            for n in ours
+            if n in state and state[n].shape != ours[n].shape
+        ],
+    }
+    if any(wrong.values()):
+        told = "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
+        raise ValueError(f"the weights of {file} do not fit the model: {told}")
     model.load_state_dict(state, strict=False)
     _mark_all_but_head_(model, heads)
 
@@ -229,16 +224,15 @@ def read_weights(file: Path) -> dict[str, Tensor]:
 
 def _weights_file(source: str) -> Path:
     path = Path(source).expanduser()
-    if path.is_dir():
-        for name in ("model.safetensors", "pytorch_model.bin"):
-            if (path / name).is_file():
-                return path / name
-        if (path / "run.json").is_file():
-            raise ValueError(f"{source} is a run: lowrank export {source} OUT writes its merged weights, then give OUT")
-        raise FileNotFoundError(f"{source} holds no model.safetensors")
-    if not path.is_file():
-        raise FileNotFoundError(f"model.weights={source!r} is no file; give one, hub for timm's own weights, or none")
-    return path
+    for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
+        if file.is_file():
+            return file
+    if (path / "run.json").is_file():
+        raise ValueError(f"{source} is a run: lowrank export {source} OUT writes its merged weights, then give OUT")
+    raise FileNotFoundError(
+        f"model.weights={source!r} is no file, and no folder with model.safetensors; give one, hub for timm's own "
+        "weights, or none"
+    )
 
 
 def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
@@ -249,10 +243,9 @@ def _converted(state: dict[str, Tensor], model: nn.Module) -> dict[str, Tensor]:
 
 def _timm_heads(model: nn.Module) -> list[str]:
     """Names of the parameters of the output layers."""
-    config = getattr(model, "pretrained_cfg", None) or {}
-    told = config.get("classifier") or "head"
-    layers = (told,) if isinstance(told, str) else tuple(told)
-    return [n for n, _ in model.named_parameters() if n.startswith(tuple(f"{layer}." for layer in layers))]
+    told = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    layers = tuple(f"{layer}." for layer in ([told] if isinstance(told, str) else told))
+    return [n for n, _ in model.named_parameters() if n.startswith(layers)]
 
 
 def _mark_all_but_head_(model: nn.Module, heads: list[str]) -> None:
@@ -271,16 +264,16 @@ def _fresh_(model: nn.Module, heads: list[str]) -> None:
 
 def _resize_positions_(model: Any, image_size: int) -> None:
     """Give a transformers ViT another image size: positions are interpolated, the patches stay."""
+    from timm.layers import resample_abs_pos_embed
+
     embeddings = getattr(getattr(model, "vit", None), "embeddings", None)
     if embeddings is None:
         raise ValueError(f"{type(model).__name__} cannot take another image size; leave model.image_size out")
     patch = _side(model.config.patch_size)
     _check_patches(image_size, patch)
     old: Tensor = embeddings.position_embeddings
-    side, new = round((old.shape[1] - 1) ** 0.5), image_size // patch
-    grid = old[:, 1:].detach().unflatten(1, (side, side)).permute(0, 3, 1, 2)
-    grid = F.interpolate(grid, size=(new, new), mode="bicubic", antialias=True).permute(0, 2, 3, 1).flatten(1, 2)
-    embeddings.position_embeddings = nn.Parameter(torch.cat([old[:, :1].detach(), grid], dim=1))
+    new = image_size // patch
+    embeddings.position_embeddings = nn.Parameter(resample_abs_pos_embed(old.detach(), [new, new]))
     mark_loaded_(model, ["vit.embeddings.position_embeddings"])
     for holder in (embeddings, embeddings.patch_embeddings):
         if hasattr(holder, "image_size"):
@@ -301,11 +294,11 @@ def _spec_of_folder(folder: Path, size: int) -> ImageSpec:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _need_images(data: object, name: str) -> None:
-    if not isinstance(data, ImageData):
-        raise ValueError(
-            f"the model {name} looks at images, and the data is {type(data).__name__}; see lowrank recipes"
-        )
+def _outputs(data: Any) -> int:
+    """How many classes the model is to tell apart."""
+    if not hasattr(data, "classes"):
+        raise ValueError(f"the model looks at images, and the data is {type(data).__name__}; see lowrank recipes")
+    return len(data.classes)
 
 
 def _check_shape(image_size: int, patch_size: int, width: int, heads: int) -> None:
@@ -318,20 +311,13 @@ def _check_shape(image_size: int, patch_size: int, width: int, heads: int) -> No
     _check_patches(image_size, patch_size)
 
 
-def _check_patches(image_size: int, patches: Any) -> None:
+def _check_patches(image_size: int, patch: int) -> None:
     """An image must be whole patches: what is over at its border would silently not be seen."""
-    patch = patches if isinstance(patches, int) else _side(getattr(patches, "patch_size", 1))
     if image_size < patch or image_size % patch:
         below = max(patch, image_size // patch * patch)
         raise ValueError(
             f"model.image_size={image_size} is not a multiple of the patch, {patch}; {below} and {below + patch} are"
         )
-
-
-def _pixels(model: Any) -> int | None:
-    """The image size that a timm model was made for, where it is fixed."""
-    size = getattr(getattr(model, "patch_embed", None), "img_size", None)
-    return _side(size) if size else None
 
 
 def _side(size: Any) -> int:
@@ -347,10 +333,8 @@ def _not_made(name: str, weights: str | None, error: Exception) -> Exception:
     )
 
 
-def _as_module(model: Any) -> nn.Module:
+def _wanting(model: Any, spec: ImageSpec) -> nn.Module:
+    """The model, which says how it wants its images."""
+    model.image_spec = spec
     module: nn.Module = model
     return module
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")
