@@ -23,18 +23,8 @@ from lowrank.recipes import RECIPES
 from lowrank.run.run import Run
 from lowrank.run.session import Session, restore
 
-SMALL = [
-    "--model.width",
-    "16",
-    "--model.depth",
-    "1",
-    "--model.heads",
-    "2",
-    "--model.patch_size",
-    "14",
-    "--batch-size",
-    "8",
-]
+SHAPE = {"width": 16, "depth": 1, "heads": 2, "patch_size": 14}
+SMALL = ["--batch-size", "8", *(word for name, n in SHAPE.items() for word in (f"--model.{name}", str(n)))]
 METHODS = {
     "lora": ["--method.rank", "2"],
     "lte_galore": ["--method.rank", "2", "--method.galore_rank", "2", "--method.merge_every", "2"],
@@ -48,19 +38,8 @@ def file(tmp_path: Path) -> Path:
 
 
 def train(out: Path, data: Path | str, method: str = "lora", *more: str) -> int:
-    words = [
-        "train",
-        "vit-mini",
-        "--data",
-        str(data),
-        "--method",
-        method,
-        *METHODS.get(method, []),
-        *SMALL,
-        "--out",
-        str(out),
-    ]
-    return main([*words, *(more or ("--epochs", "2"))])
+    words = ["train", "vit-mini", "--data", str(data), "--method", method, *METHODS.get(method, []), *SMALL]
+    return main([*words, "--out", str(out), *(more or ("--epochs", "2"))])
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -107,6 +107,8 @@ WRONG_FILES = [
     ("x", {"train_labels": np.ones(24)}, {}, "of float64; whole numbers"),
     ("x", {"train_labels": np.arange(3) % 2}, {}, "24 images and 3 labels"),
     ("x", {"train_images": np.zeros((24, 28, 28, 4), np.uint8)}, {}, "is wanted"),
+    ("x", {"val_images": np.zeros((12, 0, 0), np.uint8)}, {}, "is wanted"),
+    ("x", {"train_labels": np.zeros((0, 1), int)}, {}, "labels 0, 1 in val that its training split lacks"),
     ("x", {}, {"window": "full"}, r"data\.window has no effect on .*x\.npz, a file with splits"),
 ]
 
@@ -313,8 +315,15 @@ def test_a_folder_without_classes_says_what_it_needs(tmp_path: Path) -> None:
         images(str(class_folders(tmp_path / "y", per_class=2)), size=16, patient_pattern=r"case(\d+)")
     with pytest.raises(FileNotFoundError, match="no table of labels"):
         images(str(tmp_path / "y"), labels="none.csv")
-    with pytest.raises(ValueError, match="no regular expression"):
-        images(str(tmp_path / "y"), patient_pattern="(")
+    wrong: dict[str, dict[str, Any]] = {
+        "no regular expression": {"patient_pattern": "("},
+        "at least 1": {"size": 0},
+        "at most 16384": {"size": 10**7},
+        "both finite": {"window": "0,inf"},
+    }
+    for message, options in wrong.items():
+        with pytest.raises(ValueError, match=message):
+            images(str(tmp_path / "y"), **options)
 
 
 @pytest.mark.parametrize("suffix", ["png", "tif"])

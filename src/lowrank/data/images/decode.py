@@ -10,6 +10,7 @@ Threads that decode together share a budget of pixels, so that eight huge images
 
 from __future__ import annotations
 
+import math
 import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -23,6 +24,7 @@ Fit = Literal["pad", "crop", "stretch"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
 WIDE = ("I;16", "I;16B", "I;16L", "I", "F")  # PIL's modes of more than eight bits
 GREY = ("1", "L", "LA", *WIDE)
+LARGEST = 1 << 14  # pixels of a side as stored
 PIXELS_IN_FLIGHT = 1 << 25  # of all threads together; an image that is larger than this is decoded alone
 
 
@@ -44,8 +46,8 @@ class Reading:
     fit: Fit = "pad"
 
     def __post_init__(self) -> None:
-        if self.size < 1:
-            raise ValueError(f"data.size={self.size} must be at least 1")
+        if not 1 <= self.size <= LARGEST:
+            raise ValueError(f"data.size={self.size} must be at least 1, and at most {LARGEST}")
         if self.fit not in get_args(Fit):
             raise ValueError(f"data.fit={self.fit!r} is unknown; it is one of {', '.join(get_args(Fit))}")
         window_limits(self.window)
@@ -63,8 +65,8 @@ def window_limits(window: str) -> tuple[float, float] | None:
         low, high = map(float, window.split(","))
     except ValueError:
         raise ValueError(f"data.window={window!r} is neither auto, full, nor two numbers low,high") from None
-    if not low < high:
-        raise ValueError(f"data.window={window!r}: the first number must be below the second")
+    if not -math.inf < low < high < math.inf:
+        raise ValueError(f"data.window={window!r}: the first number must be below the second, and both finite")
     return low, high
 
 
@@ -101,16 +103,23 @@ def read_image(path: Path, reading: Reading) -> np.ndarray:
     Raises:
         Damaged: it cannot be decoded.
     """
+    with _opened(path) as header:
+        pixels = header.width * header.height
+    with _budget.held(pixels):
+        return _decoded(path, reading)
+
+
+def _decoded(path: Path, reading: Reading) -> np.ndarray:
     from PIL import Image, ImageOps
 
-    with _opened(path) as image, _budget.held(image.width * image.height):
+    with _opened(path) as image:
         try:
             image.load()
-            image = ImageOps.exif_transpose(image)
+            ImageOps.exif_transpose(image, in_place=True)
             if image.mode in WIDE:
                 image = Image.fromarray(windowed(np.asarray(image), reading.window))
-            image = image.convert("L" if reading.grey else "RGB")
-            return np.asarray(_fitted(image, reading.size, reading.fit))
+            mode = "L" if reading.grey else "RGB"
+            return np.asarray(_fitted(image if image.mode == mode else image.convert(mode), reading.size, reading.fit))
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise Damaged(str(error)) from error
 

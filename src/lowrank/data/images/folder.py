@@ -47,7 +47,7 @@ def read_folder(source: str, options: Options) -> ImageSet:
             already.
     """
     root = Path(source).expanduser()
-    reading = Reading(size=options.size or 224, window=options.window, fit=options.fit)
+    reading = Reading(size=224 if options.size is None else options.size, window=options.window, fit=options.fit)
     notes: list[str] = []
     if options.labels is not None:
         entries, several = _from_table(root, _table(root, options.labels))

@@ -131,7 +131,9 @@ SOURCES += [
     ImageSource(
         what="a MedMNIST set",
         matches=lambda source: source in NAMES,
-        read=lambda source, options: read_npz(download(source, options.size or 28), replace(options, dataset=source)),
+        read=lambda source, options: read_npz(
+            download(source, 28 if options.size is None else options.size), replace(options, dataset=source)
+        ),
         takes=("size",),
         names=NAMES,
     ),
@@ -190,7 +192,7 @@ def _unpack(path: Path, folder: Path) -> None:
                 with archive.open(f"{key}.npy") as member, open(folder / f"{key}.npy", "wb") as copy:
                     shutil.copyfileobj(member, copy, 1 << 22)
                 np.load(folder / f"{key}.npy", mmap_mode="r")
-            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, NotImplementedError) as error:
+            except (zipfile.BadZipFile, zlib.error, EOFError, ValueError, RuntimeError) as error:
                 raise ValueError(f"{path}: {key} is damaged ({error})") from error
 
 
@@ -199,7 +201,7 @@ def _labels(array: np.ndarray, path: Path, split: str) -> np.ndarray:
         raise ValueError(
             f"{path}: {split}_labels is {array.shape} of {array.dtype}; whole numbers (n, labels) are wanted"
         )
-    return np.asarray(array).reshape(len(array), -1)
+    return np.asarray(array).reshape(len(array), array.shape[1] if array.ndim == 2 else 1)
 
 
 def _inferred(labels: np.ndarray, kind: Kind | None, path: Path) -> tuple[Kind, list[int]]:

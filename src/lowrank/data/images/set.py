@@ -99,7 +99,8 @@ class ImageSet:
 def _check(of: ImageSet, name: str, split: Split) -> None:
     where, count = f"the {name} split of {of.name}", len(of.classes)
     images, labels = split.images, split.labels
-    if images.dtype != np.uint8 or not (images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)):
+    shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+    if images.dtype != np.uint8 or not shaped or 0 in images.shape[1:]:
         raise ValueError(
             f"{where} holds images {images.shape} of {images.dtype}; uint8 (n, h, w) or (n, h, w, 3) is wanted"
         )
