@@ -1,5 +1,6 @@
 """Interrupted, damaged or prepared twice at once: a folder of tokens is whole or not there."""
 
+import errno
 import json
 import os
 import signal
@@ -12,6 +13,7 @@ import pytest
 
 from lowrank.data import Tokens, prepare
 from lowrank.data.cache import cache_root, locked, published
+from lowrank.data.text.tokenizers import train_bpe
 
 Write = Callable[[str, str | bytes], Path]
 TEXT = "".join(f"The {n}th line of a text that is long enough.\n" for n in range(500))
@@ -126,3 +128,64 @@ def test_a_folder_of_the_users_is_never_overwritten(write: Write, tmp_path: Path
         file.write(b"x")
     with pytest.raises(ValueError, match="damaged"):
         prepare(path, out=tmp_path / "empty")
+
+
+# The cache
+
+
+def test_what_lies_prepared_is_read_without_a_lock(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("a.txt", TEXT)
+    tokens = prepare(path)
+    monkeypatch.setattr("lowrank.data.text.prepare.locked", None)
+    assert prepare(path) == tokens
+
+
+@pytest.mark.parametrize("mask", [0o022, 0o077, 0o002])
+def test_files_have_the_users_umask(mask: int, write: Write) -> None:
+    before = os.umask(mask)
+    try:
+        folder = prepare(write("a.txt", TEXT), tokenizer="bpe:300").folder
+    finally:
+        os.umask(before)
+    assert folder.stat().st_mode & 0o777 == 0o777 & ~mask
+    assert {path.stat().st_mode & 0o777 for path in folder.iterdir()} == {0o666 & ~mask}
+
+
+def test_a_cache_that_cannot_be_is_named(write: Write, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = write("a.txt", TEXT)
+    write("file", "in the way")
+    monkeypatch.setenv("LOWRANK_CACHE", str(tmp_path / "file" / "cache"))
+    with pytest.raises(OSError, match=r"cannot be written .* set LOWRANK_CACHE to another folder"):
+        prepare(path)
+    monkeypatch.delenv("LOWRANK_CACHE")
+
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    with pytest.raises(OSError, match=r"no home folder .* set LOWRANK_CACHE"):
+        prepare(path)
+
+
+def test_a_full_disk_is_named_and_leaves_nothing(write: Write, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: object) -> None:
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr("lowrank.data.text.prepare.SplitWriter.add", full)
+    with pytest.raises(OSError, match=r"its disk is full; nothing half-written is left there: set LOWRANK_CACHE"):
+        prepare(write("a.txt", TEXT))
+    assert not [path for path in (cache_root() / "tokens").iterdir() if path.is_dir()]
+
+
+def test_a_fingerprint_is_of_the_tokens(write: Write, tmp_path: Path) -> None:
+    one, moved = prepare(write("a.txt", TEXT)), prepare(write("b/other.txt", TEXT), out=tmp_path / "out")
+    assert one.fingerprint == moved.fingerprint
+    others = [prepare(write("a.txt", TEXT.replace("7", "8", 1))), prepare(tmp_path / "b/other.txt", test_fraction=0)]
+    assert len({tokens.fingerprint for tokens in (one, *others)}) == 3
+
+
+@pytest.mark.parametrize("ends", ["os.abort()", "os.kill(os.getpid(), 9)", "raise MemoryError"])
+def test_a_bpe_that_ends_for_want_of_memory_says_so(ends: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("lowrank.data.text.tokenizers._TRAINER", f"import os, sys\nsys.stdin.buffer.read(99)\n{ends}")
+    with pytest.raises(MemoryError, match=r"BPE of 300 ids ended with status .* give it less text \(limit=BYTES\)"):
+        train_bpe(300, [TEXT] * 100)

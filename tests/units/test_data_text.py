@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import os
 from collections.abc import Callable
 from pathlib import Path
 
@@ -9,9 +10,9 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from lowrank.data import open_source
+from lowrank.data import list_sources, open_source, text_source
 from lowrank.data.text.files import PIECE_BYTES, read_text
-from lowrank.data.text.source import encodable
+from lowrank.data.text.source import SOURCES, Piece, Source, encodable
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -31,6 +32,57 @@ Write = Callable[[str, str | bytes], Path]
 )
 def test_tables_give_a_document_a_row(name: str, content: str | bytes, write: Write) -> None:
     assert list(open_source(write(name, content)).documents()) == ['one, "quoted"\nline', "two"]
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "options"),
+    [
+        ("a.csv", "id;text\n1;a, b\n2;c\n", {}),
+        ("a.csv", "id\ttext\n1\ta, b\n2\tc\n", {}),
+        ("a.tsv", "id\ttext\n1\ta, b\n2\tc\n", {}),
+        ("a.csv", "id|text\n1|a, b\n2|c\n", {}),
+        ("a.csv", "no,a;words\n1;a, b\n2;c\n", {"delimiter": ";", "column": "words"}),
+        ("a.csv", "lyrics\na, b\nc\n", {"delimiter": "\t"}),
+    ],
+)
+def test_the_delimiter_is_found_or_told(name: str, content: str, options: dict[str, str], write: Write) -> None:
+    assert list(open_source(write(name, content), **options).documents()) == ["a, b", "c"]
+
+
+def test_a_damaged_parquet_is_named(tmp_path: Path) -> None:
+    arrow, parquet = pytest.importorskip("pyarrow"), pytest.importorskip("pyarrow.parquet")
+    parquet.write_table(arrow.table({"text": [f"row {n} " * 50 for n in range(5000)]}), tmp_path / "a.parquet")
+    data = bytearray((tmp_path / "a.parquet").read_bytes())
+    data[4:2000] = bytes(1996)
+    (tmp_path / "a.parquet").write_bytes(data)
+    with pytest.raises(ValueError, match=r"a\.parquet is not a Parquet file, or damaged"):
+        list(open_source(tmp_path / "a.parquet").documents())
+
+
+def test_what_is_no_file_is_left_alone(write: Write, tmp_path: Path) -> None:
+    write("f/a.txt", "A")
+    os.mkfifo(tmp_path / "f" / "b.txt")
+    assert list(open_source(tmp_path / "f").documents()) == ["A"]
+    with pytest.raises(ValueError, match="is a pipe, socket or device, which cannot be read twice"):
+        open_source(tmp_path / "f" / "b.txt")
+    with pytest.raises(ValueError, match="one character that stands between the cells"):
+        open_source(tmp_path / "f", delimiter=";")
+
+
+def test_a_source_announces_itself() -> None:
+    @text_source(name="made-here", about="two words", size="8 B", licence="none", needs_network=False)
+    def made() -> Source:
+        return Source(
+            name="made-here", description="", fingerprint={}, splits={"train": lambda: iter([Piece("w", True)])}
+        )
+
+    try:
+        assert list(open_source("made-here").documents()) == ["w"]
+        assert "made-here" in {info.name for info in list_sources()}
+        with pytest.raises(ValueError, match="'made-here' already"):
+            text_source(name="made-here", about="", size="", licence="")(made)
+    finally:
+        del SOURCES["made-here"]
 
 
 def test_parquet(tmp_path: Path) -> None:
@@ -131,6 +183,18 @@ def test_names_make_splits_when_every_file_has_one(names: list[str], splits: set
         ("a.csv", b"\xff\xfei\x00d\x00", r"a\.csv is not UTF-8 \(byte 0xff\)"),
         ("a.parquet", "not a table of any kind", r"a\.parquet is not a Parquet file"),
         ("a.csv", "id,text\n1,a\n2\n", r"line 3: 1 cells, but the header has 2"),
+        ("a.csv", "id,text\n1,a, b\n", r"line 2: 3 cells, but the header has 2 \('id', 'text'\); put .* into quotes"),
+        ("a.csv", 'id,text\n1,"a\nb"\n2,"oops\n3,c\n', r"line 4: unexpected end of data; .* must end with one"),
+        ("a.csv", 'id,text\n1,"a" b\n', r"line 2: ',' expected after '\"'"),
+        ("a.csv", "text,text\na,b\n", r"2 columns 'text', and one is wanted"),
+        ("a.csv", "Text,text\na,b\n", r"2 columns 'Text', and one is wanted"),
+        ("a.csv", "id;words\n1;a\n", r"say which: column=… of 'id', 'words'"),
+        ("a.csv", "lyrics\none, two\n", r"line 2: 2 cells, but the header has 1"),
+        ("a.jsonl", '{"text": "a", "text": "b"}\n', r"line 1: not JSON \(an object has 'text' twice\)"),
+        ("a.jsonl", "[" * 100_000, r"line 1: not JSON"),
+        ("a.txt.gz", gzip.compress(b"text " * 1000)[:20], r"a\.txt\.gz is cut short or damaged"),
+        ("a.csv.gz", gzip.compress(b"text\n" + b"a\n" * 1000)[:-9], r"a\.csv\.gz is cut short or damaged"),
+        ("a.jsonl.gz", b"\x1f\x8b no gzip", r"a\.jsonl\.gz is cut short or damaged"),
     ],
 )
 def test_damaged_files_name_the_place(name: str, content: str | bytes, message: str, write: Write) -> None:
