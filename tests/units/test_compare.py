@@ -1,12 +1,15 @@
 """Comparisons: what is planned, what is executed, what is left alone."""
 
 import json
+from functools import partial
 
 import pytest
+from tests.runs.tiny import tiny
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
-from lowrank.report.compare import Variant, execute, parse_variant, planned
+from lowrank.report.compare import Planned, Variant, execute, parse_variant, planned
 from lowrank.run.run import Call
+from lowrank.train.loop import train
 
 
 def variants(*texts):
@@ -128,6 +131,18 @@ def test_a_run_with_a_checkpoint_and_no_sound_summary_of_its_end_is_resumed(tmp_
     assert [(path, resume) for _, path, resume in train.calls] == [(folder, True)]
     assert any(f"{folder / 'summary.json'} is damaged" in line for line in said) == (summary == '{"steps": 4')
     assert not execute(plan("full"), tmp_path, train, say=quiet, offer=OFFER)[0].executed
+
+
+def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(tmp_path):
+    runs = [Planned(name="lora", run=tiny("lora"))]
+    (first,) = execute(runs, tmp_path, partial(train, quiet=True), say=quiet)
+    before = json.loads((first.folder / "summary.json").read_text())
+    (first.folder / "summary.json").unlink()
+    (again,) = execute(runs, tmp_path, partial(train, quiet=True), say=quiet)
+    assert (again.folder, again.executed, again.error) == (first.folder, True, None)
+    after = json.loads((first.folder / "summary.json").read_text())
+    assert [after[name] for name in ("steps", "val_loss")] == [before[name] for name in ("steps", "val_loss")]
+    assert not execute(runs, tmp_path, train, say=quiet)[0].executed
 
 
 def test_stopping_a_run_stops_the_comparison(tmp_path):

@@ -11,10 +11,14 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from tests.models import gpt2, images, llama, mlp, nudge_, output, tokens, vit
+from tests.runs.tiny import tiny
 from torch import Tensor, nn
 
 import lowrank
+from lowrank.cli import main
 from lowrank.interop import AdapterBank, read_peft, write_peft
+from lowrank.run.session import open_session, restore
+from lowrank.train.loop import train
 
 peft = pytest.importorskip("peft")
 
@@ -109,6 +113,24 @@ def test_what_peft_cannot_say_is_refused_before_anything_is_written(tmp_path: Pa
     with pytest.raises(ValueError, match=says):
         write_peft(lowrank.apply_(make(), method), tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_adapter_of_a_run_is_exported_for_peft(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    train(tiny("pissa"), tmp_path / "run", quiet=True)
+    words = ["export", str(tmp_path / "run"), "--adapter", str(tmp_path / "out"), "--format"]
+    assert main([*words, "peft"]) == 0
+    assert capsys.readouterr().out.endswith("for PEFT\n")
+    session, _ = restore(tmp_path / "run")
+    expected = say(session.model, tokens())
+    plain = say(lowrank.merge_and_unload(session.model), tokens())
+    base = open_session(session.run).model
+    theirs = opened(lowrank.merge_and_unload(open_session(session.run).model), tmp_path / "out")
+    assert not torch.allclose(say(base, tokens()), expected, atol=1e-3)
+    torch.testing.assert_close(plain, expected, rtol=1e-5, atol=1e-5)
+    torch.testing.assert_close(say(theirs, tokens()), expected, rtol=1e-5, atol=1e-5)
+    for form, says in (("peft", "out is not empty"), ("x", "--format is lowrank or peft")):
+        assert main([*words, form]) == 2
+        assert says in capsys.readouterr().err
 
 
 # --- PEFT's, read by us ----------------------------------------------------------------------------------------------

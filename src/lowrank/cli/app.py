@@ -151,11 +151,12 @@ model.safetensors and its tokenizer, which transformers loads, and so do lowrank
 --model.path OUT. A vision transformer of timm gets model.safetensors, for lowrank train --model.weights OUT.
 
 With --adapter OUT it writes instead what was trained and nothing of the base: adapter and head, for lowrank predict and
-lowrank.interop.AdapterBank.
+lowrank.interop.AdapterBank; with --format peft in the format of PEFT, whose PeftModel.from_pretrained opens it.
 
 Examples:
   lowrank export runs/articles exported
   lowrank export runs/vit --adapter adapters/pneumonia
+  lowrank export runs/sft --adapter adapters/sft --format peft
 """
 
 _PREDICT = """
@@ -323,6 +324,7 @@ def every_command() -> list[Command]:
     exported = (
         Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best"),
         Option(name="adapter", value="OUT", help="write the adapter alone, into this folder"),
+        Option(name="format", value="lowrank|peft", help="of the adapter: ours, or what PEFT opens"),
     )
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
     score, generate, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)

@@ -175,14 +175,21 @@ def generate(parsed: Parsed) -> int:
 def export(parsed: Parsed) -> int:
     """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
     from lowrank.evaluate.score import export as export_run
-    from lowrank.interop import export_adapter
+    from lowrank.interop import export_adapter, export_peft
 
     source, *outs = map(Path, parsed.positions)
     which = parsed.options.get("checkpoint", "best")
     if ("adapter" in parsed.options) == bool(outs):
         raise UsageError("give one folder: lowrank export RUN OUT, or lowrank export RUN --adapter OUT")
+    form = parsed.options.get("format", "lowrank")
+    if form not in ("lowrank", "peft") or ("format" in parsed.options and outs):
+        raise UsageError("--format is lowrank or peft, and goes with --adapter OUT")
     if not outs:
         out = Path(parsed.options["adapter"])
+        if form == "peft":
+            step = export_peft(source, out, which=which)
+            print(f"{out}: the adapter of {source} at step {step}, for PEFT")
+            return 0
         info = export_adapter(source, out, which=which)
         size = short_bytes((out / "adapter.safetensors").stat().st_size)
         print(f"{out}: the adapter and head of {info.origin}, {size}")

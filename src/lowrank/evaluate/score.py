@@ -22,6 +22,7 @@ from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.evaluator import evaluate
+from lowrank.interop.adapter_bank import restored_for
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
@@ -115,11 +116,7 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
         FileExistsError: the folder is not empty.
         ValueError: no such checkpoint kind.
     """
-    if which not in ("best", "latest"):
-        raise ValueError(f"--checkpoint {which}: it is best or latest")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another folder")
-    session, step = restore(source, which, device="cpu")  # type: ignore[arg-type]
+    session, step = restored_for(out, source, which)
     model: Any = merge_and_unload(session.model)
     out.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):

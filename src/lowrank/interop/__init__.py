@@ -7,7 +7,7 @@ from lowrank.infra.lazy import attributes
 if TYPE_CHECKING:
     from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, export_adapter, read_adapter, write_adapter
     from lowrank.interop.lora_vit import read_lora_vit
-    from lowrank.interop.peft import read_peft, write_peft
+    from lowrank.interop.peft import export_peft, read_peft, write_peft
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -15,6 +15,7 @@ __all__ = [
     "AdapterBank",
     "AdapterInfo",
     "export_adapter",
+    "export_peft",
     "read_adapter",
     "read_lora_vit",
     "read_peft",

@@ -35,7 +35,7 @@ from lowrank.infra.convert import nearest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.run import Call
-from lowrank.run.session import pick_checkpoint, restore, run_folder
+from lowrank.run.session import Session, pick_checkpoint, restore, run_folder
 
 FORMAT = 1
 ADAPTER = ".adapters."
@@ -102,11 +102,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         FileExistsError: the folder is not empty.
         ValueError: the run has no adapter apart from its weights.
     """
-    if which not in ("best", "latest"):
-        raise ValueError(f"--checkpoint {which}: it is best or latest")
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another folder")
-    session, step = restore(source, which, device="cpu")  # type: ignore[arg-type]
+    session, step = restored_for(out, source, which)
     run, plan = session.run, session.plan
     _refuse_inseparable(plan, source)
     tensors = trained_tensors(plan)
@@ -124,6 +120,20 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
     )
     write_adapter(out, info, tensors)
     return info
+
+
+def restored_for(out: Path, source: Path, which: str) -> tuple[Session, int]:
+    """(session, step) of a run or checkpoint that is to be exported into the folder ``out``.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: no such kind of checkpoint.
+    """
+    if which not in ("best", "latest"):
+        raise ValueError(f"--checkpoint {which}: it is best or latest")
+    if out.exists() and any(out.iterdir()):
+        raise FileExistsError(f"{out} is not empty: choose another folder")
+    return restore(source, which, device="cpu")  # type: ignore[arg-type]
 
 
 def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:

@@ -40,7 +40,7 @@ from lowrank.adapters.layers import (
     matrix_of,
 )
 from lowrank.adapters.lora import LoRAAdapter
-from lowrank.interop.adapter_bank import ADAPTER, AdapterInfo
+from lowrank.interop.adapter_bank import ADAPTER, AdapterInfo, restored_for
 from lowrank.plan.plan import Plan
 from lowrank.run.run import Call
 
@@ -124,6 +124,18 @@ def write_peft(plan: Plan, folder: Path | str, *, base: str = "") -> None:
     content = {_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in (tensors | saved | biases).items()}
     save_file(content, out / WEIGHTS, {"format": "pt"})
     (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+
+
+def export_peft(source: Path, out: Path, *, which: str = "best") -> int:
+    """Write the adapter of a run for PEFT (see :func:`write_peft`); returns the step of the checkpoint.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: what the run trained cannot be said in PEFT's format.
+    """
+    session, step = restored_for(out, source, which)
+    write_peft(session.plan, out, base=str(session.run.model.args.get("path", "")))
+    return step
 
 
 def _stacked(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
