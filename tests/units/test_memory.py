@@ -7,7 +7,8 @@ from torch import nn
 
 import lowrank
 from lowrank.optim.rules import SGD, AdamW
-from lowrank.plan.memory import brief, megabytes, state_bytes
+from lowrank.plan.memory import megabytes, state_bytes
+from lowrank.plan.table import brief
 
 
 def test_full_training_in_numbers() -> None:

@@ -5,9 +5,9 @@ from typing import TYPE_CHECKING
 from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
-    from lowrank.plan.assignment import Row
     from lowrank.plan.memory import Ledger
     from lowrank.plan.plan import Plan, apply_, merge_
+    from lowrank.plan.row import Row
 
 __getattr__ = attributes(__name__, __file__)
 

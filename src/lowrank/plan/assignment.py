@@ -14,12 +14,9 @@ convolution's (experts, say) are stacks of matrices where their module says so.
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
 from dataclasses import replace as replace_field
 from functools import partial
-from typing import Literal
 
-import torch
 from torch import nn
 
 from lowrank.adapters import Adapter, Site, SplitAdapter, targets
@@ -39,36 +36,8 @@ from lowrank.infra.loaded import origin
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.pairs import OneFactor, PairRule
 from lowrank.optim.rules import Rule
+from lowrank.plan.row import ADAPTER, Across, Row
 from lowrank.plan.table import notes_on_ranks
-
-ADAPTER = "adapter"  # why a factor trains
-Across = Literal["shared", "own", "local"]
-
-
-@dataclass(frozen=True)
-class Row:
-    """One parameter of the model under the plan: its rule, or why it does not train.
-
-    ``across`` says how several ranks train it: ``shared``: the same on all, its gradients are summed; ``own``: heads
-    that this worker alone trains; ``local``: each worker trains its own copy, which is averaged now and then.
-    """
-
-    name: str
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-    use: Use | None
-    rule: Rule | None
-    why: str
-    across: Across = "shared"
-
-    @property
-    def numel(self) -> int:
-        return torch.Size(self.shape).numel()
-
-    @property
-    def is_factor(self) -> bool:
-        """Whether it belongs to an adapter."""
-        return self.why == ADAPTER
 
 
 class Binding:

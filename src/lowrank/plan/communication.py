@@ -28,9 +28,9 @@ from lowrank.distributed.shards import Shard
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
 from lowrank.optim.sharded import crosses, on_part
-from lowrank.plan.assignment import Row
 from lowrank.plan.fsdp import names_in_blocks
 from lowrank.plan.plan import Plan
+from lowrank.plan.row import Row
 
 # Said at a merge or average: whether one's numbers are finite (and what one has done, where it weighs), whether to stop
 FINITE_BYTES, WEIGHED_BYTES, STOP_BYTES = 4, 24, 8

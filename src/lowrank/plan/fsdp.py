@@ -35,9 +35,9 @@ from lowrank.distributed.shards import Shard, all_hold_some, to_local
 from lowrank.infra.fingerprints import digest
 from lowrank.optim.projected import Projected
 from lowrank.optim.sharded import crosses, on_part
-from lowrank.plan.assignment import Row
 from lowrank.plan.memory import megabytes
 from lowrank.plan.plan import Plan
+from lowrank.plan.row import Row
 
 WITHIN = "within_forward"  # a method of the model that runs a function of it as FSDP runs its forward (``models.text``)
 

@@ -12,9 +12,8 @@ and are not in it, nor is the one block whose weights are whole while it is comp
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterable
-from dataclasses import MISSING, dataclass, fields, is_dataclass, replace
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
@@ -24,8 +23,8 @@ from lowrank.optim.rules import Rule, State
 from lowrank.optim.sharded import on_part
 
 if TYPE_CHECKING:
-    from lowrank.plan.assignment import Row
     from lowrank.plan.plan import Plan
+    from lowrank.plan.row import Row
 
 
 @dataclass(frozen=True)
@@ -112,73 +111,3 @@ def megabytes(count: int) -> str:
     if count < 1_000_000:
         return f"{count / 1e3:.1f} kB"
     return f"{count / 1e6:.1f} MB" if count < 1_000_000_000 else f"{count / 1e9:.2f} GB"
-
-
-# --- the plan as a table ---------------------------------------------------------------------------------------------
-
-
-def table(plan: Plan) -> str:
-    """The plan for people: one line for each kind of parameter, blocks of the same kind folded into one with ``×n``."""
-    lines = [("parameter", "shape", "count", "trained by", "why")]
-    folded: dict[tuple[str, ...], list[Row]] = {}
-    for row in plan.rows:
-        name = re.sub(r"\.\d+\.", ".*.", row.name)
-        folded.setdefault((name, str(row.shape), _rule_text(row), row.why), []).append(row)
-    for (name, _, rule, why), rows in folded.items():
-        times = f" ×{len(rows)}" if len(rows) > 1 else ""
-        shape = " × ".join(map(str, rows[0].shape)) or "scalar"
-        lines.append((name + times, shape, f"{sum(row.numel for row in rows):,}", rule, why))
-    widths = [max(len(line[i]) for line in lines) for i in range(5)]
-    text = ["  ".join(cell.ljust(width) for cell, width in zip(line, widths, strict=True)).rstrip() for line in lines]
-    text.insert(1, "  ".join("─" * width for width in widths))
-    return "\n".join([_headline(plan), "", *text, "", *_adapter_lines(plan), *plan.notes, *_ledger_lines(plan)])
-
-
-def _rule_text(row: Row) -> str:
-    if row.use is None:
-        return "frozen"
-    return brief(row.rule) + (f" × lr {row.use.lr:g}" if row.use.lr != 1.0 else "")
-
-
-def brief(value: object) -> str:
-    """A frozen dataclass as text, with only the fields that differ from their defaults.
-
-    >>> from lowrank.optim.rules import AdamW
-    >>> brief(AdamW()), brief(AdamW(eps=1e-6))
-    ('AdamW', 'AdamW(eps=1e-06)')
-    """
-    if not is_dataclass(value) or isinstance(value, type):
-        return str(value)
-    shown = []
-    for f in fields(value):
-        default = f.default_factory() if f.default_factory is not MISSING else f.default
-        if getattr(value, f.name) != default:
-            shown.append(f"{f.name}={brief(getattr(value, f.name))}")
-    return type(value).__name__ + (f"({', '.join(shown)})" if shown else "")
-
-
-def _headline(plan: Plan) -> str:
-    total, trained = plan.parameters_total, plan.parameters_trained
-    share = f"{trained / 1e6:.3f} M of {total / 1e6:.3f} M parameters train ({trained / total:.2%})"
-    return f"method {plan.method.name}: {share}"
-
-
-def _adapter_lines(plan: Plan) -> list[str]:
-    kinds: dict[str, list[str]] = {}
-    for name, adapter in plan.adapters.items():
-        kinds.setdefault(brief(adapter.config or type(adapter).__name__), []).append(name)
-    lines = [f"{len(names)} layers with {kind}" for kind, names in kinds.items()]
-    if plan.method.merge is not None:
-        lines.append(brief(plan.method.merge))
-    return lines
-
-
-def _ledger_lines(plan: Plan) -> list[str]:
-    sheet = plan.ledger
-    where = "memory of this rank" if plan.shards else "memory"
-    return [
-        f"{where}: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)}"
-        f" + kept {megabytes(sheet.kept)}"
-        f" + gradients {megabytes(sheet.gradients)} + state {megabytes(sheet.state)} = {megabytes(sheet.total)}"
-        f" ({megabytes(sheet.total_per_layer)} with per-layer updates); activations come on top"
-    ]

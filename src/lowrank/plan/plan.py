@@ -26,9 +26,11 @@ from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import OneFactor
 from lowrank.optim.state import check_forgets
-from lowrank.plan.assignment import Across, Binding, Row
-from lowrank.plan.memory import Ledger, ledger, table
+from lowrank.plan.assignment import Binding
+from lowrank.plan.memory import Ledger, ledger
+from lowrank.plan.row import Across, Row
 from lowrank.plan.synchronisation import Synchroniser
+from lowrank.plan.table import table
 
 
 @dataclass
