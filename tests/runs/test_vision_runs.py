@@ -42,6 +42,23 @@ def train(out: Path, data: Path | str, method: str = "lora", *more: str) -> int:
     return main([*words, "--out", str(out), *(more or ("--epochs", "2"))])
 
 
+def test_a_run_killed_in_its_report_is_finished_by_resuming(
+    tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def killed(*_: object) -> None:
+        raise KeyboardInterrupt
+
+    with monkeypatch.context() as patched:
+        patched.setattr("lowrank.evaluate.image_report.write_report", killed)
+        assert train(tmp_path / "x", file) == 130
+    for _ in range(2):
+        assert not (tmp_path / "x" / "summary.json").exists()
+        assert main(["train", "--resume", str(tmp_path / "x"), "--quiet"]) == 0
+        assert (tmp_path / "x" / "clinic" / "metrics.json").is_file()
+        (tmp_path / "x" / "summary.json").unlink()  # and killed once more
+    assert sum("test_auc" in record for record in read_log(tmp_path / "x" / "log.jsonl")) == 1
+
+
 @pytest.mark.parametrize("method", METHODS)
 def test_a_run_prints_auc_and_acc_per_epoch_and_on_the_test_split(
     tmp_path: Path, file: Path, method: str, capsys: pytest.CaptureFixture[str]

@@ -25,7 +25,7 @@ def test_what_was_there_stays_until_the_new_is_whole(tmp_path: Path, monkeypatch
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr(files.os, "fsync", full)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(files.NotWrittenError, match=r"a.json could not be written: the disk is full; what was there"):
         write_json(path, {})
     assert read_json(path)["a"][0] == 1
     assert os.listdir(tmp_path) == ["a.json"]

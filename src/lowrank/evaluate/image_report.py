@@ -37,7 +37,7 @@ from lowrank.data.images.set import Kind
 from lowrank.evaluate.evaluator import tallied
 from lowrank.evaluate.image_metrics import calibration_error, image_metrics, one_hot, predicted
 from lowrank.infra import checkpoint
-from lowrank.infra.files import write_json
+from lowrank.infra.files import write_json, write_text_atomically
 from lowrank.run.session import Session, pick_checkpoint
 
 RESAMPLES, SPECIFICITY = 1000, 0.9
@@ -105,7 +105,7 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     figures = report_figures(judged, resampled=resampled, specificity=specificity, seed=seed)
     write_json(folder / "metrics.json", figures)
-    (folder / "report.md").write_text(_markdown(figures), encoding="utf-8")
+    write_text_atomically(folder / "report.md", _markdown(figures))
     _write_predictions(folder / "predictions.csv", judged)
     try:
         from lowrank.evaluate import image_pictures

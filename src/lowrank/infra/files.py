@@ -6,6 +6,7 @@ up, leaves what was there before.
 
 from __future__ import annotations
 
+import errno
 import json
 import math
 import os
@@ -28,11 +29,24 @@ class FolderInUseError(OSError):
     """Another process writes the folder; the message says which."""
 
 
+class NotWrittenError(OSError):
+    """A file that could not be written; what was there before still is."""
+
+    def __init__(self, path: Path, error: OSError):
+        full = error.errno == errno.ENOSPC
+        cause, remedy = ("the disk is full", "make room") if full else (str(error), "mend that")
+        super().__init__(
+            f"{path} could not be written: {cause}; what was there before is untouched: {remedy} and do it again "
+            "(a run is resumed)"
+        )
+        self.errno = error.errno
+
+
 def write_text_atomically(path: Path, text: str) -> None:
     """Write ``text`` in UTF-8 to ``path``, whole or not at all.
 
     Raises:
-        OSError: the disk is full, or refuses; what was there before still is.
+        NotWrittenError: the disk is full, or refuses.
     """
     beside = path.with_name(f".{path.name}.writing")
     try:
@@ -41,10 +55,10 @@ def write_text_atomically(path: Path, text: str) -> None:
             file.flush()
             os.fsync(file.fileno())
         beside.replace(path)
-    except OSError:
+    except OSError as error:
         with suppress(OSError):
             beside.unlink(missing_ok=True)
-        raise
+        raise NotWrittenError(path, error) from error
 
 
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:

@@ -32,6 +32,7 @@ from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
 from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.convert import nearest
+from lowrank.infra.files import write_json
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.run import Call
@@ -141,7 +142,7 @@ def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -
     save_file(
         {name: t.detach().contiguous() for name, t in tensors.items()}, out / "adapter.safetensors", {"format": "pt"}
     )
-    (out / "adapter.json").write_text(json.dumps(info.to_json(), indent=2) + "\n")
+    write_json(out / "adapter.json", info.to_json())
 
 
 def read_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any, TypeAlias
 
 from lowrank.infra.extras import import_extra
+from lowrank.infra.files import write_text_atomically
 from lowrank.report.table import (
     Result,
     Row,
@@ -52,8 +53,8 @@ def write(results: Sequence[Result], out: Path) -> None:
         markdown += [f"## {printable(group.title)}"] if group.title else []
         markdown += [markdown_table(*cells(chosen)), f"![loss curves]({picture.name})"]
         markdown += ["Every learning rate tried:", markdown_table(*tried)] if tried else []
-    (out / "report.md").write_text("\n\n".join(markdown) + "\n", encoding="utf-8")
-    (out / "report.html").write_text(_page(results, sections, apart(found)), encoding="utf-8")
+    write_text_atomically(out / "report.md", "\n\n".join(markdown) + "\n")
+    write_text_atomically(out / "report.html", _page(results, sections, apart(found)))
 
 
 def draw_curves(chosen: Sequence[Row], path: Path) -> None:
