@@ -9,12 +9,8 @@ from __future__ import annotations
 
 import io
 import os
-import platform
 import re
-import shlex
 import sys
-import tempfile
-import traceback
 from collections.abc import Callable, Sequence
 from dataclasses import fields
 
@@ -261,6 +257,11 @@ def _mendable(error: Exception) -> str | None:
 
 def _reported(words: Sequence[str], error: Exception) -> str:
     """Words for an error that should not have been; all about it is in a file."""
+    import platform
+    import shlex
+    import tempfile
+    import traceback
+
     versions = f"lowrank {__version__}, Python {platform.python_version()}, {platform.platform()}"
     trace = "".join(traceback.format_exception(error))
     short = f"this should not have happened: {type(error).__name__}: {error}"
