@@ -33,7 +33,7 @@ from lowrank.optim import (
     Residual,
     Rule,
 )
-from lowrank.optim.sharded import on_part
+from lowrank.optim.sharded import on_shard
 from lowrank.optim.state import leaves
 from lowrank.plan.memory import state_bytes as bytes_told
 
@@ -240,7 +240,7 @@ def test_sharded_is_whole(name: str, dim: int, shape: tuple[int, int]) -> None:
 
     def rank(ranks: Any) -> Tensor:
         shard = Shard(shape, dim, ranks)
-        here = on_part(rule, shard, "the weight")
+        here = on_shard(rule, shard, "the weight")
         p, whole = shard.narrow(task.start).clone(), task.start.clone()
         state, of_whole = here.init(p), rule.init(whole)
         for step in range(9):
@@ -251,7 +251,7 @@ def test_sharded_is_whole(name: str, dim: int, shape: tuple[int, int]) -> None:
 
     if name in REFUSES_SHARDS:
         with pytest.raises(ValueError, match=REFUSES_SHARDS[name]):
-            on_part(rule, Shard(shape, dim, Threads(0, 3, Barrier(1), {})), "the weight")  # type: ignore[arg-type]
+            on_shard(rule, Shard(shape, dim, Threads(0, 3, Barrier(1), {})), "the weight")  # type: ignore[arg-type]
         return
     expected = task.start.clone()
     expected, _ = task.run(rule, 9, state=rule.init(expected))

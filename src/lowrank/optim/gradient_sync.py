@@ -29,7 +29,7 @@ BUCKET = 4 * 2**20  # bytes: the smaller a bucket, the sooner the first sum star
 
 
 def dense(g: Tensor | None) -> Tensor:
-    """The gradient, or the part of it here.
+    """The gradient, or the shard of it here.
 
     Raises:
         RuntimeError: it is sparse.
@@ -40,12 +40,12 @@ def dense(g: Tensor | None) -> Tensor:
     return to_local(g)
 
 
-def clipped(g: Tensor, limit: float, part: Shard | None) -> Tensor:
-    """The gradient, float32 or wider, scaled so that its norm is at most ``limit``; of a ``part`` the whole's norm."""
+def clipped(g: Tensor, limit: float, shard: Shard | None) -> Tensor:
+    """The gradient, float32 or wider, scaled so that its norm is at most ``limit``; of a ``shard`` the whole's norm."""
     g = g.to(wide(g.dtype))
     norm = torch.linalg.vector_norm(g)
-    if part is not None:
-        norm = part.total(norm.square()).sqrt()
+    if shard is not None:
+        norm = shard.total(norm.square()).sqrt()
     return g * (limit / (norm + 1e-6)).clamp(max=1.0)
 
 
@@ -85,7 +85,7 @@ def sum_gradients_(summed: Mapping[nn.Parameter, Group], project: Project, held:
 
 
 class OverlappedSums:
-    """The sums of one optimizer's gradients; told of each gradient, and finished once a step. Final.
+    """The sums of one optimizer's gradients, started as each arrives and finished once a step. Final.
 
     Args:
         summed: over whom each parameter's gradient is summed.

@@ -48,7 +48,7 @@ from lowrank.optim.gradient_sync import OverlappedSums, agree_bases_, clipped, d
 from lowrank.optim.pairs import PairRule, rule_of_each
 from lowrank.optim.rules import Rule, check_rule
 from lowrank.optim.scaler import LayerScaler
-from lowrank.optim.sharded import on_part
+from lowrank.optim.sharded import on_shard
 from lowrank.optim.state import check_forgets, find_saved, forget_smallest_, leaves, mapped, matched
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -81,7 +81,7 @@ class Optimizer(torch.optim.Optimizer):
         expect: label by parameter for those that must have a gradient at the first step; an adapter that was never
             called in the forward pass is found by this.
         seed: of the rounding noise for bfloat16 parameters.
-        intra_worker: the ranks that train in step with this one, which may hold parameters in parts between them.
+        intra_worker: the ranks that train in step with this one, which may hold parameters in shards between them.
         summed: the ranks over which a parameter's gradient is summed before its step; none for who trains it alone, or
             where FSDP has done it.
         agreed: with whom the heads in a parameter share a basis, where they share one.
@@ -126,8 +126,8 @@ class Optimizer(torch.optim.Optimizer):
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._intra_worker = intra_worker
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
-        self._parts: dict[nn.Parameter, Shard | None] = {}
-        self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a part
+        self._shards: dict[nn.Parameter, Shard | None] = {}
+        self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a shard
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
@@ -149,8 +149,8 @@ class Optimizer(torch.optim.Optimizer):
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
                 name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
-                self._parts[p] = shard_of(p, self._intra_worker, name)
-                self._rules[p] = on_part(rule, self._parts[p], name)
+                self._shards[p] = shard_of(p, self._intra_worker, name)
+                self._rules[p] = on_shard(rule, self._shards[p], name)
         except ValueError:
             self.param_groups.pop()
             raise
@@ -294,7 +294,7 @@ class Optimizer(torch.optim.Optimizer):
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
         """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
         if self.clip_per_layer is not None:
-            g = clipped(g, self.clip_per_layer, self._parts[p])
+            g = clipped(g, self.clip_per_layer, self._shards[p])
         rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
         self._write(p, lambda target: rule.apply_([target], [g.to(target.dtype)], [state], lr=lr, decay=decay))
 
@@ -311,12 +311,12 @@ class Optimizer(torch.optim.Optimizer):
         self._write(A, lambda a: self._write(B, lambda b: step_both(a, b)))
 
     def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
-        mine, part = to_local(p), self._parts[p]
+        mine, shard = to_local(p), self._shards[p]
         if p.dtype not in NARROW:
             return change_(mine)
         target = mine.float()
         change_(target)
-        place = (self._place[p][0],) if part is None else (self._place[p][0], part.start)
+        place = (self._place[p][0],) if shard is None else (self._place[p][0], shard.start)
         round_into_(mine, target, generator(p.device, "rounding", self.seed, *place, self.steps))
 
     def _lr(self, group: dict[str, Any]) -> float:
@@ -374,7 +374,7 @@ class Optimizer(torch.optim.Optimizer):
         if projected:
             self._step_projected(p, group, g)
         else:
-            if self._parts[p] is None:  # of a sharded parameter no basis is shared by heads
+            if self._shards[p] is None:  # of a sharded parameter no basis is shared by heads
                 p.grad = g
                 agree_bases_([p], self._rules, self.state, self._agreed)
                 p.grad = None
@@ -427,7 +427,7 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             if 0.0 < share < 1.0:
                 check_forgets(self._rules[p], p, self.name_of(p))
-                if self._parts[p] is not None:
+                if self._shards[p] is not None:
                     raise ValueError(
                         f"the smallest numbers of the state of {self.name_of(p)} cannot be told from a shard of it: "
                         "it is sharded; use share=0 or share=1"

@@ -152,13 +152,13 @@ def together(refreshes: list[Refresh], sum_: Callable[[list[Tensor]], object]) -
     """Run refreshes side by side; ``sum_`` replaces what each of them yields by its sum over all who hold a part."""
     done: dict[int, Subspace] = {}
     while len(done) < len(refreshes):
-        told = []
+        yielded = []
         for i in [i for i in range(len(refreshes)) if i not in done]:
             try:
-                told.append(next(refreshes[i]))
+                yielded.append(next(refreshes[i]))
             except StopIteration as stop:
                 done[i] = stop.value
-        sum_(told)
+        sum_(yielded)
     return [done[i] for i in range(len(refreshes))]
 
 

@@ -1,7 +1,7 @@
-"""Rules on parameters of which every rank holds a part (FSDP2): what each rule sees, and what of its state is here.
+"""Rules on parameters of which every rank holds a shard (FSDP2): what each rule sees, and what of its state is here.
 
-    element-wise   (AdamW, SGD) a number's step depends on that number alone: the rule runs on the part, its state is
-                   the part's
+    element-wise   (AdamW, SGD) a number's step depends on that number alone: the rule runs on the shard, its state is
+                   the shard's
     projected      R = Qᵀ G P and the step U come from the part of G here. Q is whole on every rank; R and its moments
                    are cut as G is along the side that is not projected, and then nothing travels. If the side that is
                    cut is the projected one, R is summed over the ranks and whole on each (``rank`` of the other side)
@@ -9,8 +9,8 @@
     others         (Adafactor's means) need the whole parameter: refused
 
 Stacks of matrices and matrices are cut along rows or columns; a tensor read as one matrix (out, …) along its first
-dimension. ``consolidated_state`` and ``local_state`` go from parts to what one process would have, and back. int8
-moments are kept in blocks of the part: where those are not blocks of the whole, they are coded anew on the way, half a
+dimension. ``consolidated_state`` and ``local_state`` go from shards to what one process would have, and back. int8
+moments are kept in blocks of the shard: where those are not blocks of the whole, they are coded anew on the way, half a
 code off.
 
 Shapes as in ``projected``; with m rows of which mₗ are here, G (mₗ, cols).
@@ -33,61 +33,61 @@ from lowrank.optim.rules import Rule, State
 from lowrank.optim.state import leaves
 
 
-def on_part(rule: Rule, part: Shard | None, name: str) -> Rule:
-    """The rule as it acts on this rank's part of a parameter; itself where the parameter is whole.
+def on_shard(rule: Rule, shard: Shard | None, name: str) -> Rule:
+    """The rule as it acts on this rank's shard of a parameter; itself where the parameter is whole.
 
     Raises:
         ValueError: it cannot; the message names the parameter, the rule and the remedy.
     """
-    if part is None or rule.element_wise:
+    if shard is None or rule.element_wise:
         return rule
     if not isinstance(rule, Projected):
         kind = type(rule.pair if isinstance(rule, OneFactor) else rule).__name__
         raise ValueError(
-            f"{kind} on {name} needs the whole gradient, and each rank has a part of it: use AdamW or "
+            f"{kind} on {name} needs the whole gradient, and each rank has a shard of it: use AdamW or "
             "SGD, alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
         )
-    if rule.rank_for(part.shape) is None:
-        return on_part(rule.inner, part, name)
+    if rule.rank_for(shard.shape) is None:
+        return on_shard(rule.inner, shard, name)
     if rule.one_basis:
         raise ValueError(
             f"{name} is sharded, and a basis that the matrices of a stack share needs all of each: {rule!r}"
         )
-    on_part(rule.inner, part, name)
+    on_shard(rule.inner, shard, name)
     if rule.inner.projects or rule.error_feedback is not None:
         raise ValueError(
             f"{name} is sharded, and {rule!r} keeps more of it than moments of R: use an inner rule that does not "
             "project and error_feedback=None, or --engine ddp"
         )
-    dims = range(len(part.shape) - 2, len(part.shape)) if rule.stack or len(part.shape) == 2 else range(1)
-    if part.dim not in dims:
+    dims = range(len(shard.shape) - 2, len(shard.shape)) if rule.stack or len(shard.shape) == 2 else range(1)
+    if shard.dim not in dims:
         raise ValueError(
-            f"{name} {part.shape} is cut along dimension {part.dim}, which is no side of the matrix that is projected: "
+            f"{name} {shard.shape} is cut along dimension {shard.dim}, no side of the matrix that is projected: "
             "shard with lowrank.plan.fsdp.shard_(plan), which chooses one"
         )
-    return ProjectedPart(**{f.name: getattr(rule, f.name) for f in fields(Projected)}, part=part)
+    return ProjectedShard(**{f.name: getattr(rule, f.name) for f in fields(Projected)}, shard=shard)
 
 
-def crosses(rule: Rule, part: Shard, name: str) -> bool:
+def crosses(rule: Rule, shard: Shard, name: str) -> bool:
     """Whether the rule projects the side along which the parameter is cut, so that R is a sum over the ranks."""
-    here = on_part(rule, part, name)
-    return isinstance(here, ProjectedPart) and here.crosses
+    here = on_shard(rule, shard, name)
+    return isinstance(here, ProjectedShard) and here.crosses
 
 
 @dataclass(frozen=True, kw_only=True)
-class ProjectedPart(Projected):
-    """``Projected`` on a part: shapes are those of the whole, products those of the part. Final."""
+class ProjectedShard(Projected):
+    """``Projected`` on a shard: shapes are those of the whole, products those of the shard. Final."""
 
-    part: Shard = field(repr=False, compare=False)
+    shard: Shard = field(repr=False, compare=False)
 
     @property
     def _whole_shape(self) -> tuple[int, ...]:
-        return self._matrix_shape(self.part.shape)
+        return self._matrix_shape(self.shard.shape)
 
     @property
     def _dim(self) -> int:
         """Of the matrix, the dimension that is cut: −2 for rows, −1 for columns."""
-        return self.part.dim - len(self.part.shape) if len(self.part.shape) == len(self._whole_shape) else -2
+        return self.shard.dim - len(self.shard.shape) if len(self.shard.shape) == len(self._whole_shape) else -2
 
     @property
     def crosses(self) -> bool:
@@ -97,17 +97,17 @@ class ProjectedPart(Projected):
 
     def _stand_in(self, like: Tensor) -> Tensor:
         """A tensor of the whole's shape without memory; its values mean nothing."""
-        return like.new_empty(()).expand(self.part.shape)
+        return like.new_empty(()).expand(self.shard.shape)
 
     def init(self, like: Tensor) -> State:
-        """The state of the part that is ``like`` this one."""
+        """The state of the shard that is ``like`` this one."""
         return super().init(self._stand_in(like))
 
     def inside_shape_here(self) -> tuple[int, ...]:
         """The shape of what this rank has of R."""
         shape = list(inside_shape(self._whole_shape, self.side, self.rank))
         if not self.crosses:
-            shape[self._dim] = self.part.local_shape[self.part.dim]
+            shape[self._dim] = self.shard.local_shape[self.shard.dim]
         return tuple(shape)
 
     def _like_inside(self, g: Tensor) -> Tensor:
@@ -120,48 +120,48 @@ class ProjectedPart(Projected):
 
     def _refresh(self, g: Tensor, state: State) -> Subspace:
         """Of a basis that is drawn at random nothing need be gathered."""
-        whole = self.part.gather(g, self._dim) if self.basis.stored else self._stand_in(g).reshape(self._whole_shape)
+        whole = self.shard.gather(g, self._dim) if self.basis.stored else self._stand_in(g).reshape(self._whole_shape)
         return self._cut(super()._refresh(whole, state))
 
     def _cut(self, whole: Subspace) -> Subspace:
-        """The subspace as the part here sees it."""
+        """The subspace as the shard here sees it."""
         sides: dict[str, Any] = {"left": whole.left, "right": whole.right}
         cut = "left" if self._dim == -2 else "right"
         if sides[cut] is not None:
-            sides[cut] = self.part.narrow(sides[cut], -2)
-        return replace(whole, **sides, total=self.part.total, crosses=self.crosses)
+            sides[cut] = self.shard.narrow(sides[cut], -2)
+        return replace(whole, **sides, total=self.shard.total, crosses=self.crosses)
 
 
-# --- parts and wholes of a state -------------------------------------------------------------------------------------
+# --- shards and wholes of a state -------------------------------------------------------------------------------------
 
 
-def consolidated_state(rule: Rule, part: Shard, state: State, like: Tensor) -> State:
-    """What one process would hold for the whole parameter; ``like`` is the part here. Every rank must call it.
+def consolidated_state(rule: Rule, shard: Shard, state: State, like: Tensor) -> State:
+    """What one process would hold for the whole parameter; ``like`` is the shard here. Every rank must call it.
 
     Args:
-        rule: as the plan has it. state: this rank's, of ``on_part(rule, …)``.
+        rule: as the plan has it. state: this rank's, of ``on_shard(rule, …)``.
     """
-    return _converted(rule, part, state, like, to_whole=True)
+    return _converted(rule, shard, state, like, to_whole=True)
 
 
-def local_state(rule: Rule, part: Shard, whole: State, like: Tensor) -> State:
+def local_state(rule: Rule, shard: Shard, whole: State, like: Tensor) -> State:
     """Of the state of a whole parameter what this rank holds."""
-    return _converted(rule, part, whole, like, to_whole=False)
+    return _converted(rule, shard, whole, like, to_whole=False)
 
 
-def shard_specs(rule: Rule, part: Shard, state: State, like: Tensor) -> dict[str, ShardSpec] | None:
+def shard_specs(rule: Rule, shard: Shard, state: State, like: Tensor) -> dict[str, ShardSpec] | None:
     """How tensors of this rank's state are cut, by their dotted paths; those that are whole are not in it.
 
-    None for a state in 8 bits, whose blocks are of the part: no cut of the whole's.
+    None for a state in 8 bits, whose blocks are of the shard: no cut of the whole's.
     """
-    here = on_part(rule, part, "the parameter")
-    if not isinstance(here, ProjectedPart):
-        moment, cut, moments = tuple(like.shape), ShardSpec(part, part.dim, part.shape), leaves(state)
+    here = on_shard(rule, shard, "the parameter")
+    if not isinstance(here, ProjectedShard):
+        moment, cut, moments = tuple(like.shape), ShardSpec(shard, shard.dim, shard.shape), leaves(state)
     elif here.crosses:
         return {}
     else:
         inside = inside_shape(here._whole_shape, here.side, here.rank)
-        moment, cut = here.inside_shape_here(), ShardSpec(part, len(inside) + here._dim, inside)
+        moment, cut = here.inside_shape_here(), ShardSpec(shard, len(inside) + here._dim, inside)
         moments = leaves(cast(State, state["inner"]), "inner.")
     found = dict(moments)
     if any(path.endswith(".codes") for path in found):
@@ -169,11 +169,11 @@ def shard_specs(rule: Rule, part: Shard, state: State, like: Tensor) -> dict[str
     return {path: cut for path, tensor in found.items() if tuple(tensor.shape) == moment}
 
 
-def _converted(rule: Rule, part: Shard, source: State, like: Tensor, *, to_whole: bool) -> State:
-    here = on_part(rule, part, "the parameter")
-    change = part.gather if to_whole else part.narrow
-    if not isinstance(here, ProjectedPart):
-        whole_like = like.new_empty(()).expand(part.shape)
+def _converted(rule: Rule, shard: Shard, source: State, like: Tensor, *, to_whole: bool) -> State:
+    here = on_shard(rule, shard, "the parameter")
+    change = shard.gather if to_whole else shard.narrow
+    if not isinstance(here, ProjectedShard):
+        whole_like = like.new_empty(()).expand(shard.shape)
         before, after = (like, whole_like) if to_whole else (whole_like, like)
         return _moments_changed(here, source, before, after, lambda m: change(m, None))
     if here.crosses:

@@ -27,7 +27,7 @@ from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ri
 from lowrank.distributed.shards import Shard
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
-from lowrank.optim.sharded import crosses, on_part
+from lowrank.optim.sharded import crosses, on_shard
 from lowrank.plan.fsdp import names_in_blocks
 from lowrank.plan.plan import Plan
 from lowrank.plan.row import Row
@@ -269,6 +269,6 @@ def _bytes_between(row: Row) -> int:
 def _part_between(row: Row, part: Shard, piece: int) -> int:
     """The same for the part of it here."""
     if isinstance(row.rule, Projected) and row.rule.keeps_projected:
-        rule: Any = on_part(row.rule, part, row.name)
+        rule: Any = on_shard(row.rule, part, row.name)
         return math.prod(rule.inside_shape_here()) * _width(row.dtype)
     return piece * _width(row.dtype)

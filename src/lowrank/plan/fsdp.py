@@ -34,7 +34,7 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, all_hold_some, to_local
 from lowrank.infra.fingerprints import digest
 from lowrank.optim.projected import Projected
-from lowrank.optim.sharded import crosses, on_part
+from lowrank.optim.sharded import crosses, on_shard
 from lowrank.plan.memory import megabytes
 from lowrank.plan.plan import Plan
 from lowrank.plan.row import Row
@@ -60,7 +60,7 @@ def shard_(plan: Plan) -> None:
     parts = {name: part for name, part in parts.items() if id(parameters[name]) not in shared}
     for row in plan.rows:
         if row.rule is not None:
-            on_part(row.rule, parts.get(row.name), row.name)
+            on_shard(row.rule, parts.get(row.name), row.name)
     dims = {id(parameters[name]): part.dim for name, part in parts.items()}
     _fully_shard_(plan.model, {p for p in parameters.values() if id(p) not in dims}, dims, ranks)
     for _, layer in adapted_layers(plan.model):

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from lowrank.optim.rules import Rule, State
-from lowrank.optim.sharded import on_part
+from lowrank.optim.sharded import on_shard
 
 if TYPE_CHECKING:
     from lowrank.plan.plan import Plan
@@ -72,7 +72,7 @@ def _held(row: Row, plan: Plan) -> Row:
     part = plan.shards.get(row.name)
     if part is None:
         return row
-    rule = None if row.rule is None else on_part(row.rule, part, row.name)
+    rule = None if row.rule is None else on_shard(row.rule, part, row.name)
     return replace(row, shape=part.local_shape, rule=rule)
 
 
