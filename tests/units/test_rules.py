@@ -73,14 +73,6 @@ def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
         torch.testing.assert_close(p, q.detach())
 
 
-def test_decay_is_decoupled() -> None:
-    """p(1 − lr·decay): a zero gradient leaves the decay alone, and the moments empty."""
-    for rule in (AdamW(), SGD(momentum=0.9)):
-        (p,), state = [torch.ones(3)], rule.init(torch.ones(3))
-        step_by_update(rule, [p], [torch.zeros(3)], [state], 0.1, 0.5)
-        torch.testing.assert_close(p, torch.full((3,), 0.95))
-
-
 @pytest.mark.parametrize(
     ("make", "words"),
     [

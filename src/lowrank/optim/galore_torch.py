@@ -35,7 +35,7 @@ from lowrank.linalg.basis import SVD
 from lowrank.linalg.rounding import round_into_, wide
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.projected import Projected
-from lowrank.optim.refresh import copy_into_
+from lowrank.optim.refresh import copy_into_, count
 from lowrank.optim.rules import AdamW, Rule, State
 
 SIDES = {"std": "short", "reverse_std": "long", "left": "left", "right": "right", "full": "both"}
@@ -47,8 +47,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
     """The base of the three drop-ins: a group with ``rank`` is projected, its other keys default to galore-torch's."""
 
     def __init__(self, params: Params, defaults: dict[str, Any], *, per_layer: bool):
-        if defaults["weight_decay"] < 0:
-            raise ValueError(f"weight_decay={defaults['weight_decay']} must not be negative")
+        for name in ("lr", "weight_decay"):
+            if defaults[name] is not None and not defaults[name] >= 0:
+                raise ValueError(f"{name}={defaults[name]} must not be negative")
         self._per_layer = per_layer
         self._warned = False
         self._numbers: dict[Tensor, int] = {}
@@ -104,7 +105,7 @@ class GaLoreOptimizer(torch.optim.Optimizer):
         target = p.detach().to(wide(p.dtype))
         self._advance_(rule, target, g.to(target.dtype), state, group)
         if target.dtype is not p.dtype:
-            round_into_(p.detach(), target, generator(p.device, "rounding", self._number(p), int(step_of(state))))
+            round_into_(p.detach(), target, generator(p.device, "rounding", self._number(p), count(state, "step")))
 
     def _number(self, p: Tensor) -> int:
         """Which parameter it is, in the order of the groups: parameters that are alike round each in its own way."""
@@ -192,10 +193,6 @@ def _projected(inner: Any, rank: int, update_proj_gap: int, scale: float, proj_t
     )
 
 
-def step_of(state: State) -> int:
-    return int(cast(Tensor, state["step"]))
-
-
 def _check_group(group: dict[str, Any]) -> None:
     if group["proj_type"] not in SIDES:
         raise ValueError(f"proj_type={group['proj_type']!r} is unknown; it is one of {', '.join(SIDES)}")
@@ -203,11 +200,6 @@ def _check_group(group: dict[str, Any]) -> None:
         _projected(AdamW(), group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"])
     except ValueError as error:
         raise ValueError(str(error).replace("refresh_every", "update_proj_gap")) from None
-
-
-def check_lr(lr: float) -> None:
-    if not lr >= 0:
-        raise ValueError(f"lr={lr} must not be negative")
 
 
 class GaLoreAdamW(GaLoreOptimizer):
@@ -241,7 +233,6 @@ class GaLoreAdamW(GaLoreOptimizer):
         *,
         per_layer: bool = False,
     ):
-        check_lr(lr)
         AdamW(betas=tuple(betas), eps=eps)  # type: ignore[arg-type]  # its checks
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay, "correct_bias": correct_bias}
         super().__init__(params, defaults, per_layer=per_layer)
@@ -287,7 +278,6 @@ class GaLoreAdamW8bit(GaLoreOptimizer):
         for name, (given, default) in {**only, "is_paged": (is_paged, False)}.items():
             if given != default:
                 raise ValueError(f"{name}={given!r} is not supported; leave it at {default!r}")
-        check_lr(lr)
         AdamW(betas=tuple(betas), eps=eps)  # type: ignore[arg-type]  # its checks
         self._min_8bit_size = min_8bit_size
         defaults = {"lr": lr, "betas": betas, "eps": eps, "weight_decay": weight_decay}
@@ -337,8 +327,6 @@ class GaLoreAdafactor(GaLoreOptimizer):
             raise ValueError("relative_step=False needs an lr")
         if warmup_init and not relative_step:
             raise ValueError("warmup_init=True needs relative_step=True")
-        if lr is not None:
-            check_lr(lr)
         defaults = {"lr": lr, "eps": eps, "clip_threshold": clip_threshold, "decay_rate": decay_rate, "beta1": beta1}
         defaults |= {"weight_decay": weight_decay, "scale_parameter": scale_parameter, "relative_step": relative_step}
         super().__init__(params, {**defaults, "warmup_init": warmup_init}, per_layer=per_layer)
@@ -367,7 +355,7 @@ class GaLoreAdafactor(GaLoreOptimizer):
     def _lr(target: Tensor, state: State, group: dict[str, Any]) -> float:
         lr = group["lr"]
         if group["relative_step"]:
-            t = step_of(state) + 1
+            t = count(state, "step") + 1
             lr = min(1e-6 * t if group["warmup_init"] else 1e-2, t**-0.5)
         if group["scale_parameter"]:
             rms = float(torch.linalg.vector_norm(target)) / target.numel() ** 0.5
