@@ -2,6 +2,7 @@
 
 import gzip
 import io
+import json
 import os
 from collections.abc import Callable
 from pathlib import Path
@@ -237,3 +238,36 @@ def test_the_real_sample(shared_data: Path) -> None:
     assert documents[0].startswith("(CNN)Share, and your gift will be multiplied.")
     text = "".join(open_source(shared_data / "tinyshakespeare.txt").documents())
     assert text.encode() == (shared_data / "tinyshakespeare.txt").read_bytes()
+
+
+# Documents in plain text, JSON arrays, and what `datasets` saves
+
+
+def test_plain_text_may_hold_documents(write: Write) -> None:
+    lines = write("a.txt", "one\ntwo\n\nthree\n")
+    assert list(open_source(lines).documents()) == ["one\ntwo\n\nthree\n"]
+    assert list(open_source(lines, separator="\\n").documents()) == ["one", "two", "three"]
+    marked = write("b.txt", "a b<|endoftext|>c\nd<|endoftext|>")
+    assert list(open_source(marked, separator="<|endoftext|>").documents()) == ["a b", "c\nd"]
+    assert open_source(lines).fingerprint != open_source(lines, separator="\\n").fingerprint
+    with pytest.raises(ValueError, match="a table, whose rows are its documents"):
+        open_source(write("c.jsonl", '{"text": "x"}'), separator="\\n")
+
+
+def test_a_separator_is_found_across_pieces(write: Write) -> None:
+    documents = ["x" * (PIECE_BYTES - 3), "y" * (2 * PIECE_BYTES), "z"]
+    path = write("a.txt", "<|end|>".join(documents))
+    assert list(open_source(path, separator="<|end|>").documents()) == documents
+
+
+def test_an_array_and_a_saved_data_set_are_tables(write: Write, tmp_path: Path) -> None:
+    rows = [{"text": "one", "n": 1}, {"text": "two", "n": 2}]
+    assert list(open_source(write("a.json", json.dumps(rows, indent=1))).documents()) == ["one", "two"]
+    with pytest.raises(ValueError, match=r"a\.json: not JSON"):
+        list(open_source(write("b/a.json", "[1,")).documents())
+    datasets = pytest.importorskip("datasets")
+    datasets.Dataset.from_list(rows).save_to_disk(tmp_path / "saved")
+    parts = {"train": datasets.Dataset.from_list(rows), "validation": datasets.Dataset.from_list(rows[:1])}
+    datasets.DatasetDict(parts).save_to_disk(tmp_path / "both")
+    assert list(open_source(tmp_path / "saved").documents()) == ["one", "two"]
+    assert list(open_source(tmp_path / "both").documents("val")) == ["one"]

@@ -155,7 +155,7 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     if source is None and not options and not session.data.unread:
         return session
     if source is not None and session.run.task == "text" and not is_own(source):
-        own = dict.fromkeys(("data.column", "data.delimiter", "data.limit"))
+        own = dict.fromkeys(("data.column", "data.delimiter", "data.separator", "data.limit"))
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
     if source is None and session.data.unread and not Path(str(session.run.data.args.get("source"))).exists():
         source = session.data.origin or None  # the run's own, where it was given from another working directory

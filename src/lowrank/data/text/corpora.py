@@ -291,6 +291,7 @@ def text(
     tokenizer: str | None = None,
     column: str | None = None,
     delimiter: str | None = None,
+    separator: str | None = None,
     context: int = 128,
     packing: Packing = "packed",
     val_fraction: float | None = None,
@@ -303,7 +304,7 @@ def text(
         source: a name from ``lowrank data list``, a file, a folder, or a folder of tokens.
         context: tokens in a sequence.
         packing: ``packed`` cuts the text into windows; ``documents`` takes one document a sequence, cut or padded.
-        tokenizer, column, delimiter, val_fraction, test_fraction, limit: as in :func:`lowrank.data.prepare`.
+        tokenizer, column, delimiter, separator, val_fraction, test_fraction, limit: as in :func:`lowrank.data.prepare`.
 
     Raises:
         ValueError, OSError: as in :func:`lowrank.data.prepare`.
@@ -315,6 +316,7 @@ def text(
         tokenizer=tokenizer,
         column=column,
         delimiter=delimiter,
+        separator=separator,
         val_fraction=val_fraction,
         test_fraction=test_fraction,
         limit=limit,
@@ -329,6 +331,7 @@ def stream(
     tokenizer: str = "t5-base",
     column: str | None = None,
     delimiter: str | None = None,
+    separator: str | None = None,
     context: int = 256,
     packing: Packing = "documents",
 ) -> StreamedText:
@@ -337,14 +340,14 @@ def stream(
     Resuming reads the source again up to its place.
 
     Args:
-        source, column, delimiter: as in ``text``.
+        source, column, delimiter, separator: as in ``text``.
         tokenizer: one that exists already (``bytes``, or transformers'); the papers' is T5's.
         context, packing: as in ``text``; the papers' are 256 and one document a sequence.
     """
     if tokenizer == "chars" or tokenizer.startswith("bpe:"):
         raise ValueError(f"data.tokenizer={tokenizer!r} is learnt from the whole text, which a stream does not have")
     return StreamedText(
-        open_source(source, column=column, delimiter=delimiter),
+        open_source(source, column=column, delimiter=delimiter, separator=separator),
         pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
         context,
         packing,

@@ -48,6 +48,7 @@ def prepare(
     tokenizer: str | None = None,
     column: str | None = None,
     delimiter: str | None = None,
+    separator: str | None = None,
     val_fraction: float | None = None,
     test_fraction: float | None = None,
     limit: int | None = None,
@@ -62,6 +63,8 @@ def prepare(
         tokenizer: ``bytes`` (the default), ``chars``, ``bpe:N``, or a tokenizer of transformers by name or folder.
         column: the text's column in tables; by default the first of text, article, content, … that there is.
         delimiter: what stands between the cells of CSV files; by default what their header says.
+        separator: what stands between the documents of plain text, such as <|endoftext|>, or \\n for one document a
+            line; by default each file is one document.
         val_fraction, test_fraction: shares to hold out where the source has no such split (default 0.05 each).
         limit: at most so many UTF-8 bytes of each of the source's own splits.
         out: a folder to write instead of the cache.
@@ -73,15 +76,16 @@ def prepare(
         OSError: a download that failed, a place that cannot be written, a full disk.
     """
     if not isinstance(source, Source) and str(source) not in SOURCES and holds_tokens(Path(source).expanduser()):
-        given = {"column": column, "delimiter": delimiter, "val_fraction": val_fraction}
+        given = {"column": column, "delimiter": delimiter, "separator": separator, "val_fraction": val_fraction}
         _refuse_options(source, given | {"test_fraction": test_fraction, "limit": limit, "out": out})
         return Tokens.load(source, tokenizer=tokenizer)
     check_tokenizer_spec(tokenizer or "bytes")
     if limit is not None and limit < 1:
         raise ValueError(f"limit must be at least 1, not {limit!r}")
-    opened = source if isinstance(source, Source) else open_source(source, column=column, delimiter=delimiter)
-    if opened is source and (column is not None or delimiter is not None):
-        raise ValueError("column and delimiter are chosen when a source is opened: open_source(path, column=…)")
+    how = {"column": column, "delimiter": delimiter, "separator": separator}
+    opened = source if isinstance(source, Source) else open_source(source, **how)
+    if opened is source and any(value is not None for value in how.values()):
+        raise ValueError(f"{', '.join(how)} are chosen when a source is opened: open_source(path, column=…)")
     request = Request(
         source=opened,
         tokenizer=tokenizer or "bytes",

@@ -32,13 +32,20 @@ SHORT = 20  # headings and single words may repeat
 ROWS = 256  # rows fetched at a time
 
 
-def open_source(name_or_path: str | Path, *, column: str | None = None, delimiter: str | None = None) -> Source:
+def open_source(
+    name_or_path: str | Path,
+    *,
+    column: str | None = None,
+    delimiter: str | None = None,
+    separator: str | None = None,
+) -> Source:
     """A source of text by name, or from a local file or folder (one that is called like a source is written ``./c4``).
 
     Args:
         name_or_path: ``builtin``, a corpus of ``list_sources``, or a path.
         column: the text's column in tables.
         delimiter: what stands between the cells of CSV files; by default what their header says.
+        separator: what stands between the documents of plain files; by default each file is one.
 
     Raises:
         FileNotFoundError: neither a name nor a path.
@@ -46,12 +53,12 @@ def open_source(name_or_path: str | Path, *, column: str | None = None, delimite
     """
     path, name = Path(name_or_path).expanduser(), str(name_or_path)
     if name in SOURCES:
-        for option, value in (("column", column), ("delimiter", delimiter)):
+        for option, value in (("column", column), ("delimiter", delimiter), ("separator", separator)):
             if value is not None:
-                raise ValueError(f"{name} has its own text column: leave {option}={value!r} out")
+                raise ValueError(f"{name} has its own text column and documents: leave {option}={value!r} out")
         return SOURCES[name].open()
     if path.exists():
-        return open_files(path, column=column, delimiter=delimiter)
+        return open_files(path, column=column, delimiter=delimiter, separator=separator)
     near = difflib.get_close_matches(name, SOURCES, n=1)
     raise FileNotFoundError(
         f"no file or folder {name!r} and no source of that name{nearest_names(path)}"
