@@ -81,6 +81,8 @@ OTHER: dict[str, object] = {
     "restart_warmup": 1,
     "rest_every": 7,
     "outer_momentum": 0.9,
+    "betas": (0.5, 0.7),
+    "eps": 1e-3,
 }
 
 

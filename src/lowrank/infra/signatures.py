@@ -15,10 +15,11 @@ import typing
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Union, get_type_hints
+from typing import Any, Literal, TypeVar, Union, get_type_hints
 
 from lowrank.infra.convert import can_be_set
 
+T = TypeVar("T")
 REQUIRED = inspect.Parameter.empty
 PACKAGE = Path(__file__).resolve().parents[1]
 
@@ -36,6 +37,8 @@ class Signature:
 def signature_of(function: Callable[..., Any]) -> Signature:
     """Parameters that take objects (a rule, a schedule) are left out, and so are ``*args`` and ``**kwargs``."""
     hints = get_type_hints(function)
+    for more in getattr(function, "__also__", ()):
+        hints |= get_type_hints(more)
     named = (inspect.Parameter.POSITIONAL_OR_KEYWORD, inspect.Parameter.KEYWORD_ONLY)
     parameters = [each for each in inspect.signature(function).parameters.values() if each.kind in named]
     kinds = {each.name: hints[each.name] for each in parameters if each.name in hints}
@@ -60,7 +63,32 @@ def read(file: Path, name: str) -> Signature:
     pairs = list(zip([*placed, *only], [*values, *node.args.kw_defaults], strict=True))
     kinds = {each.arg: source.annotation(each.annotation) for each, _ in pairs if each.annotation}
     defaults = {each.arg: REQUIRED if value is None else source.constant(value) for each, value in pairs}
+    for more in filter(None, map(source.also, node.decorator_list)):
+        kinds, defaults = kinds | dict(more.kinds), defaults | dict(more.defaults)
     return _signature(name, ast.get_docstring(node), kinds, defaults)
+
+
+def also(more: Callable[..., Callable[[T], T]]) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """The function below takes the keyword arguments of ``more`` beside its own: its result is ``more(…)(result)``.
+
+    @also(groups)
+    def galore(*, rank: int = 128) -> Method: ...        # galore(rank=4, head_lr=0.1)
+    """
+    added = inspect.signature(more).parameters.values()
+
+    def extended(function: Callable[..., T]) -> Callable[..., T]:
+        own = inspect.signature(function)
+
+        @functools.wraps(function)
+        def both(*args: Any, **options: Any) -> T:
+            told = {each.name: options.pop(each.name) for each in added if each.name in options}
+            return more(**told)(function(*args, **options))
+
+        both.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
+        both.__also__ = more, *getattr(function, "__also__", ())  # type: ignore[attr-defined]
+        return both
+
+    return extended
 
 
 def module_file(module: str) -> Path:
@@ -81,7 +109,7 @@ class Source:
     """A source file, parsed: what its names stand for at the top level."""
 
     def __init__(self, file: Path):
-        text = file.read_text(encoding="utf-8")
+        self.file, text = file, file.read_text(encoding="utf-8")
         try:
             self.tree = ast.parse(text)
         except (SyntaxError, ValueError) as error:
@@ -97,6 +125,16 @@ class Source:
                 self.names[node.target.id] = node.value
             elif isinstance(node, ast.ImportFrom) and node.module:
                 self.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
+
+    def also(self, decorator: ast.expr) -> Signature | None:
+        """What a decorator ``also(more)`` adds: the signature of ``more``, of this file or of this package."""
+        match decorator:
+            case ast.Call(func=ast.Name(id="also"), args=[ast.Name(id=name)]):
+                if isinstance(self.names.get(name), ast.FunctionDef):
+                    return read(self.file, name)
+                module, original = self.imports.get(name, ("", ""))
+                return read(module_file(module), original) if module.startswith("lowrank.") else None
+        return None
 
     def annotation(self, node: ast.AST) -> Any:
         """The type that an annotation stands for."""

@@ -17,7 +17,10 @@ where the defaults differ. Arguments mean the same everywhere:
   intervals), which is what ``"auto"`` does for methods whose heads split the batch;
 * ``freeze``: patterns frozen in any case, such as ``"*.bias"``, ``"wte"`` or ``"first:4"`` (the first four blocks);
 * ``ties``: a chosen layer whose weight is tied to another's (GPT-2's ``lm_head`` and ``wte``): ``"adapt"`` both as the
-  one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first.
+  one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first;
+* ``embedding_lr``, ``head_lr``, ``vector_lr`` and ``embedding_decay``, ``head_decay``, ``vector_decay``: ratios to the
+  run's learning rate and weight decay for embedding tables, output layers, and norms and biases; ``betas``, ``eps``: of
+  every rule of Adam's kind. Every method takes these (``lowrank.methods.groups``).
 """
 
 from typing import TYPE_CHECKING
@@ -41,7 +44,7 @@ if TYPE_CHECKING:
         relora,
         rslora,
     )
-    from lowrank.methods.method import Adapt, Family, Method, Use
+    from lowrank.methods.method import Adapt, Family, Groups, Method, Use
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -60,6 +63,7 @@ __all__ = [
     "METHODS",
     "Adapt",
     "Family",
+    "Groups",
     "Method",
     "Use",
     "apollo",

@@ -26,6 +26,8 @@ from lowrank.adapters.compression import Compression
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
+from lowrank.infra.signatures import also
+from lowrank.methods.groups import groups
 from lowrank.methods.low_rank_gradients import BasisName, Embeddings, basis_named, embedding_rules
 from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use
 from lowrank.optim.projected import Projected
@@ -35,6 +37,7 @@ Kind = Literal["mixed", "explorers"]
 
 
 @register("method", family="both")
+@also(groups)
 def lte_galore(
     kind: Kind = "mixed",
     *,

@@ -14,7 +14,9 @@ from typing import Literal
 from lowrank.adapters.targets import Targets
 from lowrank.infra.convert import nearest
 from lowrank.infra.registry import register
+from lowrank.infra.signatures import also
 from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
+from lowrank.methods.groups import groups
 from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.lifts import Rescale, Residual
@@ -36,6 +38,7 @@ def basis_named(name: str) -> Basis:
 
 
 @register("method", family="projected")
+@also(groups)
 def galore(
     target_modules: Targets = "all-linear",
     *,
@@ -72,6 +75,7 @@ def galore(
 
 
 @register("method", family="projected")
+@also(groups)
 def galore_8bit(
     target_modules: Targets = "all-linear",
     *,
@@ -103,6 +107,7 @@ def galore_8bit(
 
 
 @register("method", family="projected")
+@also(groups)
 def galore_adafactor(
     target_modules: Targets = "all-linear",
     *,
@@ -121,6 +126,7 @@ def galore_adafactor(
 
 
 @register("method", family="projected")
+@also(groups)
 def apollo(
     target_modules: Targets = "all-linear",
     *,
@@ -142,6 +148,7 @@ def apollo(
 
 
 @register("method", family="projected")
+@also(groups)
 def apollo_mini(
     target_modules: Targets = "all-linear",
     *,
@@ -169,6 +176,7 @@ def apollo_mini(
 
 
 @register("method", family="projected")
+@also(groups)
 def fira(
     target_modules: Targets = "all-linear",
     *,

@@ -9,18 +9,22 @@ from lowrank.adapters.compression import Compression
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
+from lowrank.infra.signatures import also
+from lowrank.methods.groups import groups
 from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
 from lowrank.methods.schedule import Rewarm
 from lowrank.optim.rules import AdamW
 
 
 @register("method", family="none")
+@also(groups)
 def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
     """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
     return Method(name="full", rest=rest, freeze=freeze)
 
 
 @register("method", family="none")
+@also(groups)
 def frozen(
     target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
 ) -> Method:
@@ -32,12 +36,14 @@ def frozen(
 
 
 @register("method", family="none")
+@also(groups)
 def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> Method:
     """Linear probing (Alain and Bengio, arXiv 1610.01644): the output layer alone is trained, all else is frozen."""
     return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
 
 
 @register("method", family="adapter")
+@also(groups)
 def lora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -59,6 +65,7 @@ def lora(
 
 
 @register("method", family="adapter")
+@also(groups)
 def rslora(
     target_modules: Targets = ("q", "v"),
     *,
@@ -80,6 +87,7 @@ def rslora(
 
 
 @register("method", family="adapter")
+@also(groups)
 def dora(
     target_modules: Targets = "all-linear",
     *,
@@ -98,6 +106,7 @@ def dora(
 
 
 @register("method", family="adapter")
+@also(groups)
 def pissa(
     target_modules: Targets = "all-linear",
     *,
@@ -119,6 +128,7 @@ def pissa(
 
 
 @register("method", family="adapter")
+@also(groups)
 def lora_plus(
     target_modules: Targets = ("q", "v"),
     *,
@@ -144,6 +154,7 @@ def lora_plus(
 
 
 @register("method", family="adapter")
+@also(groups)
 def multihead_lora(
     target_modules: Targets = "all-linear",
     *,
@@ -168,6 +179,7 @@ def multihead_lora(
 
 
 @register("method", family="adapter")
+@also(groups)
 def lte(
     target_modules: Targets = "all-linear",
     *,
@@ -226,6 +238,7 @@ def lte(
 
 
 @register("method", family="adapter")
+@also(groups)
 def relora(
     target_modules: Targets = "all-linear",
     *,

@@ -6,8 +6,9 @@ merged into the weights (merge).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields
 from typing import Literal, get_args
 
 from lowrank.adapters import Adapter, Merge, Site, Unchanged
@@ -21,6 +22,7 @@ from lowrank.optim.rules import AdamW, Rule, check_rule
 Rest = Literal["auto", "train", "freeze", "local"]
 Ties = Literal["adapt", "leave", "untie"]
 Family = Literal["adapter", "projected", "both", "none"]
+Group = Literal["embedding", "head", "vector"]
 FACTORS = ("*.adapters.*",)
 FACTOR_B = ("*.adapters.*.B",)
 
@@ -64,6 +66,41 @@ class Use:
 
 
 @dataclass(frozen=True, kw_only=True)
+class Groups:
+    """Ratios to the run's learning rate and weight decay, by group (``methods.groups``).
+
+    Raises:
+        ValueError: a rate that is not above 0, a decay below 0.
+    """
+
+    embedding_lr: float = 1.0
+    head_lr: float = 1.0
+    vector_lr: float = 1.0
+    embedding_decay: float = 1.0
+    head_decay: float = 1.0
+    vector_decay: float = 1.0
+
+    def __post_init__(self) -> None:
+        for each in fields(self):
+            value, least = getattr(self, each.name), "above 0" if each.name.endswith("_lr") else "0 or more"
+            if not (math.isfinite(value) and (value > 0 or (value == 0 and least != "above 0"))):
+                remedy = "; freeze= freezes parameters" if least == "above 0" else ""
+                raise ValueError(f"{each.name}={value} is a ratio to the run's and must be {least}{remedy}")
+
+    def lr(self, group: Group | None) -> float:
+        return 1.0 if group is None else getattr(self, f"{group}_lr")
+
+    def decay(self, group: Group | None) -> float:
+        return 1.0 if group is None else getattr(self, f"{group}_decay")
+
+    def told(self) -> dict[str, Group]:
+        """The ratios that are not 1 and the groups that they are for."""
+        names: tuple[Group, ...] = ("embedding", "head", "vector")
+        each = {f"{group}_{what}": group for group in names for what in ("lr", "decay")}
+        return {name: group for name, group in each.items() if getattr(self, name) != 1.0}
+
+
+@dataclass(frozen=True, kw_only=True)
 class Method:
     """A training method: adapters, rules, merging, and what becomes of the rest.
 
@@ -77,6 +114,7 @@ class Method:
             four merge intervals, or 40 steps without merges.
         ties: what becomes of a chosen layer with a tied weight: ``adapt``, ``leave`` or ``untie``.
         freeze: patterns of parameters that are frozen in any case.
+        groups: rates and decay of embeddings, output layers and vectors, as ratios to the run's (``methods.groups``).
         name: for tables and messages.
 
     Raises:
@@ -91,6 +129,7 @@ class Method:
     rest_every: int | None = None
     ties: Ties = "adapt"
     freeze: Targets = ()
+    groups: Groups = field(default_factory=Groups)
     name: str = "method"
 
     def __post_init__(self) -> None:

@@ -34,6 +34,7 @@ from lowrank.adapters.targets import Layer, as_list, name_matches
 from lowrank.distributed.workers import ProcessLayout
 from lowrank.infra.loaded import origin
 from lowrank.methods import Adapt, Method, Use
+from lowrank.methods.method import Group
 from lowrank.optim.pairs import OneFactor, PairRule
 from lowrank.optim.rules import Rule
 from lowrank.plan.row import ADAPTER, Across, Row
@@ -237,6 +238,7 @@ class Binding:
         for key, names in self.names_of.items():
             if len(names) > 1 and key not in self.told | self.factors:
                 self.notes.append(f"{names[0]} is also {', '.join(names[1:])} (tied): one parameter, counted once")
+        self._check_groups(rows)
         if self.method.rest == "auto":
             self._note_origin(rows)
         if self.method.adapt:
@@ -310,7 +312,44 @@ class Binding:
             rule: Rule = self._one_factor(use, names[0], use.rule)
         else:
             rule = self._resolved(use.rule, names[0], p)
-        return Row(names[0], tuple(p.shape), p.dtype, use, rule, why, self._across(p, why))
+        group, spared = self._group(names, p), not use.decay or (use.is_catch_all and why == ADAPTER)
+        return Row(
+            names[0],
+            tuple(p.shape),
+            p.dtype,
+            use,
+            rule,
+            why,
+            self._across(p, why),
+            group,
+            use.lr * self.method.groups.lr(group),
+            0.0 if spared else self.method.groups.decay(group),
+        )
+
+    def _group(self, names: list[str], p: nn.Parameter) -> Group | None:
+        """The group of which a parameter follows the rate and decay (``methods.groups``)."""
+        if id(p) in self.factors:
+            return None
+        if sum(size > 1 for size in p.shape) <= 1:
+            return "vector"
+        if any(name.rpartition(".")[0] in self.tables for name in names):
+            return "embedding"
+        return "head" if self._covers("head", names) else None
+
+    def _check_groups(self, rows: Sequence[Row]) -> None:
+        """Raise ValueError for ratios of a group of which nothing is trained."""
+        trained = {row.group for row in rows if row.rule is not None}
+        for option, group in self.method.groups.told().items():
+            if group not in trained:
+                what = {
+                    "embedding": "embedding table",
+                    "head": "output layer apart from the embedding",
+                    "vector": "norm or bias",
+                }
+                raise ValueError(
+                    f"{option}={getattr(self.method.groups, option):g} has nothing to act on: no {what[group]} is "
+                    "trained by this method in this model; leave it out"
+                )
 
     def _one_factor(self, use: Use, name: str, rule: PairRule) -> Rule:
         """What a rule for both factors of an adapter is to one of them."""

@@ -203,9 +203,8 @@ class Plan:
         for row in self.rows:
             if row.use is None:
                 continue
-            spared = not row.use.decay or (row.use.is_catch_all and row.is_factor)
             rule = row.rule.pair if isinstance(row.rule, OneFactor) else row.rule
-            key = (rule, row.use.lr, 0.0 if spared else weight_decay)
+            key = (rule, row.lr, row.decay * weight_decay)
             groups.setdefault(key, []).append((row.name, parameters[row.name]))
         return [
             {"params": params, "rule": rule, "lr": lr, "lr_ratio": ratio, "decay": decay}

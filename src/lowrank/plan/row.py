@@ -8,6 +8,7 @@ from typing import Literal
 import torch
 
 from lowrank.methods import Use
+from lowrank.methods.method import Group
 from lowrank.optim.rules import Rule
 
 ADAPTER = "adapter"  # why a factor trains
@@ -20,6 +21,7 @@ class Row:
 
     ``across`` says how several ranks train it: ``shared``: the same on all, its gradients are summed; ``own``: heads
     that this worker alone trains; ``local``: each worker trains its own copy, which is averaged now and then.
+    ``lr`` and ``decay`` are ratios to the run's, ``group`` (``methods.groups``) is what they depend on beside the Use.
     """
 
     name: str
@@ -29,6 +31,9 @@ class Row:
     rule: Rule | None
     why: str
     across: Across = "shared"
+    group: Group | None = None
+    lr: float = 1.0
+    decay: float = 1.0
 
     @property
     def numel(self) -> int:

@@ -38,7 +38,7 @@ def table(plan: Plan) -> str:
 def _rule_text(row: Row) -> str:
     if row.use is None:
         return "frozen"
-    return brief(row.rule) + (f" × lr {row.use.lr:g}" if row.use.lr != 1.0 else "")
+    return brief(row.rule) + (f" × lr {row.lr:g}" if row.lr != 1.0 else "")
 
 
 def brief(value: object) -> str:

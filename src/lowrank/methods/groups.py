@@ -1,0 +1,86 @@
+"""What every method can be told beside its own arguments: Adam's constants, and rates and decay by group of parameters.
+
+    lr of a parameter = run's lr · Use.lr · ratio of its group,      weight decay likewise
+
+    embedding   the tables of ``nn.Embedding`` (also where one is tied to the output layer)
+    head        the matrix of an output layer that is not tied
+    vector      norms, biases, and whatever else has one dimension, wherever it stands
+    (matrices)  all others: ratio 1, so that the run's learning rate is theirs
+
+Factors of adapters belong to no group. A ratio for a group of which nothing is trained is an error when the method is
+bound. The arguments are those of :func:`groups`, written there once and taken by every function of the catalogue.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import fields, is_dataclass, replace
+from typing import Any
+
+from lowrank.methods.method import Groups, Method
+from lowrank.optim.pairs import PairRule
+from lowrank.optim.rules import Rule
+
+
+def groups(
+    *,
+    embedding_lr: float = 1.0,
+    head_lr: float = 1.0,
+    vector_lr: float = 1.0,
+    embedding_decay: float = 1.0,
+    head_decay: float = 1.0,
+    vector_decay: float = 1.0,
+    betas: tuple[float, float] | None = None,
+    eps: float | None = None,
+) -> Callable[[Method], Method]:
+    """What makes a method have these group ratios, and these constants of Adam in every rule that has such.
+
+    Args:
+        embedding_lr, head_lr, vector_lr: ratios to the run's learning rate.
+        embedding_decay, head_decay, vector_decay: ratios to the run's weight decay; 0 for none.
+        betas: decay of Adam's two moments, each in [0, 1); None: as each rule has them.
+        eps: added to the root of Adam's second moment; None: as each rule has it.
+
+    Raises:
+        ValueError: a value out of its range, or constants for a method of whose rules none is of Adam's kind.
+    """
+    ratios = Groups(
+        embedding_lr=embedding_lr,
+        head_lr=head_lr,
+        vector_lr=vector_lr,
+        embedding_decay=embedding_decay,
+        head_decay=head_decay,
+        vector_decay=vector_decay,
+    )
+    constants: dict[str, Any] = {} if betas is None else {"betas": tuple(betas)}
+    constants |= {} if eps is None else {"eps": eps}
+
+    def grouped(method: Method) -> Method:
+        rules = tuple(replace(use, rule=_with_constants(use.rule, constants)) for use in method.rules)
+        if constants and not any(_has_constants(use.rule) for use in rules):
+            raise ValueError(
+                f"{' and '.join(constants)} are for rules of Adam's kind, and {method.name} has none: leave them out"
+            )
+        return replace(method, rules=rules, groups=ratios)
+
+    return grouped
+
+
+def _with_constants(rule: Any, constants: dict[str, Any]) -> Any:
+    inside = {name: _with_constants(each, constants) for name, each in _inner_rules(rule).items()}
+    return replace(rule, **inside, **(constants if _is_adams(rule) else {}))
+
+
+def _has_constants(rule: Any) -> bool:
+    return _is_adams(rule) or any(map(_has_constants, _inner_rules(rule).values()))
+
+
+def _is_adams(rule: Any) -> bool:
+    return {"betas", "eps"} <= {each.name for each in fields(rule)}
+
+
+def _inner_rules(rule: Any) -> dict[str, Any]:
+    values = {each.name: getattr(rule, each.name) for each in fields(rule)}
+    return {
+        name: value for name, value in values.items() if isinstance(value, (Rule, PairRule)) and is_dataclass(value)
+    }
