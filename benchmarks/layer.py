@@ -10,41 +10,53 @@ adapters on one fused product.
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from benchmarks.common import in_turns, medians, ratio, save
-from lowrank.adapters import AdaptedLinear, LoRA, Site
+from lowrank.adapters import AdaptedLinear, DoRA, LoRA, Site
 
 BATCH, TOKENS, RANK, ROUNDS = 8, 256, 4, 25
 
 
 def adapted(
-    linear: nn.Linear, *, heads: int = 1, split: bool = False, keep: bool = False, parts: str = ""
+    linear: nn.Linear,
+    *,
+    rank: int = RANK,
+    heads: int = 1,
+    split: bool = False,
+    keep: bool = False,
+    direction: bool = False,
+    parts: str = "",
 ) -> nn.Module:
-    """``linear`` with adapters that are no longer fresh; with ``keep`` they have been merged once."""
+    """``linear`` with adapters that are no longer fresh; ``keep``: merged once; ``direction``: DoRA."""
     height = linear.out_features // max(1, len(parts))
     rows = {part: slice(i * height, (i + 1) * height) for i, part in enumerate(parts)} or {"all": slice(0, height)}
     adapters = {}
     for part, place in rows.items():
-        adapter = LoRA(rank=RANK, heads=heads, split=split)(Site(part, linear.weight[place].detach(), keep=keep))
-        nn.init.normal_(adapter.B, std=0.01)
+        config = LoRA(rank=rank, heads=heads, split=split)
+        site = Site(part, linear.weight[place].detach(), keep=keep)
+        adapter: Any = DoRA(config)(site) if direction else config(site)
+        for name, factor in adapter.named_parameters():
+            if name.endswith("B"):
+                nn.init.normal_(factor, std=0.01)
         if keep:
             adapter.settle_()
         adapters[part] = adapter
     return AdaptedLinear(linear, adapters, rows)
 
 
-def frozen(inputs: int, outputs: int) -> nn.Linear:
-    return nn.Linear(inputs, outputs).requires_grad_(False)
+def frozen(inputs: int, outputs: int, **kind: Any) -> nn.Linear:
+    return nn.Linear(inputs, outputs, **kind).requires_grad_(False)
 
 
-def with_peft(inputs: int, outputs: int) -> nn.Module:
+def with_peft(linear: nn.Linear, rank: int = RANK, dora: bool = False) -> nn.Module:
     from peft import LoraConfig, get_peft_model
 
-    config = LoraConfig(r=RANK, lora_alpha=RANK, lora_dropout=0.0, target_modules=["0"])
-    model: nn.Module = get_peft_model(nn.Sequential(nn.Linear(inputs, outputs)), config)  # type: ignore[arg-type]
+    config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, use_dora=dora, target_modules=["0"])
+    model: nn.Module = get_peft_model(nn.Sequential(linear), config)  # type: ignore[arg-type]
     return model
 
 
@@ -83,7 +95,7 @@ def measure(inputs: int, outputs: int, parts: str = "") -> dict[str, object]:
         "lora": adapted(frozen(inputs, outputs)),
         "multi-head, 4 heads": adapted(frozen(inputs, outputs), heads=4),
         "lte, 4 heads": adapted(frozen(inputs, outputs), heads=4, split=True, keep=True),
-        "peft lora": with_peft(inputs, outputs),
+        "peft lora": with_peft(nn.Linear(inputs, outputs)),
     }
     if parts:
         layers[f"lora on {', '.join(parts)} of one product"] = adapted(frozen(inputs, outputs), parts=parts)
