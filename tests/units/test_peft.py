@@ -89,6 +89,31 @@ def test_what_else_was_trained_travels_too(tmp_path: Path, base: str) -> None:
     torch.testing.assert_close(say(bank.use("again"), x()), say(model, x()), rtol=1e-5, atol=1e-5)
 
 
+@pytest.mark.parametrize("ties", ["adapt", "leave"])
+def test_the_output_layer_of_a_tied_embedding(tmp_path: Path, ties: Any) -> None:
+    """Both are adapted, which PEFT says twice; or the output layer alone."""
+    model = gpt2()
+    plan = lowrank.apply_(model, lowrank.methods.lora("lm_head,mlp", rank=2, rest="freeze", ties=ties))
+    nudge_(model)
+    write_peft(plan, tmp_path)
+    expected = say(model, tokens())
+    torch.testing.assert_close(say(opened(gpt2(), tmp_path), tokens()), expected, rtol=1e-5, atol=1e-5)
+    bank = AdapterBank(gpt2())
+    bank.load(tmp_path, "again")
+    torch.testing.assert_close(say(bank.use("again"), tokens()), expected, rtol=1e-5, atol=1e-5)
+
+
+def test_half_of_a_tie_is_refused(tmp_path: Path) -> None:
+    """PEFT adapts the embedding alone, and leaves the output layer that has the same weights."""
+    trained(gpt2, tmp_path, target_modules=["wte"])
+    with pytest.raises(ValueError, match=r"changes transformer\.wte and not lm_head.weight, which is the same"):
+        read_peft(tmp_path, gpt2())
+    untied = AdapterBank(gpt2(tied=False))
+    theirs = trained(lambda: gpt2(tied=False), tmp_path, target_modules=["wte", "c_fc"])
+    untied.load(tmp_path, "theirs")
+    torch.testing.assert_close(say(untied.use("theirs"), tokens()), say(theirs, tokens()), rtol=1e-5, atol=1e-5)
+
+
 def test_patches_and_whole_names(tmp_path: Path) -> None:
     """A patch embedding is a convolution to PEFT; layers whose names end alike are told apart."""
     for number, targets in enumerate((("patch_embed",), ("patch_embed", "blocks.1.mlp.fc1"))):
@@ -102,7 +127,7 @@ def test_patches_and_whole_names(tmp_path: Path) -> None:
 REFUSED: dict[str, tuple[Callable[[], nn.Module], lowrank.Method, str]] = {
     "merged": (gpt2, lowrank.methods.lte(rank=2, heads=2), "lte merges its factors into the weights"),
     "no adapter": (gpt2, lowrank.methods.galore(rank=2), "galore has no adapter"),
-    "tied": (gpt2, lowrank.methods.lora("lm_head", rank=2), "is tied to an adapted layer"),
+    "tied": (gpt2, lowrank.methods.dora("lm_head", rank=2), "is tied to a layer with DoRA"),
     "parameters alone": (vit, lowrank.methods.lora(rank=2, rest="train"), "cls_token, pos_embed is not"),
 }
 
@@ -198,10 +223,10 @@ SPOILT: dict[str, tuple[Callable[[Path], object], type[Exception], str]] = {
         ValueError,
         r"\(2, 3\) and \(14, 2\) do not fit fc1",
     ),
-    "an embedding": (
-        lambda f: without(f, "?", **{"x.lora_embedding_A": torch.ones(1)}),
+    "something else": (
+        lambda f: without(f, "?", **{"x.lora_other_A": torch.ones(1)}),
         ValueError,
-        "adapts something else than a linear layer: x.lora_embedding_A",
+        "adapts something else than a linear layer: x.lora_other_A",
     ),
 }
 

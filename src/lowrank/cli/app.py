@@ -148,11 +148,14 @@ model.safetensors and its tokenizer, which transformers loads, and so do lowrank
 
 With --adapter OUT it writes instead what was trained and nothing of the base: adapter and head, for lowrank predict and
 lowrank.interop.AdapterBank; with --format peft in the format of PEFT, whose PeftModel.from_pretrained opens it.
+Methods that train or merge into the weights (full, galore, lte, relora, …) have no adapter apart: with --rank or
+--energy the difference to the base is written as a LoRA, the base being what it was when the run began.
 
 Examples:
   lowrank export runs/articles exported
   lowrank export runs/vit --adapter adapters/pneumonia
   lowrank export runs/sft --adapter adapters/sft --format peft
+  lowrank export runs/pairs --adapter adapters/pairs --format peft --energy 0.9
 """
 
 _PREDICT = """
@@ -326,6 +329,8 @@ def every_command() -> list[Command]:
         Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best"),
         Option(name="adapter", value="OUT", help="write the adapter alone, into this folder"),
         Option(name="format", value="lowrank|peft", help="of the adapter: ours, or what PEFT opens"),
+        Option(name="rank", value="N", help="for PEFT: what changed in the weights, as a LoRA of this rank"),
+        Option(name="energy", value="X", help="or of the ranks that keep this share of it, such as 0.9"),
     )
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
     score, generate, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)

@@ -175,7 +175,7 @@ def generate(parsed: Parsed) -> int:
 def export(parsed: Parsed) -> int:
     """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
     from lowrank.evaluate.score import export as export_run
-    from lowrank.interop import export_adapter, export_peft
+    from lowrank.interop import export_adapter, export_difference, export_peft
 
     source, *outs = map(Path, parsed.positions)
     which = parsed.options.get("checkpoint", "best")
@@ -184,8 +184,17 @@ def export(parsed: Parsed) -> int:
     form = parsed.options.get("format", "lowrank")
     if form not in ("lowrank", "peft") or ("format" in parsed.options and outs):
         raise UsageError("--format is lowrank or peft, and goes with --adapter OUT")
+    cut = parsed.only(("rank", "energy"))
+    if cut and (form != "peft" or len(cut) > 1):
+        raise UsageError("--rank N or --energy 0.9, one of them, goes with --adapter OUT --format peft")
     if not outs:
         out = Path(parsed.options["adapter"])
+        if cut:
+            rank = _whole(cut["rank"], "--rank") if "rank" in cut else None
+            energy = _number(cut["energy"], "--energy") if "energy" in cut else None
+            step, kept = export_difference(source, out, which=which, rank=rank, energy=energy)
+            print(filled(f"{out}: what {source} changed by step {step}, for PEFT: {kept}"))
+            return 0
         if form == "peft":
             step = export_peft(source, out, which=which)
             print(f"{out}: the adapter of {source} at step {step}, for PEFT")
@@ -354,6 +363,11 @@ def _catalogue(docs: Mapping[str, str]) -> str:
         textwrap.fill(about, WIDTH, initial_indent=name.ljust(len(indent)), subsequent_indent=indent)
         for name, about in first.items()
     )
+
+
+def filled(text: str) -> str:
+    """A sentence over as many lines as it takes; paths and names stay whole."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
 
 
 def _aligned(figures: Mapping[str, Any]) -> str:

@@ -1,4 +1,5 @@
-"""Short fingerprints, by which ranks see that they were started alike: of tensors, and of this package's code."""
+"""Short fingerprints of tensors and of this package's code: by them ranks see that they were started alike, and adapters
+that a base is theirs."""
 
 from __future__ import annotations
 
@@ -18,6 +19,13 @@ def digest(tensors: Mapping[str, Tensor]) -> str:
         found.update(f"{name} {tuple(tensor.shape)} {tensor.dtype}".encode())
         found.update(tensor.reshape(-1).view(torch.uint8).numpy().tobytes())
     return found.hexdigest()
+
+
+def digest_of(parameter: Tensor) -> str:
+    """A short fingerprint of one tensor's shape, dtype and bytes."""
+    values = parameter.detach().cpu().contiguous()
+    content = f"{tuple(values.shape)} {values.dtype}".encode() + values.view(-1).view(torch.uint8).numpy().tobytes()
+    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def code_version(version: str) -> str:

@@ -8,6 +8,7 @@ if TYPE_CHECKING:
     from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, export_adapter, read_adapter, write_adapter
     from lowrank.interop.lora_vit import read_lora_vit
     from lowrank.interop.peft import export_peft, read_peft, write_peft
+    from lowrank.interop.peft_difference import export_difference, write_difference
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -15,10 +16,12 @@ __all__ = [
     "AdapterBank",
     "AdapterInfo",
     "export_adapter",
+    "export_difference",
     "export_peft",
     "read_adapter",
     "read_lora_vit",
     "read_peft",
     "write_adapter",
+    "write_difference",
     "write_peft",
 ]

@@ -17,14 +17,12 @@ A bank holds one base and any number of adapters:
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -33,6 +31,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.convert import nearest
 from lowrank.infra.files import write_json
+from lowrank.infra.fingerprints import digest_of as digest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.run import Call
@@ -145,6 +144,11 @@ def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -
     write_json(out / "adapter.json", info.to_json())
 
 
+def is_peft(folder: Path) -> bool:
+    """Whether a folder holds an adapter in PEFT's format."""
+    return (folder / "adapter_config.json").is_file()
+
+
 def read_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
     """An adapter's description and tensors.
 
@@ -167,13 +171,6 @@ def trained_tensors(plan: Plan) -> dict[str, Tensor]:
     """Everything that ``plan`` trains, and what its adapters keep beside it, by name."""
     trained = {row.name for row in plan.rows if row.rule is not None}
     return {name: t for name, t in plan.model.state_dict().items() if ADAPTER in name or name in trained}
-
-
-def digest(p: Tensor) -> str:
-    """A fingerprint of a parameter's shape and bytes."""
-    values = p.detach().cpu().contiguous()
-    content = f"{tuple(values.shape)} {values.dtype}".encode() + values.view(-1).view(torch.uint8).numpy().tobytes()
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _refuse_inseparable(plan: Plan, source: Path) -> None:
@@ -224,14 +221,25 @@ class AdapterBank:
         return self._find(name).info
 
     def load(self, folder: Path | str, name: str | None = None) -> str:
-        """Load an adapter from its folder, and return its name (the folder's by default); it is not put in use.
+        """Load an adapter from its folder, ours or PEFT's, and return its name (the folder's by default); it is not
+        put in use.
 
         Raises:
             FileNotFoundError, ValueError: there is none, or it is for another base, shape or task.
         """
         path = Path(folder)
         name = name or path.resolve().name
-        self.add(name, *read_adapter(path))
+        if is_peft(path):
+            from lowrank.interop.peft import read_peft  # which is made of this file
+
+            before = self.current
+            try:
+                found = read_peft(path, self.use(None))
+            finally:
+                self.use(before)
+        else:
+            found = read_adapter(path)
+        self.add(name, *found)
         return name
 
     def add(self, name: str, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:

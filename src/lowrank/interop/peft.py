@@ -19,7 +19,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Collection, Iterable, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -85,45 +86,93 @@ def write_peft(plan: Plan, folder: Path | str, *, base: str = "") -> None:
     if kinds not in ({LoRAAdapter}, {DoRAAdapter}):
         found = ", ".join(sorted(kind.__name__ for kind in kinds)) or "no adapter"
         raise ValueError(f"PEFT's format holds LoRA, or DoRA, on every layer; {plan.method.name} has {found}")
+    dora = kinds == {DoRAAdapter}
     tied = [name for name, layer in layers.items() if isinstance(layer, AdaptedEmbedding)]
-    if tied:
-        raise ValueError(f"{tied[0]} is tied to an adapted layer, which PEFT cannot say: use ties='leave' or 'untie'")
+    if tied and dora:
+        raise ValueError(f"{tied[0]} is tied to a layer with DoRA, which PEFT cannot say: use ties='leave' or 'untie'")
     factors = {name: _stacked(layer) for name, layer in layers.items()}
     rank = max(A.shape[0] for A, _, _ in factors.values())
     scale = next(iter(factors.values()))[2]
-    tensors = {}
-    for name, layer in layers.items():
-        A, B, own = factors[name]
-        shape = layer.weight.shape[1:] if layer.weight.dim() == 4 else (A.shape[1],)  # of a patch embedding
+    changes = {}
+    for name, (A, B, own) in factors.items():
         fill = rank - A.shape[0]
         A, B = torch.cat([A, A.new_zeros(fill, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), fill)], dim=1)
-        tensors[f"{name}.lora_A.weight"] = A.unflatten(1, shape)
-        tensors[f"{name}.lora_B.weight"] = (B * (own / scale)).view(*B.shape, *(1 for _ in shape[1:]))
-        if kinds == {DoRAAdapter}:
-            m = _magnitude(layer)
-            tensors[f"{name}.lora_magnitude_vector"] = m.view(1, -1, 1, 1) if layer.weight.dim() == 4 else m
-    saved, biases = _beside(plan, layers)
+        changes[name] = Change(A, B * (own / scale), _magnitude(layers[name]) if dora else None)
+    trained = {row.name for row in plan.rows if row.rule is not None and ADAPTER not in row.name}
+    write_changes(Path(folder), plan.model, changes, trained, scale=scale, base=base)
+
+
+@dataclass(frozen=True)
+class Change:
+    """What PEFT is to add to a layer: A (R, in) and B (out, R), of DoRA m (out,) too."""
+
+    A: Tensor
+    B: Tensor
+    magnitude: Tensor | None = None
+
+
+def write_changes(
+    folder: Path,
+    model: nn.Module,
+    changes: Mapping[str, Change],
+    trained: Collection[str],
+    *,
+    scale: float = 1.0,
+    base: str = "",
+) -> list[str]:
+    """Write a folder of PEFT's: ``changes`` by layer, W + scale · B A, and the parameters ``trained`` beside them.
+
+    Returns:
+        The modules that are saved whole.
+
+    Raises:
+        ValueError: a trained parameter belongs to a module that PEFT would not save alone; nothing is written.
+    """
+    saved, biases = _beside(model, trained, changes)
+    whole = sorted({name.rpartition(".")[0] for name in saved})
+    ranks = {name: change.A.shape[0] for name, change in changes.items()}
+    rank = max(ranks.values())
+    modules = [model.get_submodule(name) for name in changes]
     config = {
         "peft_type": "LORA",
-        "task_type": "CAUSAL_LM" if re.search("ForCausalLM|LMHead", type(plan.model).__name__) else None,
+        "task_type": "CAUSAL_LM" if re.search("ForCausalLM|LMHead", type(model).__name__) else None,
         "base_model_name_or_path": base or None,
         "r": rank,
         "lora_alpha": scale * rank,
+        "rank_pattern": {re.escape(name): own for name, own in ranks.items() if own != rank},
+        "alpha_pattern": {re.escape(name): scale * own for name, own in ranks.items() if own != rank},
         "lora_dropout": 0.0,
         "use_rslora": False,
-        "use_dora": kinds == {DoRAAdapter},
-        "target_modules": _targets(plan.model, layers),
-        "modules_to_save": sorted({name.rpartition(".")[0] for name in saved}) or None,
+        "use_dora": any(change.magnitude is not None for change in changes.values()),
+        "target_modules": _targets(model, changes),
+        "modules_to_save": whole or None,
         "bias": "lora_only" if biases else "none",
-        "fan_in_fan_out": all(layer.transposed for layer in layers.values()),
+        "fan_in_fan_out": all(is_conv1d(each) or getattr(each, "transposed", False) for each in modules),
         "init_lora_weights": True,
         "inference_mode": True,
     }
-    out = Path(folder)
-    out.mkdir(parents=True, exist_ok=True)
-    content = {_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in (tensors | saved | biases).items()}
-    save_file(content, out / WEIGHTS, {"format": "pt"})
-    (out / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    tensors = saved | biases
+    for name, change in changes.items():
+        tensors |= _named(name, change, model.get_submodule(name))
+    folder.mkdir(parents=True, exist_ok=True)
+    content = {_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
+    save_file(content, folder / WEIGHTS, {"format": "pt"})
+    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    return whole
+
+
+def _named(name: str, change: Change, module: nn.Module) -> dict[str, Tensor]:
+    """The tensors of a layer as PEFT names and shapes them: an embedding's are transposed, a convolution's have four
+    dimensions."""
+    A, B, m = change.A, change.B, change.magnitude
+    if isinstance(module, (AdaptedEmbedding, nn.Embedding)):
+        return {f"{name}.lora_embedding_A": B.mT, f"{name}.lora_embedding_B": A.mT}
+    weight: Any = module.weight
+    if weight.dim() == 4:
+        A, B = A.unflatten(1, weight.shape[1:]), B[:, :, None, None]
+        m = None if m is None else m.view(1, -1, 1, 1)
+    made = {f"{name}.lora_A.weight": A, f"{name}.lora_B.weight": B}
+    return made if m is None else {**made, f"{name}.lora_magnitude_vector": m}
 
 
 def export_peft(source: Path, out: Path, *, which: str = "best") -> int:
@@ -134,7 +183,12 @@ def export_peft(source: Path, out: Path, *, which: str = "best") -> int:
         ValueError: what the run trained cannot be said in PEFT's format.
     """
     session, step = restored_for(out, source, which)
-    write_peft(session.plan, out, base=str(session.run.model.args.get("path", "")))
+    try:
+        write_peft(session.plan, out, base=str(session.run.model.args.get("path", "")))
+    except ValueError as error:
+        raise ValueError(
+            f"{error}; --rank N or --energy 0.9 writes what was changed in the weights as a LoRA"
+        ) from error
     return step
 
 
@@ -166,15 +220,16 @@ def _magnitude(layer: AdaptedLayer) -> Tensor:
     return whole
 
 
-def _beside(plan: Plan, layers: Mapping[str, AdaptedLayer]) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+def _beside(
+    model: nn.Module, trained: Iterable[str], layers: Collection[str]
+) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     """What was trained beside the adapters: parameters of whole modules, and biases of the adapted layers."""
-    trained = {row.name for row in plan.rows if row.rule is not None and ADAPTER not in row.name}
-    known = dict(plan.model.named_parameters(remove_duplicate=False))
+    known = dict(model.named_parameters(remove_duplicate=False))
     pointers = {known[name].data_ptr() for name in trained}
     names = [name for name, p in known.items() if p.data_ptr() in pointers and ADAPTER not in name]
     owners = {name: name.rpartition(".")[0] for name in names}
     modules = {owner for owner in owners.values() if owner not in layers}
-    alone = [n for n in names if owners[n] in modules and any(plan.model.get_submodule(owners[n]).children())]
+    alone = [n for n in names if owners[n] in modules and any(model.get_submodule(owners[n]).children())]
     if alone:
         raise ValueError(
             f"PEFT saves modules whole, which {', '.join(alone[:5])} is not: train with rest='freeze', or "
@@ -214,21 +269,30 @@ def read_peft(folder: Path | str, model: nn.Module) -> tuple[AdapterInfo, dict[s
     own: dict[str, Tensor] = {}
     for name, t in tensors.items():
         found = re.fullmatch(r"(.+)\.lora_(A|B|magnitude_vector)(?:\.weight)?", name)
-        if found:
+        looked_up = re.fullmatch(r"(.+)\.lora_embedding_(A|B)", name)
+        if looked_up:
+            layers.setdefault(looked_up[1], {})["B" if looked_up[2] == "A" else "A"] = t.float().mT
+        elif found:
             layers.setdefault(found[1], {})[found[2]] = t.float()
         elif "lora_" in name:
             raise ValueError(f"{path} adapts something else than a linear layer: {name}")
         else:
             own[name.replace(".base_layer.", ".").replace(".modules_to_save.", ".")] = t
     modules, known = dict(model.named_modules()), dict(model.named_parameters(remove_duplicate=False))
-    strange = [name for name in layers if name not in modules or not is_linear(modules[name])]
+    strange = [n for n in layers if n not in modules or not (is_linear(modules[n]) or _looks_up(modules[n]))]
     strange += [name for name in own if name not in known]
     if strange or not layers:
         raise ValueError(f"{path} is for another model: this one has no {', '.join(strange[:5]) or 'layer of it'}")
     changes = {name: _change(config, name, modules[name], parts, path) for name, parts in layers.items()}
     rank, dora = max(A.shape[0] for A, _ in changes.values()), bool(config.get("use_dora"))
-    small = [name for name in changes if rank > min(matrix_of(modules[name]).shape)]  # too small for an adapter
+    small = [  # where there is no adapter of ours
+        name for name in changes if _looks_up(modules[name]) or rank > min(matrix_of(modules[name]).shape)
+    ]
+    small += [
+        name for name in changes if name not in small and _weight_names(known, name) & {f"{n}.weight" for n in small}
+    ]
     own |= {f"{name}.weight": _merged(modules[name], *changes.pop(name), layers[name]) for name in small}
+    _refuse_half_of_a_tie(known, own, small, path)
     made = _unaliased(model, own, path)
     for name, (A, B) in changes.items():
         prefix, fill = f"{name}{ADAPTER}{WHOLE}.", rank - A.shape[0]
@@ -238,7 +302,7 @@ def read_peft(folder: Path | str, model: nn.Module) -> tuple[AdapterInfo, dict[s
         made[f"{inner}merges"] = torch.zeros((), dtype=torch.int64)
         if dora:
             made[f"{prefix}magnitude"] = layers[name]["magnitude_vector"].flatten()
-    args: dict[str, Any] = {"target_modules": tuple(changes), "rank": rank, "alpha": float(rank)}
+    args: dict[str, Any] = {"target_modules": tuple(changes), "rank": rank, "alpha": float(rank), "ties": "leave"}
     info = AdapterInfo(
         method=Call(name="dora" if dora else "lora", args=args),
         model=Call(name="pretrained", args={"path": str(config.get("base_model_name_or_path") or "")}),
@@ -300,6 +364,28 @@ def _change(
         r = A.shape[0]
         return torch.cat([A, Vh[:r]]), torch.cat([B, -U[:, :r] * S[:r]], dim=1)
     return A, B
+
+
+def _looks_up(module: nn.Module) -> bool:
+    return isinstance(module, nn.Embedding)
+
+
+def _weight_names(known: Mapping[str, Tensor], layer: str) -> set[str]:
+    """All names of a layer's weight, where it is tied."""
+    return {name for name, p in known.items() if p is known[f"{layer}.weight"]}
+
+
+def _refuse_half_of_a_tie(
+    known: Mapping[str, Tensor], own: Mapping[str, Tensor], merged: Iterable[str], path: Path
+) -> None:
+    """A merged weight that is tied must be changed under all its names: one parameter cannot be two."""
+    for layer in merged:
+        left = sorted(_weight_names(known, layer) - own.keys())
+        if left:
+            raise ValueError(
+                f"{path} changes {layer} and not {left[0]}, which is the same parameter in this model: load the base "
+                "with tie_word_embeddings=False"
+            )
 
 
 @torch.no_grad()

@@ -9,7 +9,7 @@ Nothing here trains.
 from __future__ import annotations
 
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -25,7 +25,8 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
 from lowrank.infra.convert import nearest
-from lowrank.infra.files import read_json
+from lowrank.infra.files import read_json, write_json
+from lowrank.infra.fingerprints import digest_of
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
@@ -34,10 +35,32 @@ from lowrank.run.own_files import is_own
 from lowrank.run.run import Run
 from lowrank.run.task import Task
 
+BASE = "base.json"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Base:
+    """What a run starts from, by which W − W0 can be had later: ``init_from``, the run or checkpoint that its weights
+    are of (empty: the run's own model), and a digest of every parameter."""
+
+    init_from: str
+    parameters: Mapping[str, str]
+
+    def write(self, folder: Path) -> None:
+        write_json(folder / BASE, {"init_from": self.init_from, "parameters": dict(self.parameters)})
+
+    @staticmethod
+    def read(folder: Path) -> Base | None:
+        """What the run in ``folder`` started from; None where it was written before runs kept that."""
+        return Base(**read_json(folder / BASE)) if (folder / BASE).is_file() else None
+
 
 @dataclass
 class Session:
-    """A run made real: ``model`` carries the adapters of ``plan`` and lies on ``device``."""
+    """A run made real: ``model`` carries the adapters of ``plan`` and lies on ``device``.
+
+    ``base``: what the weights were before, where ``open_session`` was asked for it.
+    """
 
     run: Run
     task: Task
@@ -47,6 +70,7 @@ class Session:
     device: torch.device
     autocast: Callable[[], AbstractContextManager[object]]
     needs_scaler: bool
+    base: Base | None = None
 
 
 def open_session(
@@ -56,6 +80,7 @@ def open_session(
     data: Any = None,
     learnt: Any = None,
     ranks: ProcessGroup | None = None,
+    with_base: bool = False,
 ) -> Session:
     """Make a run's data, model and plan.
 
@@ -65,6 +90,7 @@ def open_session(
         data: the run's data where it has been made already.
         learnt: what the run has learnt of its data, where it goes on: the data must still be of that kind.
         ranks: the processes that train it together.
+        with_base: take the digests of the weights that it starts from.
     """
     device = pick_device(run.device)
     autocast, needs_scaler = precision(run.precision, device)
@@ -82,12 +108,18 @@ def open_session(
         load_plain_(model, init_from)
     if run.precision == "bf16-weights":
         model = model.to(torch.bfloat16)
+    base = _base(model, init_from) if with_base else None
     model = model.to(device)
     method = offer.make("method", run)
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
     if run.engine == "fsdp" and plan.intra_worker is not None:
         shard_(plan)
-    return Session(run, offer.function("task", run)(), data, model, plan, device, autocast, needs_scaler)
+    return Session(run, offer.function("task", run)(), data, model, plan, device, autocast, needs_scaler, base)
+
+
+def _base(model: nn.Module, init_from: Path | None) -> Base:
+    place = "" if init_from is None else str(init_from.expanduser().resolve())
+    return Base(init_from=place, parameters={name: digest_of(p) for name, p in model.named_parameters()})
 
 
 def _workers(run: Run) -> int | None:

@@ -103,6 +103,8 @@ def describe(session: Session, out: Path) -> None:
     out.mkdir(parents=True, exist_ok=True)
     session.run.write(out / "run.json")
     session.data.write_facts(out)
+    if session.base is not None:
+        session.base.write(out)
     write_json(out / "env.json", environment())
 
 

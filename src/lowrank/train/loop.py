@@ -63,7 +63,7 @@ def train(
 
     Args:
         run: what to train.
-        out: gets run.json, env.json, log.jsonl, checkpoints/ and summary.json.
+        out: gets run.json, base.json, env.json, log.jsonl, checkpoints/ and summary.json.
         resume: go on from the latest checkpoint in ``out``; ``run`` is then the same run, perhaps with other ``steps``
             or ``stop_at``.
         elastic: go on from the newest good checkpoint that any node has of this run, or start it where there is none:
@@ -105,7 +105,8 @@ def _train(
     notes += [f"{path} is no checkpoint of this run, and is left alone" for path in strangers]
     saved = None if found is None else checkpoint.load(found)
     learnt = None if saved is None else learnt_by_run(out, saved)
-    session = open_session(run, init_from=None if saved else init_from, learnt=learnt, ranks=ranks)
+    start = None if saved else init_from
+    session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
     loop = _Loop(session, out, quiet=quiet, writer=writer)
     if saved is not None:
         loop.restore(saved, ended=elastic)
