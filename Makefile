@@ -22,8 +22,12 @@ check: $(READY)  ## the fast tier, under two minutes: lint, types, arrows, laws
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -m "not slow" tests/test_arrows.py tests/laws
 
-gpu: $(READY)  ## the tests that need a CUDA device
-	$(BIN)/python -m pytest -m gpu
+gpu: $(READY)  ## the tests that need a CUDA device, then what works there and how fast: ten minutes, into gpu-results/
+	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
+		$(BIN)/python -m pytest -m gpu; tests=$$?; PYTHONPATH=src $(BIN)/python -m benchmarks.gpu && exit $$tests; \
+	else \
+		echo "no CUDA device here; without one: PYTHONPATH=src $(BIN)/python -m benchmarks.gpu --device cpu --tiny"; \
+	fi
 
 mutants: $(READY)  ## how many faults the suite notices: a fixed random sample of mutants, about an hour; in a clone of its own
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"

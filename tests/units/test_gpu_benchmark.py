@@ -103,7 +103,7 @@ def test_a_section_that_dies_or_hangs_is_recorded(work: Any, status: str, why: s
         assert section["items"] == {"first": {"seconds": 1.0}}  # what it had measured counts
 
 
-# --- items -------------------------------------------------------------------------------------------------------------
+# --- items ---------------------------------------------------------------------------------------------------------
 
 
 def items_of(bench_seconds: float, *measures: Any, **options: Any) -> list[Any]:
