@@ -189,7 +189,7 @@ def test_module_is_the_command():
         (["train", "gpt-mini", "--data", "nothere.txt"], "no file or folder 'nothere.txt'"),
         (["train", "gpt-mini", "--per-layer"], "--max-grad-norm none --clip-per-layer 1"),
         (["train", "--resume", "nothing"], "there is no run at nothing/run.json"),
-        (["train", "gpt-mini", "--resume", "nothing"], "leave the recipe, --out and --init-from out"),
+        (["train", "gpt-mini", "--resume", "nothing"], "leave the recipe, --out, --init-from and"),
         (["compare", "gpt-mini", "--methods", "full", "--method.rank", "3"], "none of full has an argument 'rank'"),
         (["compare", "gpt-mini", "--seeds", "one"], "--seeds one: expected a whole number"),
         (["report", "."], "there is no finished run"),

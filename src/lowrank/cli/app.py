@@ -75,12 +75,13 @@ eval RUN|MODEL [options]
 loss and perplexity on any split
 
 Scores every token of a split exactly once, on the merged weights. MODEL is a folder of transformers' format or a name
-on the hub that was never trained here.
+on the hub that was never trained here, or the folder of an adapter, PEFT's or of lowrank export.
 
 Examples:
   lowrank eval runs/articles
   lowrank eval runs/articles --data other.txt --split train --checkpoint latest
   lowrank eval gpt2 --data articles.csv --context 512
+  lowrank eval adapters/sft --data articles.csv --base models/gpt2
 """
 
 _COMPARE = """
@@ -131,7 +132,8 @@ _GENERATE = """
 generate RUN|MODEL --prompt TEXT [options]
 text from a run or a model
 
-Continues a prompt with a run's best checkpoint, a certain checkpoint, or a model of transformers.
+Continues a prompt with a run's best checkpoint, a certain checkpoint, a model of transformers, or an adapter's folder,
+PEFT's or of lowrank export, on the base that it names (--base says where it is).
 
 Examples:
   lowrank generate runs/articles --prompt "The president said" --tokens 100
@@ -310,6 +312,7 @@ def every_command() -> list[Command]:
         Option(name="resume", value="DIR", help="go on with the run in DIR; --steps may be larger than before"),
         Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there"),
         Option(name="init_from", value="DIR", help="start from the merged weights of another run"),
+        Option(name="init_adapter", value="DIR", help="train an adapter further: PEFT's folder, or one of export"),
         quiet,
     )
     linked = (

@@ -32,7 +32,7 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
-    changes = parsed.without(("out", "resume", "elastic", "init_from", "quiet"))
+    changes = parsed.without(("out", "resume", "elastic", "init_from", "init_adapter", "quiet"))
     resumed, elastic = parsed.options.get("resume"), switch(parsed, "elastic")
     if elastic and (resumed is not None or "out" not in parsed.options):
         raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
@@ -46,9 +46,10 @@ def train(parsed: Parsed) -> int:
         elif (out / "run.json").exists():
             refuse_changed(resolve(Run.read(out / "run.json")), run)
     else:
-        if parsed.positions or parsed.only(("out", "init_from")):
+        if parsed.positions or parsed.only(("out", "init_from", "init_adapter")):
             raise UsageError(
-                "--resume DIR goes on in DIR with its own recipe: leave the recipe, --out and --init-from out"
+                "--resume DIR goes on in DIR with its own recipe: leave the recipe, --out, --init-from and "
+                "--init-adapter out"
             )
         out = Path(resumed)
         before = Run.read(out / "run.json")
@@ -57,9 +58,9 @@ def train(parsed: Parsed) -> int:
     from lowrank.distributed.process_group import is_first
     from lowrank.train.loop import train as train_run
 
-    start = Path(parsed.options["init_from"]) if "init_from" in parsed.options else None
-    how = {"resume": resumed is not None, "elastic": elastic, "quiet": switch(parsed, "quiet")}
-    summary = train_run(run, out, init_from=start, **how)
+    starts: dict[str, Any] = {name: Path(folder) for name, folder in parsed.only(("init_from", "init_adapter")).items()}
+    how: dict[str, Any] = {"resume": resumed is not None, "elastic": elastic, "quiet": switch(parsed, "quiet")}
+    summary = train_run(run, out, **starts, **how)
     if is_first():
         print(_verdict(out, summary))
     return 130 if summary.get("interrupted") else 0

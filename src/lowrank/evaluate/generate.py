@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from lowrank.data.text.tokenizers import Tokenizer, pretrained_tokenizer
+from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
 from lowrank.models.text import load_pretrained
 from lowrank.run.session import pick_device, restore
 
@@ -25,17 +26,21 @@ def generate(
     temperature: float = 0.8,
     top_k: int | None = 200,
     seed: int = 0,
+    tokenizer: str | None = None,
+    base: str | None = None,
     device: Literal["auto", "cpu", "cuda"] = "auto",
 ) -> str:
     """``prompt`` and the model's continuation of it.
 
     Args:
-        source: a run's folder or one of its checkpoints, or a model's folder or name on the hub.
+        source: a run's folder or one of its checkpoints, a model's folder or name on the hub, or an adapter's folder.
         prompt: where to begin.
         tokens: how many to add at most; the end of a text ends it.
         temperature: divides the logits; 0 always takes the likeliest token.
         top_k: sample among so many likeliest tokens; None among all.
         seed: of the sampling.
+        tokenizer: a pre-trained model's, where it is not its own.
+        base: of an adapter's folder: where its base is; by default where the adapter says.
         device: auto, cpu or cuda.
 
     Raises:
@@ -43,10 +48,10 @@ def generate(
         FloatingPointError: the model's logits are not finite.
     """
     _check(prompt, tokens, temperature, top_k)
-    model, tokenizer = _open(source, device)
-    ends = _ends(model, tokenizer)
+    model, own = _open(source, device, tokenizer=tokenizer, base=base)
+    ends = _ends(model, own)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed, "ends": ends}
-    return prompt + tokenizer.decode(continuation(model, tokenizer.encode(prompt), tokens, **how))
+    return prompt + own.decode(continuation(model, own.encode(prompt), tokens, **how))
 
 
 def continuation(
@@ -99,15 +104,24 @@ def _ends(model: Any, tokenizer: Tokenizer) -> list[int]:
     return [id for id in dict.fromkeys([tokenizer.end_of_document, *theirs]) if id is not None]
 
 
-def _open(source: str, device: str) -> tuple[Any, Tokenizer]:
-    """The model and tokenizer of a run, or of a pre-trained model that was never trained here."""
+def _open(source: str, device: str, *, tokenizer: str | None, base: str | None) -> tuple[Any, Tokenizer]:
+    """The model and tokenizer of a run, of a pre-trained model that was never trained here, or of an adapter."""
     folder = Path(source).expanduser()
+    if is_adapter(folder):
+        place = base_of(folder, base)
+        model = use_adapter_(load_pretrained(place), folder).to(pick_device(device))
+        own = source if (folder / "tokenizer_config.json").is_file() else place
+        return model, pretrained_tokenizer(tokenizer or own)
+    if base is not None:
+        raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
     if folder.is_dir() and not (folder / "config.json").is_file():
+        if tokenizer is not None:
+            raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, device=device)
         if session.run.task != "text":
             raise ValueError(f"{source} is a run on {session.run.task}: only language models generate text")
         return session.model, session.data.tokenizer
-    return load_pretrained(source).to(pick_device(device)), pretrained_tokenizer(source)
+    return load_pretrained(source).to(pick_device(device)), pretrained_tokenizer(tokenizer or source)
 
 
 def _check(prompt: str, tokens: int, temperature: float, top_k: int | None) -> None:

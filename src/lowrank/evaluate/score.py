@@ -23,6 +23,7 @@ from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.interop.adapter_bank import restored_for
+from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
@@ -37,6 +38,7 @@ def score(
     checkpoint: Literal["best", "latest"] = "best",
     column: str | None = None,
     tokenizer: str | None = None,
+    base: str | None = None,
     context: int | None = None,
     val_fraction: float | None = None,
     batch_size: int = 8,
@@ -46,12 +48,14 @@ def score(
     """Metrics of a model on a split, every token scored once.
 
     Args:
-        source: a run's folder or one of its checkpoints, or a model's folder or its name on the hub.
+        source: a run's folder or one of its checkpoints, a model's folder or its name on the hub, or an adapter's
+            folder.
         data: a text by name or file; by default the run's own.
         split: train, val or test.
         checkpoint: which of a run's checkpoints: best (by validation) or latest.
         column: the text's column, in tables.
         tokenizer: a pre-trained model's, where it is not its own.
+        base: of an adapter's folder: where its base is; by default where the adapter says.
         context: tokens in a window; by default the run's, or the model's up to 1024.
         val_fraction: the share to hold out, where the text has no split of that name.
         batch_size: windows scored at once.
@@ -66,7 +70,13 @@ def score(
     if batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError("--batch-size and --batches must be at least 1")
     changes = {"column": column, "context": context, "val_fraction": val_fraction}
-    if _is_run(folder):
+    if base is not None and not is_adapter(folder):
+        raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
+    if is_adapter(folder):
+        place = base_of(folder, base)
+        own = source if (folder / "tokenizer_config.json").is_file() else place
+        session = _pretrained(place, data, changes | {"tokenizer": tokenizer or own}, device, adapter=folder)
+    elif _is_run(folder):
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, checkpoint, device=device)
@@ -165,8 +175,10 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     return replace(session, run=run, data=made)
 
 
-def _pretrained(source: str, data: str | None, changes: dict[str, Any], device: str) -> Session:
-    """A session around a model from a folder or the hub, for looking at it only."""
+def _pretrained(
+    source: str, data: str | None, changes: dict[str, Any], device: str, adapter: Path | None = None
+) -> Session:
+    """A session around a model from a folder or the hub, with an adapter or without, for looking at it only."""
     if data is None:
         raise ValueError(f"on what text is {source} to be scored? give --data NAME|FILE")
     from transformers import AutoConfig
@@ -184,4 +196,7 @@ def _pretrained(source: str, data: str | None, changes: dict[str, Any], device: 
         steps=1,
         device=device,  # type: ignore[arg-type]
     )
-    return open_session(run)
+    session = open_session(run)
+    if adapter is not None:
+        use_adapter_(session.model, adapter)
+    return session

@@ -1,5 +1,5 @@
-"""Short fingerprints of tensors and of this package's code: by them ranks see that they were started alike, and adapters
-that a base is theirs."""
+"""Short fingerprints of tensors and of this package's code: ranks see by them that they were started alike, and
+adapters that a base is theirs."""
 
 from __future__ import annotations
 

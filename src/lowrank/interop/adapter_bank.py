@@ -220,6 +220,11 @@ class AdapterBank:
         """What an adapter says of itself."""
         return self._find(name).info
 
+    def parts(self, name: str) -> tuple[Mapping[str, AdaptedLayer], Mapping[str, Tensor]]:
+        """An adapter's layers, and the parameters that it has in the place of the base's."""
+        found = self._find(name)
+        return found.layers, found.own
+
     def load(self, folder: Path | str, name: str | None = None) -> str:
         """Load an adapter from its folder, ours or PEFT's, and return its name (the folder's by default); it is not
         put in use.

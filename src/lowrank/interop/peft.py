@@ -90,14 +90,14 @@ def write_peft(plan: Plan, folder: Path | str, *, base: str = "") -> None:
     tied = [name for name, layer in layers.items() if isinstance(layer, AdaptedEmbedding)]
     if tied and dora:
         raise ValueError(f"{tied[0]} is tied to a layer with DoRA, which PEFT cannot say: use ties='leave' or 'untie'")
-    factors = {name: _stacked(layer) for name, layer in layers.items()}
+    factors = {name: stacked(layer) for name, layer in layers.items()}
     rank = max(A.shape[0] for A, _, _ in factors.values())
     scale = next(iter(factors.values()))[2]
     changes = {}
     for name, (A, B, own) in factors.items():
         fill = rank - A.shape[0]
         A, B = torch.cat([A, A.new_zeros(fill, A.shape[1])]), torch.cat([B, B.new_zeros(len(B), fill)], dim=1)
-        changes[name] = Change(A, B * (own / scale), _magnitude(layers[name]) if dora else None)
+        changes[name] = Change(A, B * (own / scale), magnitude_of(layers[name]) if dora else None)
     trained = {row.name for row in plan.rows if row.rule is not None and ADAPTER not in row.name}
     write_changes(Path(folder), plan.model, changes, trained, scale=scale, base=base)
 
@@ -192,11 +192,11 @@ def export_peft(source: Path, out: Path, *, which: str = "best") -> int:
     return step
 
 
-def _stacked(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
+def stacked(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
     """A (R, in), B (out, R) and s of the whole matrix: the parts' factors on their rows, zero elsewhere."""
     above, beside, scale = [], [], 0.0
     for part, adapter, _ in layer.pieces():
-        A, B, own = _lora_of(adapter).factors()
+        A, B, own = lora_of(adapter).factors()
         scale = scale or own
         rows = B.new_zeros(layer.matrix.shape[0], B.shape[1])
         rows[layer.parts[part]] = B * (own / scale)
@@ -205,14 +205,14 @@ def _stacked(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:
     return torch.cat(above), torch.cat(beside, dim=1), scale
 
 
-def _lora_of(adapter: Adapter) -> LoRAAdapter:
+def lora_of(adapter: Adapter) -> LoRAAdapter:
     inner = adapter.inner if isinstance(adapter, DoRAAdapter) else adapter
     if not isinstance(inner, LoRAAdapter):
         raise ValueError(f"PEFT's format holds LoRA or DoRA of LoRA; here there is {type(inner).__name__}")
     return inner
 
 
-def _magnitude(layer: AdaptedLayer) -> Tensor:
+def magnitude_of(layer: AdaptedLayer) -> Tensor:
     """m (out,) of the whole matrix; rows without an adapter keep their norm."""
     whole = layer.matrix.detach().float().norm(dim=1)
     for part, adapter, _ in layer.pieces():

@@ -36,6 +36,7 @@ from lowrank.infra.files import finite, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
+from lowrank.interop.adapter_start import start_from_adapter_
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
@@ -57,6 +58,7 @@ def train(
     resume: bool = False,
     elastic: bool = False,
     init_from: Path | None = None,
+    init_adapter: Path | None = None,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
@@ -69,6 +71,7 @@ def train(
         elastic: go on from the newest good checkpoint that any node has of this run, or start it where there is none:
             the same call again and again, until the run has come to its end.
         init_from: start from the merged weights of another run's folder or checkpoint.
+        init_adapter: start from the factors of an adapter's folder, ours or PEFT's, which are trained further.
         quiet: no progress line.
 
     Raises:
@@ -81,9 +84,8 @@ def train(
     with joined(pick_device(run.device)) as ranks:
         writer = is_writer(out, ranks)
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
-            return _train(
-                run, out, ranks, resume=resume, elastic=elastic, init_from=init_from, writer=writer, quiet=quiet
-            )
+            starts = {"init_from": init_from, "init_adapter": init_adapter}
+            return _train(run, out, ranks, resume=resume, elastic=elastic, **starts, writer=writer, quiet=quiet)
 
 
 def _train(
@@ -94,6 +96,7 @@ def _train(
     resume: bool,
     elastic: bool,
     init_from: Path | None,
+    init_adapter: Path | None,
     writer: bool,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -107,6 +110,8 @@ def _train(
     learnt = None if saved is None else learnt_by_run(out, saved)
     start = None if saved else init_from
     session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
+    if init_adapter is not None and saved is None:
+        start_from_adapter_(session.plan, init_adapter)
     loop = _Loop(session, out, quiet=quiet, writer=writer)
     if saved is not None:
         loop.restore(saved, ended=elastic)
