@@ -226,7 +226,8 @@ def test_bad_input_is_one_clear_message(
 
 
 def test_a_plan_needs_no_download(capsys: pytest.CaptureFixture[str]) -> None:
-    assert main(["plan", "vit-pretrain", "--model.depth", "1", "--model.width", "64", "--model.heads", "2"]) == 0
+    shape = ["--model.depth", "1", "--model.width", "64", "--model.heads", "2", "--batch-size", "32"]
+    assert main(["plan", "vit-pretrain", *shape, "--layers"]) == 0
     assert "9 × 64" in capsys.readouterr().out  # PathMNIST's nine classes
 
 

@@ -324,14 +324,14 @@ def test_data_is_listed_and_prepared(lowrank, tmp_path):
 
 def test_plan_needs_no_data_where_the_vocabulary_is_given(lowrank):
     words = [*TINY[:-1], "--data", "c4", "--model.vocab_size", "300", "--method", "lora"]
-    status, out, err = lowrank("plan", *words)
+    status, out, err = lowrank("plan", *words, "--layers")
     assert (status, err) == (0, "")
     assert "method lora" in out
     assert "300 × 16" in out
 
 
 def test_the_plan_of_gpt2_names_what_trains_and_the_tied_head(lowrank):
-    said = lowrank("plan", "gpt2-pretrain", "--method.freeze", "*.attn.*.bias")[1]
+    said = lowrank("plan", "gpt2-pretrain", "--method.freeze", "*.attn.*.bias", "--layers")[1]
     assert "96.619 M" in said
     assert "transformer.wte.weight is also lm_head.weight (tied)" in said
 

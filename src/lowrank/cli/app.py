@@ -113,10 +113,13 @@ Example:
 
 _PLAN = """
 plan RECIPE [options]
-what would train, by what, at what cost in memory
+will it fit: what a run takes in memory, and what would train
 
-Shows which parameters a run would train, by which adapter and rule, which it leaves alone and why, and what that costs
-in memory. Takes the options of lowrank train.
+Says what a run needs at its peak, where that is and what the bytes are: a step of each kind (the first, an ordinary
+one, a refresh of bases, a merge, an evaluation) is gone through with tensors that have shapes and no numbers, so that
+neither weights nor data are needed. It is what torch holds, to the byte on a CPU but for scratch space within kernels;
+for a GPU its allocator's rounding is added, and 512 MiB that a CUDA process is assumed to take. Takes the options of
+lowrank train.
 
 With --ranks and --link it also says what several ranks over such a link would take: bytes and seconds a step, beside
 DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here unless
@@ -124,7 +127,8 @@ DDP's, and from which merge interval on communication hardly matters. One rank's
 
 Examples:
   lowrank plan gpt2-pretrain
-  lowrank plan gpt-mini --method lte --method.target_modules attention
+  lowrank plan llama-7b --method galore_8bit --per-layer --grad-accum 1
+  lowrank plan gpt-mini --method lte --method.target_modules attention --layers
   lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
 """
 
@@ -313,8 +317,10 @@ def every_command() -> list[Command]:
         Option(name="elastic", help="go on with the run in --out if it holds this one, else start it there"),
         Option(name="init_from", value="DIR", help="start from the merged weights of another run"),
         Option(name="init_adapter", value="DIR", help="train an adapter further: PEFT's folder, or one of export"),
+        Option(name="dry_run", help="check the run and print what it would take in memory; nothing is read or written"),
         quiet,
     )
+    planned = (Option(name="layers", help="also every parameter: its shape, who trains it, and why"),)
     linked = (
         Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
         Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
@@ -343,7 +349,7 @@ def every_command() -> list[Command]:
             _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
         _command(_REPORT, commands.report, (written,), positions=(1, None)),
-        _command(_PLAN, commands.plan, (*linked, *run), dotted),
+        _command(_PLAN, commands.plan, (*planned, *linked, *run), dotted),
         _command(_EVAL, commands.evaluate, (*score, trust)),
         _command(_GENERATE, commands.generate, (*generate, trust)),
         _command(_EXPORT, commands.export, (*exported, trust), positions=(1, 2)),

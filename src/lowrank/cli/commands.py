@@ -32,7 +32,7 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
-    changes = parsed.without(("out", "resume", "elastic", "init_from", "init_adapter", "quiet"))
+    changes = parsed.without(("out", "resume", "elastic", "init_from", "init_adapter", "quiet", "dry_run"))
     resumed, elastic = parsed.options.get("resume"), switch(parsed, "elastic")
     if elastic and (resumed is not None or "out" not in parsed.options):
         raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
@@ -55,6 +55,13 @@ def train(parsed: Parsed) -> int:
         before = Run.read(out / "run.json")
         run = _checked(override(before, {"stop_at": None, **changes}))
         refuse_changed(resolve(before), run)
+    if switch(parsed, "dry_run"):
+        from lowrank.run.estimate import estimate, on_card
+
+        print(
+            printable(f"{estimate(run, on_card=on_card(run))}\n\nnothing was trained and nothing written (--dry-run)")
+        )
+        return 0
     from lowrank.distributed.process_group import is_first
     from lowrank.train.loop import train as train_run
 
@@ -124,19 +131,23 @@ def report(parsed: Parsed) -> int:
 
 
 def plan(parsed: Parsed) -> int:
-    """The table of what a run would train, without training and without its data where the model does not need it; with
-    --ranks and --link, what the link makes of it."""
-    from lowrank.evaluate.score import planned_session
-
+    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks and
+    --link, what the link makes of it."""
     given = parsed.only(_LINK)
-    run = _checked(override(find(parsed.positions[0]), parsed.without(_LINK)))
+    run = _checked(override(find(parsed.positions[0]), parsed.without((*_LINK, "layers"))))
     if given and not {"ranks", "link"} <= given.keys():
         raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
     show = _outlook(run, given) if given else None
-    session = planned_session(run)
-    print(session.plan)
+    from lowrank.run.estimate import estimate
+
+    sheet = estimate(run)
+    print(printable(str(sheet)))
+    if switch(parsed, "layers"):
+        print(f"\n{printable(sheet.layers)}")
     if show is not None:
-        print(f"\n{show(session)}")
+        from lowrank.evaluate.score import planned_session
+
+        print(f"\n{show(planned_session(run))}")
     return 0
 
 

@@ -27,6 +27,7 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
+from torch._subclasses.fake_tensor import is_fake
 
 BLOCK = 256
 CHUNK = 256  # blocks encoded at a time: a quarter of a megabyte of float32, which stays in the cache
@@ -73,7 +74,8 @@ class Code:
         padding = blocks * size - flat.shape[-1]
         flat = (F.pad(flat, (0, padding)) if padding else flat).view(-1, size)
         codes, scales = stored["codes"].view(flat.shape[0], -1), stored["scales"].view(-1)
-        for i in range(0, flat.shape[0], CHUNK):  # a part at a time: many temporaries, but small ones
+        rows = min(flat.shape[0], 2 * CHUNK) if is_fake(x) else flat.shape[0]  # every part takes the same memory
+        for i in range(0, rows, CHUNK):  # a part at a time: many temporaries, but small ones
             part = slice(i, i + CHUNK)
             code, scale = self._encode(flat[part].float(), tick)
             codes[part] = code if self.bits == 8 else _pack(code)

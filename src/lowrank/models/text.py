@@ -154,7 +154,7 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
         )
     place = Path(path).expanduser() if _looks_local(path) else path
     auto: Any = transformers.AutoModelForCausalLM
-    model, info = auto.from_pretrained(place, dtype=_dtype(dtype), output_loading_info=True)
+    model, info = auto.from_pretrained(place, dtype=weights_dtype(dtype), output_loading_info=True)
     missing = set(info["missing_keys"])
     mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
     return model
@@ -217,7 +217,7 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or Path(path).exists()
 
 
-def _dtype(name: str) -> torch.dtype:
+def weights_dtype(name: str) -> torch.dtype:
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in allowed:
         raise ValueError(f"model.dtype={name!r} is unknown; it is one of {', '.join(allowed)}")

@@ -111,6 +111,13 @@ class Run:
     precision: Literal["fp32", "bf16", "fp16", "bf16-weights"] = _setting(
         "fp32", "autocast to bf16 or fp16, or keep the weights themselves in bfloat16", "Machine"
     )
+    checkpoint_activations: bool = _setting(
+        False,
+        "compute each block again in the backward pass: saves its activations",
+        "Machine",
+        may_change=True,
+        counts=False,
+    )
     compile: bool = _setting(False, "torch.compile the model", "Machine", may_change=True)
     engine: Literal["auto", "ddp", "fsdp"] = _setting(
         "auto", "several ranks: LTE's heads apart and else in step; all in step; in step and sharded (FSDP2)", "Machine"

@@ -28,6 +28,7 @@ from lowrank.infra.convert import nearest
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.fingerprints import digest_of
 from lowrank.infra.loaded import mark_loaded_
+from lowrank.models.blocks import checkpoint_activations_
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.overrides import catalogue
@@ -81,6 +82,7 @@ def open_session(
     learnt: Any = None,
     ranks: ProcessGroup | None = None,
     with_base: bool = False,
+    make: Callable[[Run, Any], nn.Module] | None = None,
 ) -> Session:
     """Make a run's data, model and plan.
 
@@ -91,6 +93,7 @@ def open_session(
         learnt: what the run has learnt of its data, where it goes on: the data must still be of that kind.
         ranks: the processes that train it together.
         with_base: take the digests of the weights that it starts from.
+        make: makes the model, of its dtype and in its place, instead of the function that the run names.
     """
     device = pick_device(run.device)
     autocast, needs_scaler = precision(run.precision, device)
@@ -101,15 +104,18 @@ def open_session(
     if learnt is not None:
         data = data.learnt_by(learnt, whole=True)
     torch.manual_seed(run.seed)
-    model = offer.make("model", run, data)
+    model = offer.make("model", run, data) if make is None else make(run, data)
+    if run.checkpoint_activations:
+        checkpoint_activations_(model)
     data = data.for_model(model)
     if init_from is not None:
         mark_loaded_(model, ())  # what trains is up to the recipe; so a resumed run, which loads nothing here, agrees
         load_plain_(model, init_from)
-    if run.precision == "bf16-weights":
+    if run.precision == "bf16-weights" and make is None:
         model = model.to(torch.bfloat16)
     base = _base(model, init_from) if with_base else None
-    model = model.to(device)
+    if make is None:
+        model = model.to(device)
     method = offer.make("method", run)
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
     if run.engine == "fsdp" and plan.intra_worker is not None:

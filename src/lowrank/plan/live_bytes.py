@@ -1,0 +1,181 @@
+"""Counts what torch holds: the bytes of every storage that is alive, by kind, and their peak at each place of a step.
+
+A mode of torch's dispatcher sees each operation and asks its results for their storage; a finalizer tells when a
+storage is gone. On real tensors that is what torch itself counts (its profiler's memory events), but for scratch space
+inside of single kernels. On fake tensors, which have shapes and no numbers, the very same step costs nothing and counts
+the same: :class:`FakeLiveBytes` makes all that is created within it fake, but for scalars and small ranges, whose
+values decide what a step does (whether a basis is due); a value that nobody has is answered as in an ordinary step.
+
+Kinds are words of ``KINDS``. A place is (the kind of step, where in it), such as ("first", "backward of layer 0").
+"""
+
+from __future__ import annotations
+
+import weakref
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_iter
+from torch.utils.flop_counter import flop_registry
+
+WEIGHTS, FACTORS, KEPT = "weights", "factors", "kept copies"
+MOMENTS, BASIS, OTHER_STATE = "moments", "basis", "other state"
+GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = "gradients", "activations", "logits and loss", "workspace"
+KINDS = (WEIGHTS, FACTORS, KEPT, MOMENTS, BASIS, OTHER_STATE, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE)
+STATIC = KINDS[:6]
+BLOCK = 512  # bytes to which CUDA's allocator rounds what is asked for up
+
+Place = tuple[str, str]
+
+
+@dataclass(frozen=True)
+class Peak:
+    """The most that was held at one place: bytes, by kind, and what a GPU's allocator adds by rounding."""
+
+    total: int
+    parts: Mapping[str, int]
+    rounding: int = 0
+
+
+@dataclass
+class _Held:
+    kind: str
+    size: int
+
+
+@dataclass
+class Work:
+    """What was computed at one place."""
+
+    flops: int = 0
+    moved: int = 0  # bytes read and written by operations
+
+
+@dataclass
+class Counts:
+    """What a mode has seen."""
+
+    now: int = 0
+    rounding: int = 0
+    parts: Counter[str] = field(default_factory=Counter)
+    peaks: dict[Place, Peak] = field(default_factory=dict)
+    work: dict[Place, Work] = field(default_factory=dict)
+
+
+class LiveBytes(TorchDispatchMode):
+    """The mode (module docstring). ``kind`` is what is created now, ``step`` and ``where`` the place."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.counts, self._held = Counts(), dict[int, _Held]()
+        self.kind, self.step, self.where = ACTIVATIONS, "first", "forward"
+        self.working = False  # whether to count operations as well
+
+    def at(self, where: str, kind: str | None = None, *, step: str | None = None) -> None:
+        """From now on this is the place, and what is created is of ``kind``."""
+        self.where, self.step, self.kind = where, step or self.step, kind or self.kind
+        self._note()
+
+    def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
+        """Count tensors that are there already, or that were counted as another kind."""
+        for tensor in tensors:
+            storage = tensor.untyped_storage()
+            held = self._held.get(storage._cdata)
+            if held is None:
+                self._add(storage, kind)
+            else:
+                self.counts.parts[held.kind] -= held.size
+                self.counts.parts[kind] += held.size
+                held.kind = kind
+        self._note()
+
+    def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
+        key, size, counts = storage._cdata, storage.nbytes(), self.counts
+        self._held[key] = _Held(kind, size)
+        counts.now += size
+        counts.parts[kind] += size
+        counts.rounding += -size % BLOCK
+        weakref.finalize(storage, self._drop, key)
+
+    def _drop(self, key: int) -> None:
+        held = self._held.pop(key, None)
+        if held is not None:
+            self.counts.now -= held.size
+            self.counts.parts[held.kind] -= held.size
+            self.counts.rounding -= -held.size % BLOCK
+
+    def _note(self) -> None:
+        counts, place = self.counts, (self.step, self.where)
+        if place not in counts.peaks or counts.now > counts.peaks[place].total:
+            counts.peaks[place] = Peak(counts.now, dict(counts.parts), counts.rounding)
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        out = self.call(func, args, kwargs or {})
+        added = False
+        for tensor in tree_iter(out):
+            if isinstance(tensor, Tensor):
+                storage = tensor.untyped_storage()
+                if storage._cdata not in self._held:
+                    self._add(storage, self.kind)
+                    added = True
+        if added:
+            self._note()
+        if self.working:
+            self._count_work(func, args, kwargs or {}, out)
+        return out
+
+    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        return func(*args, **kwargs)
+
+    def _count_work(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        work = self.counts.work.setdefault((self.step, self.where), Work())
+        packet = func._overloadpacket
+        if packet in flop_registry:
+            work.flops += flop_registry[packet](*args, **kwargs, out_val=out)
+        if not func.is_view:
+            seen = {t.data_ptr() if not isinstance(t, FakeTensor) else id(t): t for t in _tensors((args, kwargs, out))}
+            work.moved += sum(t.numel() * t.element_size() for t in seen.values())
+
+
+class FakeLiveBytes(LiveBytes):
+    """The same on fake tensors (module docstring)."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.fake = FakeTensorMode(allow_non_fake_inputs=True)
+
+    def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
+        tensors = list(_tensors((args, kwargs)))
+        fakes = [t for t in tensors if isinstance(t, FakeTensor)]
+        if func is torch.ops.aten._local_scalar_dense.default and fakes:
+            return _answer(args[0])
+        if tensors and not fakes:
+            return func(*args, **kwargs)
+        with self.fake:
+            out = func(*args, **kwargs)
+        if not tensors and isinstance(out, Tensor) and out.device.type == "cpu":
+            small = out.numel() <= 1 or (func._overloadpacket in _RANGES and out.numel() <= _SMALL)
+            return func(*args, **kwargs) if small else out
+        if func._overloadpacket is torch.ops.aten.all:
+            out.is_answer_of_all = True
+        return out
+
+
+_RANGES, _SMALL = (torch.ops.aten.arange, torch.ops.aten.linspace), 1 << 16
+
+
+def _answer(scalar: Tensor) -> bool | int | float:
+    """What an ordinary step would find: all of a mask is set, no matrix has failed, a count is 0."""
+    if scalar.dtype is torch.bool:
+        return bool(getattr(scalar, "is_answer_of_all", False))
+    return 0.0 if scalar.is_floating_point() else 0
+
+
+def _tensors(values: Any) -> Iterator[Tensor]:
+    return (value for value in tree_iter(values) if isinstance(value, Tensor))

@@ -1,0 +1,157 @@
+"""Will it fit: the prediction on fake tensors against what torch counts on real ones, and what is said of it."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from lowrank.cli import main
+from lowrank.plan.live_bytes import LiveBytes
+from lowrank.plan.sheet import Sheet, gib, parse_size
+from lowrank.recipes import find
+from lowrank.run import estimate as estimating
+from lowrank.run.estimate import estimate
+from lowrank.run.overrides import override, resolve
+from lowrank.run.run import Run
+
+SMALL: dict[str, dict[str, Any]] = {
+    "gpt-mini": {"model.n_layer": 4, "model.n_embd": 32, "model.n_head": 2, "data.context": 32, "batch_size": 4},
+    "llama-mini": {
+        "model.n_layer": 4,
+        "model.hidden": 32,
+        "model.feed_forward": 64,
+        "model.n_head": 2,
+        "data.context": 32,
+    },
+    "vit-mini": {"model.width": 32, "model.heads": 2, "batch_size": 4},
+}
+
+
+def small(recipe: str, **changes: Any) -> Run:
+    given = {name.replace("__", "."): value for name, value in changes.items()}
+    return resolve(override(find(recipe), {"device": "cpu", "max_grad_norm": None, **SMALL[recipe], **given}))
+
+
+@pytest.mark.parametrize(
+    ("recipe", "changes"),
+    [
+        ("gpt-mini", {"method": "lte", "method__merge_every": 2}),
+        ("gpt-mini", {"method": "galore_8bit", "method__rank": 8, "per_layer": True, "grad_accum": 2}),
+        ("llama-mini", {"method": "fira", "checkpoint_activations": True, "precision": "bf16-weights"}),
+        ("vit-mini", {"method": "apollo", "method__rank": 8, "precision": "bf16"}),
+    ],
+)
+def test_the_prediction_is_what_torch_counts_(recipe: str, changes: dict[str, Any]) -> None:
+    run = small(recipe, **changes)
+    predicted = estimate(run, on_card=False)
+    counted = estimating._estimated(run, LiveBytes, on_card=False)
+    assert predicted.static == counted.static
+    assert predicted.by_step() == pytest.approx(counted.by_step(), rel=0.01)
+    assert predicted.total == counted.total
+
+
+def test_static_parts_are_those_of_the_plan() -> None:
+    session = estimating._made(small("gpt-mini", method="galore"), LiveBytes)[2]
+    sheet = estimate(small("gpt-mini", method="galore"))
+    assert sum(sheet.static.values()) == session.plan.ledger.total - session.plan.ledger.gradients
+    assert sheet.parameters == session.plan.parameters_total
+
+
+def test_seven_billion_parameters_take_no_memory(capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(["plan", "llama-7b", "--grad-accum", "1", "--per-layer", "--method", "galore"]) == 0
+    out = capsys.readouterr().out
+    assert "weights            12.5" in out
+    assert "in the backward pass of" in out.splitlines()[1]
+    assert "; fits a 40 GB card with " in out.splitlines()[1]
+    assert all(len(line) <= 120 for line in out.splitlines())
+
+
+def test_blocks_that_differ_are_traced_one_by_one() -> None:
+    run = small("gpt-mini", method="full", method__freeze=("first:2",))
+    predicted, counted = estimate(run, on_card=False), estimating._estimated(run, LiveBytes, on_card=False)
+    assert predicted.total == counted.total
+    assert ("first", "backward of the layers") in predicted.counts.peaks
+
+
+def test_checkpointed_activations_change_no_number(tmp_path: Path) -> None:
+    words = [
+        "gpt-mini",
+        "--steps",
+        "3",
+        "--model.n_embd",
+        "16",
+        "--model.n_head",
+        "2",
+        "--model.dropout",
+        "0.1",
+        "--quiet",
+    ]
+    losses = []
+    for name, more in (("plain", ()), ("again", ("--checkpoint-activations",))):
+        assert main(["train", *words, *more, "--out", str(tmp_path / name)]) == 0
+        records = [json.loads(line) for line in (tmp_path / name / "log.jsonl").read_text().splitlines()]
+        losses.append([record["loss"] for record in records if "loss" in record])
+    assert losses[0] == losses[1]
+    one, other = small("gpt-mini"), small("gpt-mini", checkpoint_activations=True)
+    assert estimate(other).counts.peaks["first", "forward of the head"].total < (
+        estimate(one).counts.peaks["first", "forward of the head"].total
+    )
+
+
+def test_a_dry_run_reads_and_writes_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    words = ["gpt-mini", "--data", "is-not-there.txt", "--data.tokenizer", "bpe:500", "--method", "lora"]
+    assert main(["train", *words, "--dry-run", "--out", "x"]) == 0
+    out = capsys.readouterr().out
+    assert "needs " in out
+    assert "nothing was trained" in out
+    assert list(tmp_path.iterdir()) == []
+    assert main(["train", *words, "--dry-run", "--batch-size", "0"]) == 2
+    assert "--batch-size 0: at least 1" in capsys.readouterr().err
+
+
+def test_models_of_others_from_their_configuration(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    from transformers import GPT2Config
+
+    GPT2Config(n_layer=4, n_embd=32, n_head=2, vocab_size=100, n_positions=64).save_pretrained(tmp_path / "gpt2")
+    words = ["plan", "gpt2-finetune", "--data.context", "32", "--model.path"]
+    assert main([*words, str(tmp_path / "gpt2"), "--layers"]) == 0
+    out = capsys.readouterr().out
+    assert "loaded ones are frozen" in out
+    (tmp_path / "empty").mkdir()
+    assert main([*words, str(tmp_path / "empty")]) == 2
+    assert "has no config.json" in capsys.readouterr().err
+
+
+def test_the_answer_comes_first() -> None:
+    sheet = estimate(small("gpt-mini", method="lora"))
+    assert isinstance(sheet, Sheet)
+    title, answer, *_ = str(sheet).splitlines()
+    assert title.startswith("gpt-mini, lora: 4 × 32 tokens")
+    assert answer.startswith("needs ")
+    assert "fits a 8 GB card" in answer
+    assert replace(sheet, on_card=False).answer().partition(";")[1] == ""
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [("24GB", 24 * 10**9), ("24GiB", 24 << 30), ("24", 24 << 30), ("1.5 gb", 1_500_000_000), ("500MiB", 500 << 20)],
+)
+def test_sizes_are_told_apart(text: str, size: int) -> None:
+    assert parse_size(text, "--fit") == size
+
+
+@pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "24TBs"])
+def test_what_is_no_size(text: str) -> None:
+    with pytest.raises(ValueError, match="is no size: give 24GB"):
+        parse_size(text, "--fit")
+
+
+def test_bytes_for_people_in_binary_units() -> None:
+    assert [gib(n) for n in (0, 2048, 3 << 20, 5 << 30)] == ["0 KiB", "2 KiB", "3.0 MiB", "5.00 GiB"]
