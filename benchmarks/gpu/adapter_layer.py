@@ -44,11 +44,11 @@ def alternatives(width: int, rank: int, kind: dict[str, Any]) -> dict[str, Calla
         "multi-head, 4 heads": lambda: adapted(layer(), rank=rank, heads=4),
         "lte, 4 heads": lambda: adapted(layer(), rank=rank, heads=4, split=True, keep=True),
         "dora": lambda: adapted(layer(), rank=rank, direction=True),
-        "lora, compiled": lambda: compiled(adapted(layer(), rank=rank)),
     }
     if importlib.util.find_spec("peft"):
         found["peft lora"] = lambda: with_peft(layer(), rank)
         found["peft dora"] = lambda: with_peft(layer(), rank, dora=True)
+    found["lora, compiled"] = lambda: compiled(adapted(layer(), rank=rank))
     return found
 
 

@@ -19,6 +19,10 @@ from typing import Any
 import torch
 
 
+class OutOfTime(Exception):
+    """A measurement was interrupted."""
+
+
 class Poisoned(RuntimeError):
     """The CUDA context is lost: nothing more can run in this process."""
 
@@ -55,13 +59,15 @@ class Bench:
             needs: seconds that must be left, or it is not begun.
             limit: seconds after which it is interrupted (as soon as Python runs again); default: what is left.
         """
-        if self.left < needs:
+        if self.left < max(needs, 0.1):
             self._send(name, {"skipped": f"needs about {needs:.0f} s, and {max(self.left, 0):.0f} s were left"})
             return None
         result: Any = None
         try:
-            with time_limit(min(limit or self.left, max(self.left, 1.0))):
+            with time_limit(self.left if limit is None else min(limit, self.left)):
                 result = measure()
+        except OutOfTime as over:
+            self._send(name, {"skipped": str(over)})
         except Exception as error:
             self._send(name, {"failed": message_of(error)})
         else:
@@ -164,10 +170,10 @@ def message_of(error: BaseException) -> str:
 
 @contextmanager
 def time_limit(seconds: float) -> Iterator[None]:
-    """Raise TimeoutError inside the block after so many seconds, in the main thread, as soon as Python runs there."""
+    """Raise OutOfTime inside the block after so many seconds, in the main thread, as soon as Python runs there."""
 
     def over(*_: object) -> None:
-        raise TimeoutError(f"took more than {seconds:.0f} s")
+        raise OutOfTime(f"interrupted after {seconds:.0f} s")
 
     before = signal.signal(signal.SIGALRM, over)
     signal.setitimer(signal.ITIMER_REAL, max(seconds, 0.01))

@@ -46,14 +46,15 @@ def measure(bench: Bench, size: str, rows: int, name: str, plain: dict[str, Any]
     data = [batch(model, rows) for _ in range(2)]
     model.train()
     began = time.monotonic()
+    run: Any = model
     if plain is not None:
         torch.compiler.reset()
-        model.compile(backend="inductor" if bench.cuda else "eager")
+        run = torch.compile(model, backend="inductor" if bench.cuda else "eager")
     narrow = torch.bfloat16 if not bench.cuda or torch.cuda.is_bf16_supported() else torch.float16
 
     def step(number: int = 0) -> torch.Tensor:
         with torch.autocast(bench.device.type, narrow):
-            loss = mean_loss(model, data[number % 2])
+            loss = mean_loss(run, data[number % 2])
         loss.backward()
         optimizer.step()
         optimizer.zero_grad()

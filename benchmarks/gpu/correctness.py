@@ -308,7 +308,8 @@ def reference(name: str, vision: bool = False, **options: Any) -> list[Tensor]:
 def method_check(device: torch.device, name: str, vision: bool = False) -> dict[str, Any]:
     """Six steps, merges and refreshes among them, and the plain model at the end."""
     training = Training.begin(name, device, torch.float32, vision)
-    training.steps(0, 6)
+    with torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False):  # as products' default
+        training.steps(0, 6)
     narrow = any(is_narrow(use.rule) for use in method_of(name).rules)
     return check(relative(training.changes(), reference(name, vision)), NARROW if narrow else CLOSE)
 

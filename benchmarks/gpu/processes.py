@@ -25,9 +25,11 @@ LOADED = [
 GRACE = 10.0  # seconds after its time that a section has to end by itself, before it is killed
 
 
-def processes() -> Any:
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(LOADED)
+def processes(kind: str = "forkserver") -> Any:
+    """What makes processes; of ``kind`` "spawn" each imports everything by itself."""
+    context = multiprocessing.get_context(kind)
+    if kind == "forkserver":
+        context.set_forkserver_preload(LOADED)
     return context
 
 

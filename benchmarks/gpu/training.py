@@ -19,6 +19,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import CONTEXT, bytes_of, llama, mean_loss
 
 STEPS, ROWS, EVALUATED = 300, 64, 8
+WARMUP = 3  # steps that are not timed
 RATES: dict[str, tuple[float, ...]] = {
     "full": (1e-3, 3e-3),
     "muon": (1e-2, 3e-3),
@@ -34,7 +35,7 @@ def run(bench: Bench) -> None:
     size, steps, rows = ("tiny", 2, 2) if bench.tiny else ("60m", STEPS, ROWS)
     took = 0.0
     if not bench.tiny:  # as many steps as there is time for, the same for every method
-        probe = bench.item("how fast", lambda: train(bench, size, "full", 1e-3, text, 5, rows)) or {}
+        probe = bench.item("how fast", lambda: train(bench, size, "full", 1e-3, text, 10, rows)) or {}
         runs = sum(map(len, RATES.values())) + 1
         steps = max(40, min(STEPS, int(bench.left / runs * probe.get("tokens_a_second", 1e6) / (rows * CONTEXT))))
     for which in range(1 if bench.tiny else 2):  # every method at one rate before any has its second
@@ -59,6 +60,9 @@ def train(bench: Bench, size: str, name: str, rate: float, text: Tensor, steps: 
     begin, losses = time.monotonic(), []
     model.train()
     for step in range(steps):
+        if step == WARMUP:
+            bench.synchronise()
+            begin = time.monotonic()
         for optimizer, full_rate in optimizers:
             for group in optimizer.param_groups:
                 group["lr"] = full_rate * schedule(step, steps)
@@ -75,7 +79,7 @@ def train(bench: Bench, size: str, name: str, rate: float, text: Tensor, steps: 
         "val_loss": evaluate(bench, model, text[cut:], rows, narrow),
         "train_loss": float(torch.stack(losses[-max(1, steps // 20) :]).mean()),
         "tokens": steps * rows * CONTEXT,
-        "tokens_a_second": steps * rows * CONTEXT / took,
+        "tokens_a_second": (steps - (WARMUP if steps > WARMUP else 0)) * rows * CONTEXT / took,
         "peak_gib": None if bench.peak_bytes() is None else bench.peak_bytes() / 2**30,  # type: ignore[operator]
     }
 

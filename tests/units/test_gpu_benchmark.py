@@ -34,7 +34,8 @@ def test_the_dry_run_passes_every_section(tmp_path: Path) -> None:
     for name, section in sections.items():
         assert section["status"] == "done"
         assert section["items"], name
-        assert not [item for item in section["items"].values() if "failed" in item or "skipped" in item], name
+        left_out = [item for item, found in section["items"].items() if "failed" in found or "skipped" in found]
+        assert not set(left_out) - {"galore-torch"}, name  # which need not be installed
     page = (tmp_path / "out" / "gpu.md").read_text()
     assert "A dry run" in page
     assert "| rule galore |" in page
@@ -128,9 +129,10 @@ def test_an_item_that_fails_or_runs_out_of_memory_or_time_leaves_the_next() -> N
         good,
     ]
     assert items_of(5.0, lambda: time.sleep(30), lambda: good, limit=0.1) == [
-        {"failed": "TimeoutError: took more than 0 s"},
+        {"skipped": "interrupted after 0 s"},
         good,
     ]
+    assert "needs about 0 s, and 0 s were left" in items_of(-1.0, lambda: good)[0]["skipped"]
     assert "needs about 9 s" in items_of(0.5, lambda: good, needs=9.0)[0]["skipped"]
 
 
