@@ -9,7 +9,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from lowrank.data import Documents, EvaluationDocuments, Streamed, Tokens, prepare
+from lowrank.data import Documents, EvaluationRows, ShuffledRows, Streamed, Tokens, prepare
 from lowrank.data.text.source import Piece, Source
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, train_bpe
 
@@ -29,7 +29,7 @@ def rows(tmp_path: Path) -> Tokens:
 
 
 def test_a_document_is_padded_or_cut_as_published(rows: Tokens) -> None:
-    batch = joined(list(EvaluationDocuments(rows, "train", 8, 7)))
+    batch = joined(list(EvaluationRows(Documents(rows, "train", 8), 7)))
     assert batch["input_ids"].shape == (300, 8)
     for n, (inputs, labels) in enumerate(zip(batch["input_ids"].tolist(), batch["labels"].tolist(), strict=True)):
         letters, length = 97 + n % 26, 1 + n % 12
@@ -40,7 +40,7 @@ def test_a_document_is_padded_or_cut_as_published(rows: Tokens) -> None:
 
 
 def test_an_epoch_of_documents_visits_each_once(rows: Tokens) -> None:
-    source = Documents(rows, "train", 16, 10, seed=0)
+    source = ShuffledRows(Documents(rows, "train", 16), 10, seed=0)
     assert source.batches_per_epoch == 30
     lengths = [
         Counter((joined([source.batch(n + 30 * e) for n in range(30)])["labels"] != -100).sum(1).tolist())
@@ -48,21 +48,23 @@ def test_an_epoch_of_documents_visits_each_once(rows: Tokens) -> None:
     ]
     assert lengths[0] == lengths[1] == Counter(1 + n % 12 for n in range(300))
     assert not torch.equal(source.batch(0)["input_ids"], source.batch(30)["input_ids"])
-    assert torch.equal(source.batch(41)["input_ids"], Documents(rows, "train", 16, 10, seed=0).batch(41)["input_ids"])
-    parts = [Documents(rows, "train", 16, 10, seed=0, rank=rank, ranks=3).batch(7) for rank in range(3)]
+    assert torch.equal(
+        source.batch(41)["input_ids"], ShuffledRows(Documents(rows, "train", 16), 10, seed=0).batch(41)["input_ids"]
+    )
+    parts = [ShuffledRows(Documents(rows, "train", 16), 10, seed=0, rank=rank, ranks=3).batch(7) for rank in range(3)]
     assert torch.equal(joined(parts)["input_ids"], source.batch(7)["input_ids"])
 
 
 def test_part_of_the_documents_and_by_ranks(rows: Tokens) -> None:
-    assert len(EvaluationDocuments(rows, "train", 8, 7)) == 43
-    assert len(EvaluationDocuments(rows, "train", 8, 7, limit=3)) == 3
-    whole = EvaluationDocuments(rows, "train", 8, 7)
-    parts = [EvaluationDocuments(rows, "train", 8, 7, rank=rank, ranks=2).batch(42) for rank in range(2)]
+    assert len(EvaluationRows(Documents(rows, "train", 8), 7)) == 43
+    assert len(EvaluationRows(Documents(rows, "train", 8), 7, limit=3)) == 3
+    whole = EvaluationRows(Documents(rows, "train", 8), 7)
+    parts = [EvaluationRows(Documents(rows, "train", 8), 7, rank=rank, ranks=2).batch(42) for rank in range(2)]
     assert torch.equal(joined(parts)["input_ids"], whole.batch(42)["input_ids"])
     with pytest.raises(IndexError, match="batch 43 of 43"):
         whole.batch(43)
     with pytest.raises(ValueError, match="at least 2 tokens"):
-        Documents(rows, "train", 1, 7, seed=0)
+        ShuffledRows(Documents(rows, "train", 1), 7, seed=0)
 
 
 # Streamed

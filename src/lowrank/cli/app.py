@@ -65,6 +65,7 @@ Examples:
   lowrank train gpt-mini --data articles.csv --data.tokenizer bpe:4096 --steps 1000 --out runs/articles
   lowrank train runs/articles/run.json --out runs/again
   lowrank train --resume runs/articles --steps 2000
+  lowrank train finetune --model.path MODEL --data pairs.jsonl --out runs/sft
   lowrank train gpt-mini --method relora --init-from runs/warm-up
   lowrank train gpt-mini --method examples/new_optimizer.py:method
   torchrun --nproc-per-node 2 --max-restarts 3 -m lowrank train gpt-mini --method lte --elastic --out runs/lte
@@ -142,6 +143,18 @@ PEFT's or of lowrank export, on the base that it names (--base says where it is)
 Examples:
   lowrank generate runs/articles --prompt "The president said" --tokens 100
   lowrank generate runs/articles/checkpoints/step-00000100 --temperature 0
+"""
+
+_CHAT = """
+chat RUN|MODEL [options]
+a conversation with a run or a model
+
+Answers what is typed, a line each, through the chat template of the model's tokenizer, with all that has been said
+before. Ends where the input ends (Ctrl-D).
+
+Examples:
+  lowrank chat runs/sft
+  echo "What is a tensor?" | lowrank chat runs/sft --temperature 0
 """
 
 _EXPORT = """
@@ -342,7 +355,7 @@ def every_command() -> list[Command]:
         Option(name="energy", value="X", help="or of the ranks that keep this share of it, such as 0.9"),
     )
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
-    score, generate, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
+    score, generate, chat, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
         _command(_TRAIN, commands.train, (*training, *run), dotted, (0, 1)),
         _command(
@@ -352,6 +365,7 @@ def every_command() -> list[Command]:
         _command(_PLAN, commands.plan, (*planned, *linked, *run), dotted),
         _command(_EVAL, commands.evaluate, (*score, trust)),
         _command(_GENERATE, commands.generate, (*generate, trust)),
+        _command(_CHAT, commands.chat, (*chat, trust)),
         _command(_EXPORT, commands.export, (*exported, trust), positions=(1, 2)),
         _command(_PREDICT, commands.predict, (*predict, trust), positions=(1, None)),
         _command(_DATA, commands.data, prepare, positions=(1, 2)),

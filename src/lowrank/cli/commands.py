@@ -12,7 +12,7 @@ import re
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -184,6 +184,27 @@ def generate(parsed: Parsed) -> int:
     return 0
 
 
+def chat(parsed: Parsed) -> int:
+    """Questions from standard input, one a line, and a model's answers, until the input ends."""
+    options = arguments("chat", parsed.options)
+    from lowrank.evaluate.chat import chat as answers
+
+    def questions() -> Iterator[str]:
+        while True:
+            if sys.stdin.isatty():
+                print("> ", end="", file=sys.stderr, flush=True)
+            if not (line := sys.stdin.readline()):
+                return
+            yield line.rstrip("\n")
+
+    def note(text: str) -> None:
+        print(text, file=sys.stderr)
+
+    for answer in answers(_existing(parsed.positions[0]), questions(), **options, note=note):
+        print(printable(answer) if sys.stdout.isatty() else answer, flush=True)
+    return 0
+
+
 def export(parsed: Parsed) -> int:
     """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
     from lowrank.evaluate.score import export as export_run
@@ -334,6 +355,7 @@ def _verdict(out: Path, summary: Mapping[str, Any]) -> str:
 FUNCTIONS = {
     "score": "lowrank.evaluate.score",
     "generate": "lowrank.evaluate.generate",
+    "chat": "lowrank.evaluate.chat",
     "predict": "lowrank.evaluate.predict",
     "prepare": "lowrank.data.text.prepare",
 }

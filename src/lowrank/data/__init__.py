@@ -10,7 +10,14 @@ from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
     from lowrank.data.images.source import ImageData
-    from lowrank.data.text.batches import Documents, EvaluationDocuments, Streamed, Windows, evaluation_batches
+    from lowrank.data.text.batches import (
+        Documents,
+        EvaluationRows,
+        ShuffledRows,
+        Streamed,
+        Windows,
+        evaluation_batches,
+    )
     from lowrank.data.text.corpora import StreamedText, TextData, UnreadText, open_run_tokenizer, save_run_tokenizer
     from lowrank.data.text.prepare import prepare
     from lowrank.data.text.source import Piece, Source, SourceInfo, text_source
@@ -24,9 +31,10 @@ __all__ = [
     "DATA",
     "Data",
     "Documents",
-    "EvaluationDocuments",
+    "EvaluationRows",
     "ImageData",
     "Piece",
+    "ShuffledRows",
     "Source",
     "SourceInfo",
     "Streamed",

@@ -6,7 +6,7 @@ A batch is a pure function of (seed, n), so that a resumed run needs to know its
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +16,7 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Self
 
-DATA = Registry("data", "lowrank.data.text.corpora", "lowrank.data.images.source")
+DATA = Registry("data", "lowrank.data.text.corpora", "lowrank.data.text.finetuning", "lowrank.data.images.source")
 
 
 class Data(ABC):
@@ -38,6 +38,8 @@ class Data(ABC):
     def unread(self) -> bool:
         """Whether it only stands for data that is not here: enough for a model, and nothing to train on or score."""
         return False
+
+    notes: Sequence[str] = ()  # what a reader should know of it before the first step
 
     @property
     def fingerprint(self) -> str:

@@ -1,6 +1,7 @@
 """Text from a trained model, from the merged weights, by transformers' own ``generate``.
 
-Where the text outgrows the model's context, it goes on from the last half of it.
+A prompt is taken as it is, begun as the model's own tokenizer begins a text; what ends a text ends it. Where the text
+outgrows the model's context, it goes on from the last half of it.
 """
 
 from __future__ import annotations
@@ -12,7 +13,8 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank.data.text.tokenizers import Tokenizer, pretrained_tokenizer
+from lowrank.data.text.pretrained_tokenizer import model_tokenizer
+from lowrank.data.text.tokenizers import Tokenizer, saved_tokenizer
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
 from lowrank.models.text import load_pretrained
 from lowrank.run.session import pick_device, restore
@@ -47,11 +49,15 @@ def generate(
         ValueError: an argument out of its range, or a run that is not on text.
         FloatingPointError: the model's logits are not finite.
     """
-    _check(prompt, tokens, temperature, top_k)
-    model, own = _open(source, device, tokenizer=tokenizer, base=base)
-    ends = _ends(model, own)
-    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed, "ends": ends}
-    return prompt + own.decode(continuation(model, own.encode(prompt), tokens, **how))
+    if not prompt:
+        raise ValueError("the prompt is empty; give at least one character, such as a new line")
+    check_sampling(tokens, temperature, top_k)
+    model, own = open_model(source, device, tokenizer=tokenizer, base=base)
+    ids = own.prompt(prompt)
+    how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed, "ends": ends_of(model, own)}
+    made = continuation(model, ids, tokens, **how)
+    before, whole = own.decode(ids), own.decode([*ids, *made])  # some drop the space that they begin with
+    return prompt + (whole[len(before) :] if whole.startswith(before) else own.decode(made))
 
 
 def continuation(
@@ -97,21 +103,25 @@ def _refuse_not_finite(ids: Tensor, logits: Tensor) -> Tensor:
     return logits
 
 
-def _ends(model: Any, tokenizer: Tokenizer) -> list[int]:
+def ends_of(model: Any, tokenizer: Tokenizer) -> list[int]:
     """The ids that end a text: the tokenizer's, and what the model's authors say ends an answer."""
     theirs = model.generation_config.eos_token_id
     theirs = theirs if isinstance(theirs, list) else [theirs]
+    if tokenizer.special_ids is not None:  # a configuration's default may be any word
+        theirs = [id for id in theirs if id in tokenizer.special_ids]
     return [id for id in dict.fromkeys([tokenizer.end_of_document, *theirs]) if id is not None]
 
 
-def _open(source: str, device: str, *, tokenizer: str | None, base: str | None) -> tuple[Any, Tokenizer]:
+def open_model(
+    source: str, device: str, *, tokenizer: str | None = None, base: str | None = None
+) -> tuple[Any, Tokenizer]:
     """The model and tokenizer of a run, of a pre-trained model that was never trained here, or of an adapter."""
     folder = Path(source).expanduser()
     if is_adapter(folder):
         place = base_of(folder, base)
         model = use_adapter_(load_pretrained(place), folder).to(pick_device(device))
         own = source if (folder / "tokenizer_config.json").is_file() else place
-        return model, pretrained_tokenizer(tokenizer or own)
+        return model, _whole_tokenizer(tokenizer or own)
     if base is not None:
         raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
     if folder.is_dir() and not (folder / "config.json").is_file():
@@ -121,12 +131,16 @@ def _open(source: str, device: str, *, tokenizer: str | None, base: str | None) 
         if session.run.task != "text":
             raise ValueError(f"{source} is a run on {session.run.task}: only language models generate text")
         return session.model, session.data.tokenizer
-    return load_pretrained(source).to(pick_device(device)), pretrained_tokenizer(tokenizer or source)
+    return load_pretrained(source).to(pick_device(device)), _whole_tokenizer(tokenizer or source)
 
 
-def _check(prompt: str, tokens: int, temperature: float, top_k: int | None) -> None:
-    if not prompt:
-        raise ValueError("the prompt is empty; give at least one character, such as a new line")
+def _whole_tokenizer(spec: str) -> Tokenizer:
+    """One of ours, or a pre-trained model's with all that it came with."""
+    return saved_tokenizer(spec) or model_tokenizer(spec)
+
+
+def check_sampling(tokens: int, temperature: float, top_k: int | None) -> None:
+    """Raise ValueError for a number out of its range."""
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1")
     if temperature < 0:

@@ -10,7 +10,7 @@ Nothing here trains.
 from __future__ import annotations
 
 import math
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -24,6 +24,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.interop.adapter_bank import restored_for
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
+from lowrank.run.estimate import stand_in
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
@@ -110,8 +111,8 @@ def planned_session(run: Run) -> Session:
     )
     if needs_data:
         return open_session(run)
-    context = run.data.args["context"]
-    return open_session(run, data=_Unread(int(str(context))))
+    data, _ = stand_in(run)
+    return open_session(run, data=data)
 
 
 def export(source: Path, out: Path, *, which: str = "best") -> int:
@@ -138,21 +139,6 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     else:
         session.data.write_facts(out)
     return step
-
-
-@dataclass(frozen=True)
-class _Unread:
-    """Stands for text that a plan need not look at; the model says its own vocabulary."""
-
-    context: int
-    vocab_size: int = 0
-    end_of_document: int | None = None
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        pass  # there are no ids to check
-
-    def for_model(self, model: object) -> _Unread:
-        return self
 
 
 def _is_run(folder: Path) -> bool:

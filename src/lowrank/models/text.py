@@ -6,6 +6,8 @@ argument is the data, which gives the vocabulary and the context where they are 
 
 from __future__ import annotations
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, Literal
 
@@ -20,7 +22,7 @@ from lowrank.infra.registry import register
 
 # Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.
 CHUNK_ABOVE = 1 << 26
-CHUNKED_MODELS = ("gpt2", "llama", "mistral", "qwen2")  # whose logits are lm_head(hidden) and nothing more
+CHUNKED_MODELS = ("gpt2", "llama", "mistral", "qwen2", "qwen3")  # whose logits are lm_head(hidden) and nothing more
 
 
 @register("model", task="text")
@@ -133,19 +135,21 @@ def llama(
     return LlamaForCausalLM(config)
 
 
-@register("model", task="text")
+@register("model", task="text", tokenizer="path")
 def pretrained(data: Corpus, *, path: str = "gpt2", dtype: str = "float32") -> nn.Module:
-    """Any causal language model of transformers, from a local folder or by its name on the hub.
+    """Any causal language model of transformers, from a local folder or by its name on the hub, with its tokenizer.
 
     Args:
         path: the folder, or the name.
-        dtype: of the weights: float32 unless told.
+        dtype: of the weights: float32 unless told; ``auto`` is the one that they are saved in.
     """
     return _checked(load_pretrained(path, dtype=dtype), data, path)
 
 
 def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
     """A causal language model from a folder or the hub, its loaded parameters known as such (``rest="auto"``)."""
+    if not path:
+        raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
     import transformers
 
     if _looks_local(path) and not Path(path).expanduser().is_dir():
@@ -154,33 +158,59 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
         )
     place = Path(path).expanduser() if _looks_local(path) else path
     auto: Any = transformers.AutoModelForCausalLM
-    model, info = auto.from_pretrained(place, dtype=weights_dtype(dtype), output_loading_info=True)
+    options: dict[str, Any] = {"dtype": weights_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
+    try:
+        with _without_bars():
+            model, info = auto.from_pretrained(place, **options)
+    except ValueError as error:
+        if "trust_remote_code" not in str(error):
+            raise
+        raise ValueError(
+            f"{path} needs Python code that it brings itself, which is not executed here: take a model of an "
+            "architecture that transformers has"
+        ) from error
     missing = set(info["missing_keys"])
     mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
     return model
 
 
+@contextmanager
+def _without_bars() -> Iterator[None]:
+    """transformers draws no progress bars."""
+    from transformers.utils import logging
+
+    shown = logging.is_progress_bar_enabled()
+    logging.disable_progress_bar()
+    try:
+        yield
+    finally:
+        if shown:
+            logging.enable_progress_bar()
+
+
 def next_token_loss(model: nn.Module, batch: dict[str, Tensor]) -> Tensor:
     """The sum of the cross-entropy, in nats, over the labels that count.
 
-    ``batch``: input_ids, labels (batch, context) int64, the labels shifted already, −100 not counted. The sum is
+    ``batch``: input_ids, labels (batch, context) int64, the labels shifted already, −100 not counted; perhaps
+    position_ids of the same shape, which begin anew with every text of a row. The sum is
     float32 whatever the model's dtype. Where the logits would outweigh everything else, they are made in chunks and
     made again in the backward pass.
     """
-    ids, labels = batch["input_ids"], batch["labels"]
+    labels = batch["labels"]
+    inputs: dict[str, Tensor] = {name: batch[name] for name in ("input_ids", "position_ids") if name in batch}
     config: Any = getattr(model, "config", None)
     vocabulary = getattr(config, "vocab_size", 0)
     if labels.numel() * vocabulary <= CHUNK_ABOVE or getattr(config, "model_type", "") not in CHUNKED_MODELS:
-        return _cross_entropy(model(input_ids=ids, use_cache=False).logits, labels)
+        return _cross_entropy(model(**inputs, use_cache=False).logits, labels)
     within: Any = getattr(model, "within_forward", None)  # a sharded model (``sharding``) must be told
-    args = (ids, labels, vocabulary)
+    args = (inputs, labels, vocabulary)
     return _chunked_loss(model, *args) if within is None else within(_chunked_loss, *args)
 
 
-def _chunked_loss(model: nn.Module, ids: Tensor, labels: Tensor, vocabulary: int) -> Tensor:
+def _chunked_loss(model: nn.Module, inputs: dict[str, Tensor], labels: Tensor, vocabulary: int) -> Tensor:
     """The same loss from the model's pieces, without a call of the model itself."""
     body = _body(model)
-    hidden = body(input_ids=ids, use_cache=False).last_hidden_state
+    hidden = body(**inputs, use_cache=False).last_hidden_state
     head: Any = model.get_output_embeddings()  # type: ignore[operator]
     width = max(1, CHUNK_ABOVE // (labels.shape[0] * vocabulary))
     total = hidden.new_zeros((), dtype=torch.float32)
@@ -208,7 +238,7 @@ def _checked(model: nn.Module, data: Corpus, path: str) -> nn.Module:
     config: Any = model.config
     data.check_vocabulary(config.vocab_size)
     positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
-    if positions and data.context > positions:
+    if positions and (data.context or 0) > positions:
         raise ValueError(f"data.context={data.context} is beyond the {positions} positions of {path}")
     return model
 
@@ -217,8 +247,10 @@ def _looks_local(path: str) -> bool:
     return path.startswith((".", "/", "~")) or Path(path).exists()
 
 
-def weights_dtype(name: str) -> torch.dtype:
+def weights_dtype(name: str) -> torch.dtype | Literal["auto"]:
+    if name == "auto":
+        return "auto"
     allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
     if name not in allowed:
-        raise ValueError(f"model.dtype={name!r} is unknown; it is one of {', '.join(allowed)}")
+        raise ValueError(f"model.dtype={name!r} is unknown; it is one of auto, {', '.join(allowed)}")
     return allowed[name]

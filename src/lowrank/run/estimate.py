@@ -25,6 +25,7 @@ from torch import Tensor, nn
 from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
+from lowrank.data.text.finetuning import default_context
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import blocks_of
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes
@@ -160,8 +161,12 @@ def _pretrained(path: str, dtype: str) -> nn.Module:
 
     from lowrank.models.text import weights_dtype
 
+    if not path:
+        raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
     model: Any = transformers.AutoModelForCausalLM
-    made: nn.Module = model.from_config(_configuration(path), dtype=weights_dtype(dtype))
+    config = _configuration(path)
+    own = getattr(config, "dtype", None) or torch.float32
+    made: nn.Module = model.from_config(config, dtype=own if dtype == "auto" else weights_dtype(dtype))
     return _marked(made, ())
 
 
@@ -207,17 +212,17 @@ def _marked(model: nn.Module, fresh: tuple[str, ...]) -> nn.Module:
 
 @dataclass(frozen=True)
 class Unread:
-    """Stands for text that a plan need not look at."""
+    """Stands for text that a plan need not look at; its context may be left to the model."""
 
-    context: int
+    context: int | None
     vocab_size: int = 0
     end_of_document: int | None = None
 
     def check_vocabulary(self, vocab_size: int) -> None:
         pass  # there are no ids to check
 
-    def for_model(self, model: object) -> Unread:
-        return self
+    def for_model(self, model: nn.Module) -> Unread:
+        return self if self.context is not None else replace(self, context=default_context(model))
 
 
 def stand_in(run: Run) -> tuple[Any, list[str]]:
@@ -225,7 +230,8 @@ def stand_in(run: Run) -> tuple[Any, list[str]]:
     args = run.data.args
     if run.task == "images":
         return _no_images(args)
-    context = int(str(args.get("context") or 1024))
+    told = args.get("context") or 1024
+    context = None if told == "auto" else int(str(told))
     given = run.model.args.get("vocab_size")
     if isinstance(given, int) or run.model.name == "pretrained":
         return Unread(context, given if isinstance(given, int) else 0), []

@@ -123,7 +123,7 @@ def resolve(run: Run, offer: Catalogue | None = None) -> Run:
     """
     offer = offer or catalogue()
     complete: dict[str, Any] = {kind: _complete(run, kind, offer) for kind in _CALLS}
-    return replace(run, **complete)
+    return _with_the_model_s_tokenizer(replace(run, **complete), offer)
 
 
 def fingerprint(run: Run, offer: Catalogue | None = None) -> str:
@@ -194,6 +194,20 @@ def _complete(run: Run, kind: str, offer: Catalogue) -> Call:
     return Call(name=call.name, args={name: args[name] for name in told.kinds if name in args})
 
 
+def _with_the_model_s_tokenizer(run: Run, offer: Catalogue) -> Run:
+    """A model that has a tokenizer brings it, where the data leaves that open."""
+    own, args = _tokenizer_of(run, offer), run.data.args
+    if own is None or "tokenizer" not in args or args["tokenizer"] is not None:
+        return run
+    return replace(run, data=Call(name=run.data.name, args={**args, "tokenizer": own or None}))
+
+
+def _tokenizer_of(run: Run, offer: Catalogue) -> Setting:
+    """Where the run's model has its tokenizer; None where it has none."""
+    argument = offer.facts("model", run.model.name).get("tokenizer")
+    return None if argument is None else run.model.args.get(argument)
+
+
 def _identity(run: Run, kind: str) -> str:
     return own_files.identity(getattr(run, kind).name, run.files)
 
@@ -205,8 +219,13 @@ def _set(run: Run, name: str, value: object, offer: Catalogue) -> Run:
         argument = "source"
     if kind in _CALLS:
         call: Call = getattr(run, kind)
+        before = _tokenizer_of(run, offer)
         args = {**call.args, argument: _checked(kind, call.name, argument, value, offer)}
-        return _with(run, kind, Call(name=call.name, args=args))
+        run = _with(run, kind, Call(name=call.name, args=args))
+        after, data = _tokenizer_of(run, offer), run.data
+        if kind == "model" and before != after and before is not None and data.args.get("tokenizer") == before:
+            run = replace(run, data=Call(name=data.name, args={**data.args, "tokenizer": after}))
+        return run
     known = options()
     if name not in known:
         known_names = [*(_flag(each) for each in known), *map(_flag, _CALLS)]

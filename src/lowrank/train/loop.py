@@ -280,7 +280,7 @@ class _Loop:
             self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in [*self.coordinator.notes(), *notes]:
+        for note in [*self.session.data.notes, *self.coordinator.notes(), *notes]:
             self.progress.note(note)
         try:
             yield

@@ -237,72 +237,69 @@ def check_context(context: int) -> None:
 SHUFFLE_DOCUMENTS = 10_000
 
 
-class Documents:
-    """Batches of a split's documents, each epoch in another seeded order; ``batch_size`` counts the rows of all ranks.
+class Rows(Protocol):
+    """Rows of a batch by number."""
 
-    Raises:
-        ValueError: no documents, document ends that are not known, or sizes that are not positive.
-    """
+    def __len__(self) -> int: ...
 
-    def __init__(
-        self, tokens: Tokens, split: str, context: int, batch_size: int, seed: int, rank: int = 0, ranks: int = 1
-    ):
+    def rows(self, numbers: np.ndarray) -> Batch: ...
+
+
+class ShuffledRows:
+    """Training batches of rows, each epoch in another seeded order; ``batch_size`` counts the rows of all ranks."""
+
+    def __init__(self, rows: Rows, batch_size: int, seed: int, rank: int = 0, ranks: int = 1):
         self.share, self.seed = Share(batch_size=batch_size, rank=rank, ranks=ranks), seed
-        self._documents = _Documents(tokens, split, context)
+        self._rows = rows
 
     @property
     def batches_per_epoch(self) -> int:
-        """Batches in which every document appears about once; epochs follow without a gap, also inside a batch."""
-        return max(1, len(self._documents) // self.share.batch_size)
+        """Batches in which every row appears about once; epochs follow without a gap, also inside a batch."""
+        return max(1, len(self._rows) // self.share.batch_size)
 
-    def batch(self, n: int) -> dict[str, Tensor]:
-        """Batch n ≥ 0: {"input_ids", "labels"}, this rank's rows."""
-        size = len(self._documents)
+    def batch(self, n: int) -> Batch:
+        """Batch n ≥ 0, this rank's rows."""
+        size = len(self._rows)
         rows = np.arange(self.share.batch_size, dtype=np.uint64)[self.share.rows()]
         epochs, places = np.divmod(rows + np.uint64(n * self.share.batch_size), np.uint64(size))
         chosen = np.empty(len(rows), np.int64)
         for epoch in np.unique(epochs):
             chosen[epochs == epoch] = permuted(places[epochs == epoch], size, key=(self.seed, int(epoch)))
-        return self._documents.rows(chosen)
+        return self._rows.rows(chosen)
 
 
-class EvaluationDocuments:
-    """Batches of each document once, in order, or of a fixed part: ``len``, iteration, ``batch(n)``.
+class EvaluationRows:
+    """Batches of each row once, in order, or of a fixed part: ``len``, iteration, ``batch(n)``.
 
     Raises:
-        ValueError: as ``Documents``, or a limit below one batch.
+        ValueError: a limit below one batch.
     """
 
-    def __init__(
-        self,
-        tokens: Tokens,
-        split: str,
-        context: int,
-        batch_size: int,
-        limit: int | None = None,
-        rank: int = 0,
-        ranks: int = 1,
-    ):
+    def __init__(self, rows: Rows, batch_size: int, limit: int | None = None, rank: int = 0, ranks: int = 1):
         self.share = Share(batch_size=batch_size, rank=rank, ranks=ranks)
-        self._documents = _Documents(tokens, split, context)
-        self._chosen = spread(len(self._documents), batch_size, limit)
+        self._rows = rows
+        self._chosen = spread(len(rows), batch_size, limit)
 
     def __len__(self) -> int:
         return -(-len(self._chosen) // self.share.batch_size)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
+    def __iter__(self) -> Iterator[Batch]:
         return (self.batch(n) for n in range(len(self)))
 
-    def batch(self, n: int) -> dict[str, Tensor]:
-        """Batch n: {"input_ids", "labels"}, this rank's rows (the last batch may have fewer, and a rank none)."""
+    def batch(self, n: int) -> Batch:
+        """Batch n, this rank's rows (the last batch may have fewer, and a rank none)."""
         if not 0 <= n < len(self):
             raise IndexError(f"batch {n} of {len(self)}")
         chosen = self._chosen[n * self.share.batch_size : (n + 1) * self.share.batch_size]
-        return self._documents.rows(chosen[self.share.rows(len(chosen))])
+        return self._rows.rows(chosen[self.share.rows(len(chosen))])
 
 
-class _Documents:
-    """The documents of a split by number, as padded rows."""
+class Documents:
+    """The documents of a split by number, as padded rows.
+
+    Raises:
+        ValueError: no documents, document ends that are not known, or sizes that are not positive.
+    """
 
     def __init__(self, tokens: Tokens, split: str, context: int):
         check_document_context(context)

@@ -12,7 +12,7 @@ import json
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import TYPE_CHECKING, Any, Literal, Protocol, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, Protocol
 
 from lowrank.data.cache import published
 from lowrank.data.catalogue import Data
@@ -20,11 +20,13 @@ from lowrank.data.text.batches import (
     Batch,
     BatchSource,
     Documents,
-    EvaluationDocuments,
+    EvaluationRows,
+    ShuffledRows,
     Streamed,
     Windows,
     evaluation_batches,
 )
+from lowrank.data.text.fit import check_fits
 from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
@@ -38,7 +40,6 @@ if TYPE_CHECKING:
 
 RUN_TOKENIZER = "tokenizer"  # a folder beside run.json
 Packing = Literal["packed", "documents"]
-Text = TypeVar("Text", "TextData", "StreamedText")
 
 
 class Corpus(Protocol):
@@ -60,6 +61,7 @@ class _Text(Data):
     """What all text has in common for a model."""
 
     context: int
+    tokenizer: Any
 
     def for_model(self, model: nn.Module) -> Self:
         """Raise ValueError where a sequence is longer than the positions that the model has."""
@@ -67,7 +69,16 @@ class _Text(Data):
         positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
         if positions and self.context > positions:
             raise ValueError(f"data.context={self.context} is beyond the {positions} positions of the model")
+        if (tokenizer := self._known_tokenizer()) is not None:
+            check_fits(tokenizer, model, size=False)
         return self
+
+    def _known_tokenizer(self) -> Tokenizer | None:
+        """None of nanoGPT's tokens that do not say it."""
+        found: Tokenizer | None = None
+        with contextlib.suppress(ValueError):
+            found = self.tokenizer
+        return found
 
 
 @dataclass(frozen=True)
@@ -91,7 +102,7 @@ class TextData(_Text):
 
     def learnt_by(self, run: Any, *, whole: bool = False) -> TextData:
         """Raise ValueError unless the run's tokenizer has made these tokens."""
-        return _made_by_the_tokenizer_of(self, run)
+        return made_by_the_tokenizer_of(self, run)
 
     def to_json(self) -> dict[str, Any]:
         return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
@@ -124,13 +135,15 @@ class TextData(_Text):
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches, in a seeded order."""
-        kind = Windows if self.packing == "packed" else Documents
-        return kind(self.tokens, "train", self.context, batch_size, seed, rank, ranks)
+        if self.packing == "packed":
+            return Windows(self.tokens, "train", self.context, batch_size, seed, rank, ranks)
+        return ShuffledRows(Documents(self.tokens, "train", self.context), batch_size, seed, rank, ranks)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
         """Batches that score every token (or document) of ``split`` once, or the ``limit`` that are always the same."""
-        score = evaluation_batches if self.packing == "packed" else EvaluationDocuments
-        return score(self.tokens, split, self.context, batch_size, limit)
+        if self.packing == "packed":
+            return evaluation_batches(self.tokens, split, self.context, batch_size, limit)
+        return EvaluationRows(Documents(self.tokens, split, self.context), batch_size, limit)
 
 
 @dataclass
@@ -164,7 +177,7 @@ class StreamedText(_Text):
 
     def learnt_by(self, run: Any, *, whole: bool = False) -> StreamedText:
         """Raise ValueError unless the run's tokenizer is this one's."""
-        return _made_by_the_tokenizer_of(self, run)
+        return made_by_the_tokenizer_of(self, run)
 
     def to_json(self) -> dict[str, Any]:
         return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
@@ -226,8 +239,9 @@ class UnreadText(Data):
         """There are no ids to check."""
 
     def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
-        """The tokenizer by its folder."""
-        return {**args, "tokenizer": str(self.folder / RUN_TOKENIZER)} if "tokenizer" in args else dict(args)
+        """The tokenizer by its folder; it holds its chat template."""
+        own = {"tokenizer": str(self.folder / RUN_TOKENIZER), "chat_template": None}
+        return {**args, **{name: value for name, value in own.items() if name in args}}
 
     def write_facts(self, folder: Path) -> None:
         save_run_tokenizer(self.tokenizer, folder)
@@ -269,7 +283,12 @@ def open_run_tokenizer(folder: Path) -> Tokenizer | None:
     return load_tokenizer(final) if final.is_dir() else None
 
 
-def _made_by_the_tokenizer_of(data: Text, run: Any) -> Text:
+def made_by_the_tokenizer_of(data: Any, run: Any) -> Any:
+    """``data``, if the tokenizer of a ``run`` has read it.
+
+    Raises:
+        ValueError: another one has.
+    """
     if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
         raise ValueError(
             f"this text was read by tokenizer {data.tokenizer.spec!r} and the run was trained with another "
@@ -278,7 +297,7 @@ def _made_by_the_tokenizer_of(data: Text, run: Any) -> Text:
     return data
 
 
-def _place(source: str) -> str:
+def place_of(source: str) -> str:
     """The full path of a local source, so that another working directory changes nothing; empty for a name."""
     path = Path(source).expanduser()
     return str(path.resolve()) if source not in SOURCES and path.exists() else ""
@@ -321,7 +340,7 @@ def text(
         test_fraction=test_fraction,
         limit=limit,
     )
-    return TextData(tokens, context, packing, _place(source))
+    return TextData(tokens, context, packing, place_of(source))
 
 
 @register("data")
@@ -351,5 +370,5 @@ def stream(
         pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
         context,
         packing,
-        _place(source),
+        place_of(source),
     )

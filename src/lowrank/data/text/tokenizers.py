@@ -52,6 +52,15 @@ class Tokenizer(ABC):
         """The ids of one text, no special tokens added."""
         return self.encode_batch([text])[0].tolist()
 
+    def prompt(self, text: str) -> list[int]:
+        """The ids of a text to go on from."""
+        return self.encode(text)
+
+    @property
+    def special_ids(self) -> frozenset[int] | None:
+        """Ids that stand for no text; None where that is not known."""
+        return None
+
     @abstractmethod
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         """The ids of each text: one-dimensional arrays of unsigned integers."""
@@ -177,7 +186,7 @@ class Slow(Tokenizer):
     subfolder = "transformers_tokenizer"
 
     def __init__(self, backend: Any, spec: str):
-        super().__init__(spec, len(backend), _end_of(backend))
+        super().__init__(spec, len(backend), end_of(backend))
         self.backend = backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
@@ -257,7 +266,7 @@ def pretrained_tokenizer(spec: str) -> Tokenizer:
             f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
         ) from error
     fast = getattr(backend, "backend_tokenizer", None)
-    return Fast(fast, spec, _end_of(backend)) if fast is not None else Slow(backend, spec)
+    return Fast(fast, spec, end_of(backend)) if fast is not None else Slow(backend, spec)
 
 
 def load_tokenizer(folder: Path) -> Tokenizer:
@@ -288,6 +297,10 @@ def _loaded(folder: Path, saved: Mapping[str, Any]) -> Tokenizer:
     if saved["kind"] == Slow.kind:
         loader = import_extra("transformers", "text").AutoTokenizer
         return Slow(loader.from_pretrained(str(folder / Slow.subfolder), trust_remote_code=False), saved["spec"])
+    from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer  # which is one of these
+
+    if saved["kind"] == PretrainedTokenizer.kind:
+        return PretrainedTokenizer.from_folder(folder, saved)
     raise ValueError(f"{saved['kind']!r} is an unknown kind")
 
 
@@ -297,6 +310,12 @@ def saved_tokenizer(spec: str) -> Tokenizer | None:
     return load_tokenizer(folder) if (folder / SAVED).is_file() else None
 
 
+def tokenizer_files(folder: Path) -> list[Path]:
+    """The files of a tokenizer in a folder, ours or transformers'; none where it holds no tokenizer."""
+    files = sorted(file for file in folder.glob("*token*") if file.is_file())
+    return files + [file for name in ("vocab.json", "merges.txt", "spiece.model") if (file := folder / name).is_file()]
+
+
 def tokenizer_fingerprint(spec: str) -> str:
     """What the tokens depend on: the spec itself, and for a folder or file also what it contains."""
     if (saved := saved_tokenizer(spec)) is not None:
@@ -304,10 +323,8 @@ def tokenizer_fingerprint(spec: str) -> str:
     path = Path(spec).expanduser()
     if spec in ("bytes", "chars") or spec.startswith("bpe:") or not path.exists():
         return spec
-    files = [path] if path.is_file() else sorted(file for file in path.glob("*token*") if file.is_file())
-    files += [file for name in ("vocab.json", "merges.txt", "spiece.model") if (file := path / name).is_file()]
     digest = hashlib.blake2b(digest_size=16)
-    for file in files:
+    for file in [path] if path.is_file() else tokenizer_files(path):
         digest.update(file.name.encode() + b"\0" + file.read_bytes())
     return f"{path.name}@{digest.hexdigest()}"
 
@@ -325,7 +342,7 @@ def _from_file(file: Path, spec: str) -> Fast:
     return Fast(backend, spec, next((id for id in ids if id is not None), None))
 
 
-def _end_of(backend: Any) -> int | None:
+def end_of(backend: Any) -> int | None:
     """The id that ends a document in a transformers tokenizer: its eos, or BERT's sep."""
     return backend.eos_token_id if backend.eos_token_id is not None else backend.sep_token_id
 
