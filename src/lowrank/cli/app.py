@@ -162,8 +162,10 @@ export RUN OUT, or export RUN --adapter OUT [options]
 a plain model from a run, adapters merged; or its adapter alone
 
 Merges the adapters of a run into its weights and writes a plain model. One of transformers gets config.json,
-model.safetensors and its tokenizer, which transformers loads, and so do lowrank eval, generate and train gpt2-finetune
---model.path OUT. A vision transformer of timm gets model.safetensors, for lowrank train --model.weights OUT.
+model.safetensors and all of its tokenizer (characters and bytes too), which transformers loads, and so do lowrank eval,
+generate and train gpt2-finetune --model.path OUT. A vision transformer of timm gets what timm.create_model opens by
+local-dir:OUT, and lowrank train by --model.weights OUT. With --format nanogpt a GPT-2 becomes nanoGPT's ckpt.pt, which
+eval, generate and --model.path read as well.
 
 With --adapter OUT it writes instead what was trained and nothing of the base: adapter and head, for lowrank predict and
 lowrank.interop.AdapterBank; with --format peft in the format of PEFT, whose PeftModel.from_pretrained opens it.
@@ -350,7 +352,7 @@ def every_command() -> list[Command]:
     exported = (
         Option(name="checkpoint", value="best|latest", help="which of the run's checkpoints; default best"),
         Option(name="adapter", value="OUT", help="write the adapter alone, into this folder"),
-        Option(name="format", value="lowrank|peft", help="of the adapter: ours, or what PEFT opens"),
+        Option(name="format", value="NAME", help="of an adapter lowrank or peft; of a model nanogpt (ckpt.pt)"),
         Option(name="rank", value="N", help="for PEFT: what changed in the weights, as a LoRA of this rank"),
         Option(name="energy", value="X", help="or of the ranks that keep this share of it, such as 0.9"),
     )

@@ -208,6 +208,7 @@ def chat(parsed: Parsed) -> int:
 def export(parsed: Parsed) -> int:
     """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
     from lowrank.evaluate.score import export as export_run
+    from lowrank.evaluate.score import export_nanogpt
     from lowrank.interop import export_adapter, export_difference, export_peft
 
     source, *outs = map(Path, parsed.positions)
@@ -215,8 +216,8 @@ def export(parsed: Parsed) -> int:
     if ("adapter" in parsed.options) == bool(outs):
         raise UsageError("give one folder: lowrank export RUN OUT, or lowrank export RUN --adapter OUT")
     form = parsed.options.get("format", "lowrank")
-    if form not in ("lowrank", "peft") or ("format" in parsed.options and outs):
-        raise UsageError("--format is lowrank or peft, and goes with --adapter OUT")
+    if "format" in parsed.options and form not in (("nanogpt",) if outs else ("lowrank", "peft")):
+        raise UsageError("--format is lowrank or peft with --adapter OUT, or nanogpt with a whole model")
     cut = parsed.only(("rank", "energy"))
     if cut and (form != "peft" or len(cut) > 1):
         raise UsageError("--rank N or --energy 0.9, one of them, goes with --adapter OUT --format peft")
@@ -235,6 +236,10 @@ def export(parsed: Parsed) -> int:
         info = export_adapter(source, out, which=which)
         size = short_bytes((out / "adapter.safetensors").stat().st_size)
         print(f"{out}: the adapter and head of {info.origin}, {size}")
+        return 0
+    if form == "nanogpt":
+        step, note = export_nanogpt(source, outs[0], which=which)
+        print(f"{outs[0]}/ckpt.pt: the merged model of {source} at step {step}" + (f"\n{note}" if note else ""))
         return 0
     step = export_run(source, outs[0], which=which)
     print(f"{outs[0]}: the merged model of {source} at step {step}")

@@ -14,8 +14,9 @@ import torch
 from torch import Tensor
 
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
-from lowrank.data.text.tokenizers import Tokenizer, saved_tokenizer
+from lowrank.data.text.tokenizers import Bytes, Tokenizer, saved_tokenizer
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
+from lowrank.models.nanogpt import is_nanogpt
 from lowrank.models.text import load_pretrained
 from lowrank.run.session import pick_device, restore
 
@@ -131,11 +132,15 @@ def open_model(
         if session.run.task != "text":
             raise ValueError(f"{source} is a run on {session.run.task}: only language models generate text")
         return session.model, session.data.tokenizer
+    if is_nanogpt(source) and tokenizer is None:
+        raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, or a folder with its own")
     return load_pretrained(source).to(pick_device(device)), _whole_tokenizer(tokenizer or source)
 
 
 def _whole_tokenizer(spec: str) -> Tokenizer:
     """One of ours, or a pre-trained model's with all that it came with."""
+    if spec == "bytes":
+        return Bytes()
     return saved_tokenizer(spec) or model_tokenizer(spec)
 
 

@@ -10,6 +10,7 @@ Nothing here trains.
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
@@ -21,9 +22,14 @@ from lowrank.data import DATA
 from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
+from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.evaluate.evaluator import evaluate
+from lowrank.infra.files import write_json
 from lowrank.interop.adapter_bank import restored_for
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
+from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
+from lowrank.models.text import load_pretrained
+from lowrank.models.vision import timm_config
 from lowrank.run.estimate import stand_in
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
@@ -116,9 +122,10 @@ def planned_session(run: Run) -> Session:
 
 
 def export(source: Path, out: Path, *, which: str = "best") -> int:
-    """Write a run's model, adapters merged, as a plain one: `model.safetensors`, and what its library needs to load it.
+    """Write a run's model, adapters merged, as a plain one, with what its library needs to load it.
 
-    A model of transformers gets its `config.json`.
+    Of transformers: `config.json`, `model.safetensors`, `generation_config.json` and the tokenizer. Of timm:
+    `config.json` and `model.safetensors`, which `timm.create_model("local-dir:OUT", pretrained=True)` opens.
 
     Returns:
         The step of the checkpoint that was exported.
@@ -131,14 +138,53 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     model: Any = merge_and_unload(session.model)
     out.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
+        if session.run.task == "images":
+            _name_classes(model, session.data.classes, Path(str(session.run.model.args.get("path", ""))), out)
         model.save_pretrained(out)
-    else:  # a model of timm: its name is its format
+    else:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
+        if hasattr(model, "made_by_timm_as"):
+            write_json(out / "config.json", timm_config(model, session.data.classes))
     if session.run.task == "text":
-        session.data.tokenizer.save(out)  # where transformers looks for it
+        _save_tokenizer(session, model, out)
     else:
         session.data.write_facts(out)
     return step
+
+
+def export_nanogpt(source: Path, out: Path, *, which: str = "best") -> tuple[int, str]:
+    """Write a run's model, adapters merged, as nanoGPT's `ckpt.pt`, with its tokenizer beside.
+
+    Returns:
+        The step of the checkpoint that was exported, and in what the two models differ, if in anything.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: the model is no GPT-2.
+    """
+    session, step = restored_for(out, source, which)
+    model = merge_and_unload(session.model)
+    check_nanogpt(model)
+    out.mkdir(parents=True, exist_ok=True)
+    note = write_nanogpt(model, out / "ckpt.pt", step=step)
+    _save_tokenizer(session, model, out)
+    return step, note
+
+
+def _save_tokenizer(session: Session, model: Any, out: Path) -> None:
+    run = session.run
+    origins = [str(told) for told in (run.model.args.get("path"), run.data.args.get("tokenizer")) if told]
+    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    save_for_transformers(session.data.tokenizer, out, origins=origins, context=context)
+
+
+def _name_classes(model: Any, classes: Sequence[str], base: Path, out: Path) -> None:
+    """The classes into the configuration of a model of transformers, and how its images are read beside it."""
+    model.config.id2label = dict(enumerate(classes))
+    model.config.label2id = {name: i for i, name in enumerate(classes)}
+    reading = base.expanduser() / "preprocessor_config.json"
+    if reading.is_file():
+        (out / reading.name).write_bytes(reading.read_bytes())
 
 
 def _is_run(folder: Path) -> bool:
@@ -169,8 +215,10 @@ def _pretrained(
         raise ValueError(f"on what text is {source} to be scored? give --data NAME|FILE")
     from transformers import AutoConfig
 
+    if is_nanogpt(source) and changes["tokenizer"] == source:
+        raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, chars, or what it was trained with")
     if changes["context"] is None:
-        config = AutoConfig.from_pretrained(source)
+        config: Any = load_pretrained(source).config if is_nanogpt(source) else AutoConfig.from_pretrained(source)
         changes["context"] = min(1024, getattr(config, "max_position_embeddings", 1024))
     given = {name: value for name, value in changes.items() if value is not None}
     run = Run(

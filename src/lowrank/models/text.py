@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank.data.text.corpora import Corpus
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
+from lowrank.models.nanogpt import is_nanogpt, read_nanogpt
 
 # Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.
 CHUNK_ABOVE = 1 << 26
@@ -140,7 +141,7 @@ def pretrained(data: Corpus, *, path: str = "gpt2", dtype: str = "float32") -> n
     """Any causal language model of transformers, from a local folder or by its name on the hub, with its tokenizer.
 
     Args:
-        path: the folder, or the name.
+        path: the folder, or the name; or a ckpt.pt of nanoGPT.
         dtype: of the weights: float32 unless told; ``auto`` is the one that they are saved in.
     """
     return _checked(load_pretrained(path, dtype=dtype), data, path)
@@ -152,9 +153,12 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
         raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
     import transformers
 
+    if is_nanogpt(path):
+        wanted = weights_dtype(dtype)
+        return read_nanogpt(path) if wanted == "auto" else read_nanogpt(path).to(wanted)
     if _looks_local(path) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(
-            f"model.path={path!r} is no folder; give a folder with config.json, or a name on the hub"
+            f"model.path={path!r} is no folder; give a folder with config.json, nanoGPT's ckpt.pt, or a name on the hub"
         )
     place = Path(path).expanduser() if _looks_local(path) else path
     auto: Any = transformers.AutoModelForCausalLM

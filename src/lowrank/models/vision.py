@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import json
 import sys
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any, Literal
 
@@ -63,6 +63,8 @@ def vit_mini(
     )
     if weights is not None:
         load_timm_(model, weights)
+    shape = {"img_size": image_size, "patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
+    model.made_by_timm_as = {"architecture": "vit_tiny_patch16_224", "model_args": {**shape, "mlp_ratio": mlp_ratio}}
     return _wanting(model, ImageSpec(size=image_size))
 
 
@@ -121,6 +123,7 @@ def vit(
         _mark_all_but_head_(model, _timm_heads(model))
     elif weights is not None:
         load_timm_(model, weights)
+    model.made_by_timm_as = {"architecture": base, "model_args": given}
     return _wanting(model, ImageSpec(size=own, mean=mean, std=std, interpolation=mode))  # type: ignore[arg-type]
 
 
@@ -168,6 +171,29 @@ def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:
     out = model(images)
     logits: Tensor = out if isinstance(out, Tensor) else out.logits
     return logits.float()
+
+
+def timm_config(model: Any, classes: Sequence[str]) -> dict[str, Any]:
+    """What ``timm.create_model("local-dir:FOLDER")`` must find in ``config.json`` to make a model of ours."""
+    spec: ImageSpec = model.image_spec
+    heads = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
+    return {
+        **model.made_by_timm_as,
+        "num_classes": len(classes),
+        "num_features": model.num_features,
+        "pretrained_cfg": {
+            "num_classes": len(classes),
+            "input_size": [3, spec.size, spec.size],
+            "fixed_input_size": True,
+            "interpolation": spec.interpolation,
+            "crop_pct": 1.0,
+            "mean": list(spec.mean),
+            "std": list(spec.std),
+            "first_conv": (getattr(model, "pretrained_cfg", None) or {}).get("first_conv") or "patch_embed.proj",
+            "classifier": heads,
+            "label_names": list(classes),
+        },
+    }
 
 
 # --- weights ---------------------------------------------------------------------------------------------------------

@@ -249,7 +249,19 @@ def train_bpe(vocab_size: int, texts: Iterable[str]) -> Fast:
 
 
 def pretrained_tokenizer(spec: str) -> Tokenizer:
-    """A tokenizer from a folder, a ``tokenizer.json``, or by its name on the hub (or in transformers' own cache)."""
+    """A tokenizer that needs no text: ``bytes``, or one from a folder, a ``tokenizer.json``, or by its name on the hub
+    (or in transformers' own cache).
+
+    Raises:
+        ValueError, OSError: it is none, or is learnt from a text.
+    """
+    check_tokenizer_spec(spec)
+    if spec == "bytes":
+        return Bytes()
+    if spec == "chars" or spec.startswith("bpe:"):
+        raise ValueError(
+            f"tokenizer {spec!r} is learnt from a text, and there is none here: give bytes, a folder or a name"
+        )
     if (saved := saved_tokenizer(spec)) is not None:
         return saved
     path = Path(spec).expanduser()
