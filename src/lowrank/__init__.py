@@ -20,6 +20,7 @@ if TYPE_CHECKING:
     from lowrank.infra.loaded import mark_loaded_
     from lowrank.methods import METHODS, Adapt, Method, Use
     from lowrank.optim.optimizer import Optimizer
+    from lowrank.plan.measure import ledger
     from lowrank.plan.plan import Plan, apply_, merge_
 
 __getattr__ = attributes(__name__, __file__)
@@ -37,6 +38,7 @@ __all__ = [
     "Use",
     "adapters",
     "apply_",
+    "ledger",
     "mark_loaded_",
     "merge_",
     "merge_and_unload",

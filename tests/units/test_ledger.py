@@ -8,13 +8,17 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
+from torch import Tensor
 
+import lowrank
 from lowrank.cli import main
 from lowrank.plan.live_bytes import LiveBytes
 from lowrank.plan.sheet import Sheet, gib, parse_size
 from lowrank.recipes import find
 from lowrank.run import estimate as estimating
 from lowrank.run.estimate import estimate
+from lowrank.run.fit import _at_most, fitted
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 
@@ -40,7 +44,7 @@ def small(recipe: str, **changes: Any) -> Run:
     ("recipe", "changes"),
     [
         ("gpt-mini", {"method": "lte", "method__merge_every": 2}),
-        ("gpt-mini", {"method": "galore_8bit", "method__rank": 8, "per_layer": True, "grad_accum": 2}),
+        ("gpt-mini", {"method": "galore", "method__rank": 8, "per_layer": True, "grad_accum": 2}),
         ("llama-mini", {"method": "fira", "checkpoint_activations": True, "precision": "bf16-weights"}),
         ("vit-mini", {"method": "apollo", "method__rank": 8, "precision": "bf16"}),
     ],
@@ -155,3 +159,119 @@ def test_what_is_no_size(text: str) -> None:
 
 def test_bytes_for_people_in_binary_units() -> None:
     assert [gib(n) for n in (0, 2048, 3 << 20, 5 << 30)] == ["0 KiB", "2 KiB", "3.0 MiB", "5.00 GiB"]
+
+
+# --- anybody's script ------------------------------------------------------------------------------------------------
+
+
+def script(**config: Any) -> tuple[Any, dict[str, Tensor]]:
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    model = GPT2LMHeadModel(GPT2Config(n_layer=3, n_embd=32, n_head=2, vocab_size=100, n_positions=32, **config))
+    ids = torch.randint(0, 100, (2, 32))
+    return model, {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+
+
+def took(model: Any, optimizer: torch.optim.Optimizer, batch: dict[str, Tensor]) -> None:
+    model(**batch).loss.backward()
+    optimizer.step()
+    optimizer.zero_grad()
+
+
+@pytest.mark.parametrize("kind", ["torch", "plan", "lowrank"])
+def test_a_script_s_step_is_predicted_and_measured(kind: str) -> None:
+    model, batch = script()
+    given: Any = torch.optim.AdamW(model.parameters())
+    if kind != "torch":
+        given = lowrank.apply_(model, lowrank.methods.galore(rank=4))
+    optimizer = given.optimizer() if kind == "plan" else given
+    if kind == "lowrank":
+        given = optimizer = given.optimizer()
+    before = {name: p.detach().clone() for name, p in model.state_dict().items()}
+    sheet = lowrank.ledger(model, given, batch)
+    assert sheet.measured is None
+    assert all(torch.equal(p, before[name]) for name, p in model.state_dict().items())
+    assert not model.training or type(model).__name__ == "GPT2LMHeadModel"
+    with lowrank.ledger(model, optimizer, batch) as both:
+        took(model, optimizer, batch)
+    first = max(p.total for (step, _), p in both.predicted.counts.peaks.items() if step == "first")
+    assert both.measured == pytest.approx(first, rel=0.01)
+    assert "measured" in str(both)
+    assert sheet.total == pytest.approx(both.predicted.total, rel=0.01)
+
+
+def test_peft_models_and_a_trainer_s_arguments(tmp_path: Path) -> None:
+    peft = pytest.importorskip("peft")
+    from transformers import TrainingArguments
+
+    model, batch = script()
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(target_modules=["c_attn"], r=4, fan_in_fan_out=True))
+    how = TrainingArguments(output_dir=str(tmp_path), gradient_accumulation_steps=4, use_cpu=True, report_to=[])
+    sheet = lowrank.ledger(wrapped, how, batch)
+    numbers = sum(p.numel() for p in wrapped.parameters() if p.requires_grad)
+    assert sheet.predicted.static["factors"] == 4 * numbers
+    assert sheet.predicted.static["moments"] >= 8 * numbers
+
+
+def test_what_a_ledger_refuses() -> None:
+    model, batch = script()
+    with pytest.raises(TypeError, match="int is none of a torch optimizer"):
+        lowrank.ledger(model, 3, batch)
+    optimizer = torch.optim.SGD(model.parameters())
+    with pytest.raises(TypeError, match=r"the default loss is model\(\*\*batch\).loss, and the batch is a Tensor"):
+        lowrank.ledger(model, optimizer, batch["input_ids"])
+    with pytest.raises(TypeError, match="has no loss: put labels into the batch"):
+        lowrank.ledger(model, optimizer, {"input_ids": batch["input_ids"]})
+    with pytest.raises(ValueError, match="loss must give one number"):
+        lowrank.ledger(model, optimizer, batch, loss=lambda model, batch: model(**batch).logits)
+    assert all(type(p) is torch.nn.Parameter and not p.is_meta for p in model.parameters())
+
+
+# --- side by side, and backwards -------------------------------------------------------------------------------------
+
+SHAPE = ["--model.n_layer", "2", "--model.n_embd", "32", "--model.n_head", "2", "--data.context", "32"]
+
+
+def test_methods_side_by_side(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    picture = tmp_path / "memory.png"
+    words = ["plan", "gpt-mini", *SHAPE, "--methods", "full,lora:rank=2", "--per-layer", "--out", str(picture)]
+    assert main(words) == 0
+    out = capsys.readouterr().out
+    assert "8 GB" in out.splitlines()[0]
+    assert "bytes/param" in out.splitlines()[0]
+    assert "lora:rank=2: needs " in out
+    assert picture.read_bytes().startswith(b"\x89PNG")
+
+
+def test_a_run_that_fits_is_found_and_trains(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    run = small("gpt-mini", batch_size=64, model__n_layer=2)
+    size = estimate(run).total - (1 << 20)
+    found = fitted(run, size)
+    assert found.sheet.total <= size
+    assert found.run.batch_size < 64
+    assert found.run.batch_size * found.run.grad_accum == 64
+    assert found.gave_up == [f"time, a little: micro-batches of {found.run.batch_size} instead of 64, as large a step"]
+    found.run.write(tmp_path / "fits.json")
+    assert main(["train", str(tmp_path / "fits.json"), "--dry-run"]) == 0
+    assert f"gpt-mini, full: {found.run.batch_size} × 32 tokens" in capsys.readouterr().out
+
+
+def test_what_cannot_be_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
+    tiny = ["plan", "gpt-mini", *SHAPE, "--batch-size", "1"]
+    assert main([*tiny, "--fit", "1MB"]) == 2
+    said = capsys.readouterr().err
+    assert "nothing found fits 977 KiB: the least needs" in said
+    assert "of which" in said
+    for words, message in (
+        (["--fit", "much"], "--fit 'much' is no size: give 24GB"),
+        (["--out", "x.png"], "--out names the picture of --methods, or the run that --fit writes"),
+        (["--methods", "full", "--fit", "1GB"], "--methods shows methods side by side: leave --fit"),
+        (["--methods", "ful"], "there is no method 'ful' (did you mean 'full'?)"),
+    ):
+        assert main([*tiny, *words]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_between_traces_batches_are_on_lines() -> None:
+    points = [(1, 100), (8, 800), (64, 8000)]
+    assert [_at_most(points, size) for size in (99, 100, 450, 800, 4400, 16000)] == [0, 1, 4, 8, 36, 126]

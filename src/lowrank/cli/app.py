@@ -122,6 +122,10 @@ neither weights nor data are needed. It is what torch holds, to the byte on a CP
 for a GPU its allocator's rounding is added, and 512 MiB that a CUDA process is assumed to take. Takes the options of
 lowrank train.
 
+With --methods it sets several side by side, with the largest micro-batch for each of the usual cards (interpolated
+between traces of three sizes). With --fit it looks for the least that must be given up for the run to fit: micro-batch,
+activations, precision, method, per-layer steps, rank; it says what it gave up, and --out writes a run.json that trains.
+
 With --ranks and --link it also says what several ranks over such a link would take: bytes and seconds a step, beside
 DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here unless
 --step-seconds says what it takes on the machines that are meant.
@@ -129,6 +133,8 @@ DDP's, and from which merge interval on communication hardly matters. One rank's
 Examples:
   lowrank plan gpt2-pretrain
   lowrank plan llama-7b --method galore_8bit --per-layer --grad-accum 1
+  lowrank plan llama-7b --methods full,lora,galore,galore_8bit --per-layer --out memory.png
+  lowrank plan llama-1b --fit 12GB --out fits.json
   lowrank plan gpt-mini --method lte --method.target_modules attention --layers
   lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
 """
@@ -335,7 +341,12 @@ def every_command() -> list[Command]:
         Option(name="dry_run", help="check the run and print what it would take in memory; nothing is read or written"),
         quiet,
     )
-    planned = (Option(name="layers", help="also every parameter: its shape, who trains it, and why"),)
+    planned = (
+        Option(name="methods", value="A,B,…", help="methods side by side, with the largest batch for usual cards"),
+        Option(name="fit", value="SIZE", help="find what fits: 24GB, 24GiB, or 24 for a card sold as that"),
+        Option(name="out", value="FILE", help="the picture of --methods (PNG), or the run.json of --fit"),
+        Option(name="layers", help="also every parameter: its shape, who trains it, and why"),
+    )
     linked = (
         Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
         Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),

@@ -11,9 +11,13 @@ Kinds are words of ``KINDS``. A place is (the kind of step, where in it), such a
 
 from __future__ import annotations
 
+import gc
+import importlib
+import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -179,3 +183,26 @@ def _answer(scalar: Tensor) -> bool | int | float:
 
 def _tensors(values: Any) -> Iterator[Tensor]:
     return (value for value in tree_iter(values) if isinstance(value, Tensor))
+
+
+@contextmanager
+def without_guesses() -> Iterator[None]:
+    """transformers takes fake tensors for a graph that is being recorded, and would make masks that a step does not:
+    here it is told that nothing is recorded, as is true. The collector of cycles has nothing to do."""
+    collecting = gc.isenabled()
+    gc.disable()
+    masking: Any = None
+    with suppress(ImportError):
+        masking = importlib.import_module("transformers.masking_utils")
+    before = getattr(masking, "iswithout_guesses", None)
+    try:
+        if before is not None:
+            masking.iswithout_guesses = lambda *args, **kwargs: False
+        with warnings.catch_warnings():
+            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
+            yield
+    finally:
+        if before is not None:
+            masking.iswithout_guesses = before
+        if collecting:
+            gc.enable()

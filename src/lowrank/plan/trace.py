@@ -128,17 +128,18 @@ def _local(tensor: Tensor) -> Tensor:
     return tensor.to_local() if hasattr(tensor, "to_local") else tensor
 
 
-def hold_static(live: LiveBytes, model: nn.Module, plan: Plan | None, optimizer: torch.optim.Optimizer | None) -> None:
-    """Count weights, factors, kept copies and optimizer state as what they are."""
-    adapters = [] if plan is None else list({id(a): a for a in plan.adapters.values()}.values())
-    factors = {id(p) for a in adapters for p in a.parameters()}
-    factors |= {id(p) for name, p in model.named_parameters() if ".lora_" in name}
-    kept = {id(b) for a in adapters for b in a.buffers()}
-    tensors = [*model.parameters(), *model.buffers()]
-    live.hold([t for t in tensors if id(t) not in factors | kept], WEIGHTS)
-    live.hold([t for t in tensors if id(t) in factors], FACTORS)
-    live.hold([t for t in tensors if id(t) in kept], KEPT)
+def hold_static(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
+    """Count weights, factors, kept copies and optimizer state as what they are; adapters are known by their names."""
+    parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
+    live.hold([p for name, p in parameters if not _is_adapter(name)], WEIGHTS)
+    live.hold([b for name, b in buffers if not _is_adapter(name)], WEIGHTS)
+    live.hold([p for name, p in parameters if _is_adapter(name)], FACTORS)
+    live.hold([b for name, b in buffers if _is_adapter(name)], KEPT)
     hold_state(live, optimizer)
+
+
+def _is_adapter(name: str) -> bool:
+    return ".adapters." in name or ".lora_" in name
 
 
 def hold_state(live: LiveBytes, optimizer: torch.optim.Optimizer | None) -> None:

@@ -9,12 +9,8 @@ assumed and said. Weights are not loaded: a model that would be is made from its
 
 from __future__ import annotations
 
-import gc
-import importlib
 import re
-import warnings
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager, suppress
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -28,7 +24,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.data.text.finetuning import default_context
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import blocks_of
-from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes
+from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, without_guesses
 from lowrank.plan.plan import Plan
 from lowrank.plan.sheet import STARTING, Sheet
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
@@ -64,7 +60,7 @@ def estimate(run: Run, *, on_card: bool = True) -> Sheet:
 
 def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
     """On fake tensors, or on real ones where a model has to have them."""
-    with _tracing():
+    with without_guesses():
         whole, notes, session, optimizer = _made(run, kind)
         static = {kind: whole.counts.parts[kind] for kind in STATIC if whole.counts.parts[kind]}
         blocks, plan, layers = blocks_of(session.model), session.plan, str(session.plan)
@@ -102,7 +98,7 @@ def _made(run: Run, kind: type[LiveBytes], blocks: int | None = None) -> tuple[L
         session, notes = fake_session(run, blocks)
         live.kind = ACTIVATIONS  # the batch
         setup = _setup(session)
-        hold_static(live, session.model, session.plan, setup.optimizer)
+        hold_static(live, session.model, setup.optimizer)
     return live, notes, session, setup
 
 
@@ -303,29 +299,6 @@ def _setup(session: Session) -> Setup:
         model=session.model, optimizer=optimizer, plan=session.plan, loss=loss, accumulate=accumulate,
         norm=not run.per_layer, autocast=session.autocast,
     )  # fmt: skip
-
-
-@contextmanager
-def _tracing() -> Iterator[None]:
-    """transformers takes fake tensors for a graph that is being recorded, and would make masks that a step does not:
-    here it is told that nothing is recorded, as is true. The collector of cycles has nothing to do."""
-    collecting = gc.isenabled()
-    gc.disable()
-    masking: Any = None
-    with suppress(ImportError):
-        masking = importlib.import_module("transformers.masking_utils")
-    before = getattr(masking, "is_tracing", None)
-    try:
-        if before is not None:
-            masking.is_tracing = lambda *args, **kwargs: False
-        with warnings.catch_warnings():
-            warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
-            yield
-    finally:
-        if before is not None:
-            masking.is_tracing = before
-        if collecting:
-            gc.enable()
 
 
 def _alike(plan: Plan, blocks: Any) -> bool:
