@@ -23,9 +23,11 @@ from lowrank.optim import (
     SVD,
     Adafactor,
     AdamW,
+    ColumnNormalised,
     ErrorFeedback,
     Gaussian,
     Lazy,
+    Muon,
     Optimizer,
     PowerIteration,
     Projected,
@@ -47,6 +49,10 @@ RULES: dict[str, Rule] = {
     "sgd-nesterov": SGD(momentum=0.9, nesterov=True),
     "adafactor": Adafactor(beta1=0.9, scale_parameter=True),
     "lion": Lion(),
+    "muon": Muon(),
+    "muon-keller": Muon(scale="keller", nesterov=False, iterations=3, momentum=0.8),
+    "column-normalised": ColumnNormalised(),
+    "column-normalised-momentum": ColumnNormalised(momentum=0.9),
     "tucker": Tucker(rank=3, refresh_every=4, scale=1.0),
     "galore": Projected(**FOUR),
     "galore-svd-rotate": Projected(**FOUR, basis=SVD(), transport="rotate"),
@@ -73,10 +79,15 @@ RULES: dict[str, Rule] = {
     "fira": Projected(**FOUR, lift=Residual()),
     "fira-both": Projected(**FOUR, lift=Residual(scope="tensor"), side="both"),
     "flora": Projected(**FOUR, inner=SGD(momentum=0.9), basis=Gaussian()),
+    "galore-muon": Projected(**FOUR, inner=Muon(), transport="rotate"),
     "nested": Projected(inner=Projected(rank=2, refresh_every=3, scale=1.0), rank=5, refresh_every=4),
 }
 REFUSES_SHARDS = {"adafactor": "Adafactor", "tucker": "Tucker", "galore-adafactor": "Adafactor"}
-REFUSES_SHARDS |= {"ldadam": "error_feedback=None", "nested": "does not project"}
+REFUSES_SHARDS |= {
+    "ldadam": "error_feedback=None",
+    "nested": "one that does not project",
+    "galore-muon": "or normalise",
+}
 every_rule = pytest.mark.parametrize("name", RULES)
 
 

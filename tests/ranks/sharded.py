@@ -292,6 +292,7 @@ SCENARIOS: dict[str, tuple[Callable[..., Result], float]] = {
     ),
     "apollo": (partial(trained, method=small_method("apollo", target_modules="all-linear")), 0),
     "apollo_mini": (partial(trained, method=small_method("apollo_mini", target_modules="all-linear", rank=1)), 0),
+    "muon": (partial(trained, method=small_method("muon", target_modules="all-linear"), reload_after=3), 0),
     "fira": (partial(trained, method=small_method("fira", target_modules="all-linear")), 0),
     "lora": (partial(trained, method=small_method("lora", target_modules=FC)), 0),
     "dora": (partial(trained, method=small_method("dora", target_modules=FC)), 0),

@@ -57,7 +57,7 @@ def test_the_ledger_is_of_this_rank(name: str, found: list[dict[str, Any]]) -> N
         assert any(note.startswith("sharded over 2 ranks (FSDP2)") for note in held["notes"])
 
 
-@pytest.mark.parametrize("name", ["full", "galore", "galore-both", "apollo", "lora", "relora", "lte"])
+@pytest.mark.parametrize("name", ["full", "muon", "galore", "galore-both", "apollo", "lora", "relora", "lte"])
 def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) -> None:
     said, ahead = found[0][name]["said"], found[0][name]["held"]["forecast"]
     limited = {"apollo": 8 * 8}.get(name, 0)  # the limiter sums one number a matrix: eight, and 2(R−1)/R is 1

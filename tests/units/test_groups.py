@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import inspect
+from dataclasses import fields
+from typing import Any
 
 import pytest
 from tests.models import gpt2, llama, mlp, small_method
@@ -11,7 +13,7 @@ import lowrank
 from lowrank.adapters import LoRA
 from lowrank.methods import METHODS, Adapt, Method, Use
 from lowrank.methods.groups import groups
-from lowrank.optim import SGD, AdamW, Projected
+from lowrank.optim import SGD, AdamW, Projected, Rule
 
 TAKEN = list(inspect.signature(groups).parameters)
 
@@ -21,17 +23,17 @@ def test_every_method_takes_them_and_its_constants_reach_every_rule_of_adams_kin
     assert list(inspect.signature(METHODS[name]).parameters)[-len(TAKEN) :] == TAKEN
     assert list(METHODS.signature(name).kinds)[-len(TAKEN) :] == TAKEN
     method = METHODS[name](betas=(0.5, 0.75), eps=1e-3, vector_decay=0.0)
-    seen = 0
-    for use in method.rules:
-        rule = use.rule
-        while hasattr(rule, "inner"):
-            rule = rule.inner
-        if isinstance(rule, AdamW):
-            assert (rule.betas, rule.eps) == ((0.5, 0.75), 1e-3)
-            seen += 1
-    assert seen
+    found = [rule for use in method.rules for rule in rules_in(use.rule) if hasattr(rule, "betas")]
+    assert found
+    assert {(rule.betas, rule.eps) for rule in found} == {((0.5, 0.75), 1e-3)}
     assert method.groups.vector_decay == 0.0
     assert METHODS[name]() != method
+
+
+def rules_in(rule: Any) -> list[Any]:
+    """The rule and all in it."""
+    inside = [getattr(rule, each.name) for each in fields(rule)]
+    return [rule, *(found for each in inside if isinstance(each, Rule) for found in rules_in(each))]
 
 
 def ratios(model: object, method: Method) -> dict[str, tuple[float, float]]:

@@ -14,6 +14,7 @@ from lowrank.methods import METHODS, Method
 
 METHODS_PROMISED = [
     *("full", "linear_probe", "lora", "rslora", "dora", "pissa", "lora_plus", "multihead_lora", "lte", "relora"),
+    *("full_8bit", "muon", "scale"),
     *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira", "lte_galore"),
 ]
 
@@ -83,6 +84,7 @@ OTHER: dict[str, object] = {
     "outer_momentum": 0.9,
     "betas": (0.5, 0.7),
     "eps": 1e-3,
+    "momentum": 0.5,
 }
 
 

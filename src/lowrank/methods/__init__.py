@@ -30,6 +30,7 @@ from lowrank.infra.registry import Registry
 
 if TYPE_CHECKING:
     from lowrank.methods.combined import lte_galore
+    from lowrank.methods.full_weights import full_8bit, muon, scale
     from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
     from lowrank.methods.low_rank_weights import (
         dora,
@@ -50,7 +51,11 @@ __getattr__ = attributes(__name__, __file__)
 
 
 METHODS = Registry(
-    "method", "lowrank.methods.low_rank_weights", "lowrank.methods.low_rank_gradients", "lowrank.methods.combined"
+    "method",
+    "lowrank.methods.low_rank_weights",
+    "lowrank.methods.full_weights",
+    "lowrank.methods.low_rank_gradients",
+    "lowrank.methods.combined",
 )
 
 
@@ -72,6 +77,7 @@ __all__ = [
     "fira",
     "frozen",
     "full",
+    "full_8bit",
     "galore",
     "galore_8bit",
     "galore_adafactor",
@@ -81,8 +87,10 @@ __all__ = [
     "lte",
     "lte_galore",
     "multihead_lora",
+    "muon",
     "pissa",
     "relora",
     "rslora",
+    "scale",
     "summary",
 ]

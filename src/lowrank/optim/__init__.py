@@ -9,6 +9,8 @@ if TYPE_CHECKING:
     from lowrank.optim.adafactor import Adafactor
     from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
     from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
+    from lowrank.optim.muon import Muon
+    from lowrank.optim.normalised import ColumnNormalised
     from lowrank.optim.optimizer import Optimizer
     from lowrank.optim.pairs import PairRule
     from lowrank.optim.projected import ErrorFeedback, Projected
@@ -23,6 +25,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Basis",
+    "ColumnNormalised",
     "ErrorFeedback",
     "GaLore",
     "GaLoreAdafactor",
@@ -32,6 +35,7 @@ __all__ = [
     "JointBasis",
     "Lazy",
     "Lift",
+    "Muon",
     "Optimizer",
     "PairRule",
     "PowerIteration",

@@ -72,6 +72,11 @@ class Rule(ABC):
         stack of matrices, as in adapter factors, and not those of a convolution."""
         return self
 
+    def on_layer(self, *, transposed: bool, parts: int) -> Rule:
+        """This rule for the weight of a linear layer or an embedding: ``transposed`` where it is stored as (in, out),
+        ``parts`` matrices of equal size beside each other along out (fused q, k, v)."""
+        return self
+
     def place_(self, state: State, index: int) -> None:  # noqa: B027  (nothing, where it is not given)
         """Told once, after ``init``, the number of the parameter that the state is for (to stagger, to seed)."""
 

@@ -6,6 +6,8 @@
                    are cut as G is along the side that is not projected, and then nothing travels. If the side that is
                    cut is the projected one, R is summed over the ranks and whole on each (``rank`` of the other side)
                    At a refresh of a basis that follows the gradient, G is gathered and every rank fits the same basis
+    normalised     (Muon) momentum is the shard's; it is gathered every step, and every rank takes its shard of the
+                   whole direction
     others         (Adafactor's means) need the whole parameter: refused
 
 Stacks of matrices and matrices are cut along rows or columns; a tensor read as one matrix (out, …) along its first
@@ -27,9 +29,10 @@ from torch import Tensor
 from lowrank.distributed.shards import Shard, ShardSpec
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.geometry import inside_shape, sides_of
+from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.pairs import OneFactor
 from lowrank.optim.projected import Projected
-from lowrank.optim.rules import Rule, State
+from lowrank.optim.rules import Move, Rule, State
 from lowrank.optim.state import leaves
 
 
@@ -41,11 +44,13 @@ def on_shard(rule: Rule, shard: Shard | None, name: str) -> Rule:
     """
     if shard is None or rule.element_wise:
         return rule
+    if isinstance(rule, NormalisedMomentum):
+        return NormalisedShard(rule=rule, shard=shard) if len(shard.shape) > 1 else on_shard(rule.vectors, shard, name)
     if not isinstance(rule, Projected):
         kind = type(rule.pair if isinstance(rule, OneFactor) else rule).__name__
         raise ValueError(
-            f"{kind} on {name} needs the whole gradient, and each rank has a shard of it: use AdamW or "
-            "SGD, alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
+            f"{kind} on {name} needs the whole gradient, and each rank has a shard of it: use AdamW, "
+            "SGD or Muon, AdamW and SGD alone or projected (galore, galore_8bit, apollo, fira), or --engine ddp"
         )
     if rule.rank_for(shard.shape) is None:
         return on_shard(rule.inner, shard, name)
@@ -54,10 +59,11 @@ def on_shard(rule: Rule, shard: Shard | None, name: str) -> Rule:
             f"{name} is sharded, and a basis that the matrices of a stack share needs all of each: {rule!r}"
         )
     on_shard(rule.inner, shard, name)
-    if rule.inner.projects or rule.error_feedback is not None:
+    if not rule.inner.element_wise or rule.error_feedback is not None:
         raise ValueError(
-            f"{name} is sharded, and {rule!r} keeps more of it than moments of R: use an inner rule that does not "
-            "project and error_feedback=None, or --engine ddp"
+            f"{name} is sharded, and {rule!r} needs more of it than moments of R: use an inner rule whose steps are "
+            "number by number (AdamW, SGD: one that does not project or normalise) and error_feedback=None, or "
+            "--engine ddp"
         )
     dims = range(len(shard.shape) - 2, len(shard.shape)) if rule.stack or len(shard.shape) == 2 else range(1)
     if shard.dim not in dims:
@@ -72,6 +78,24 @@ def crosses(rule: Rule, shard: Shard, name: str) -> bool:
     """Whether the rule projects the side along which the parameter is cut, so that R is a sum over the ranks."""
     here = on_shard(rule, shard, name)
     return isinstance(here, ProjectedShard) and here.crosses
+
+
+@dataclass(frozen=True, kw_only=True)
+class NormalisedShard(Rule):
+    """A rule that normalises its momentum, on a shard: gathers the momentum at every step. Final."""
+
+    rule: NormalisedMomentum
+    shard: Shard = field(repr=False, compare=False)
+
+    def init(self, like: Tensor) -> State:
+        return self.rule.init(like)
+
+    def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
+        direction, gain = self.rule.normalised(self.shard.gather(self.rule.momentum_(g, state)))
+        return self.shard.narrow(direction), gain
+
+    def transport_(self, state: State, like: Tensor, move: Move) -> None:
+        self.rule.transport_(state, like, move)
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -311,7 +311,7 @@ class Binding:
         if isinstance(use.rule, PairRule):
             rule: Rule = self._one_factor(use, names[0], use.rule)
         else:
-            rule = self._resolved(use.rule, names[0], p)
+            rule = self._on_layer(self._resolved(use.rule, names[0], p), names, p)
         group, spared = self._group(names, p), not use.decay or (use.is_catch_all and why == ADAPTER)
         return Row(
             names[0],
@@ -364,6 +364,14 @@ class Binding:
         if next((u for u in self.method.rules if self._uses(u, [other])), None) is not use:
             raise ValueError(f"{rule!r} steps A and B of an adapter together: {name} and {other} must follow one Use")
         return OneFactor(rule, "A" if factor == "A" else "B", tuple(beside.shape))
+
+    def _on_layer(self, rule: Rule, names: list[str], p: nn.Parameter) -> Rule:
+        """The rule as it is for the weight of a layer, told how that is stored."""
+        layer = next((layer for layer in self.layers if layer.module.weight is p), None)
+        if layer is not None:
+            return rule.on_layer(transposed=is_conv1d(layer.module), parts=len(layer.parts) or 1)
+        is_table = any(name.rpartition(".")[0] in self.tables for name in names)
+        return rule.on_layer(transposed=True, parts=1) if is_table else rule
 
     def _resolved(self, rule: Rule, name: str, p: nn.Parameter) -> Rule:
         """The rule that ``p`` really follows: a projected one gives way to its inner rule where it compresses nothing.

@@ -25,6 +25,7 @@ from lowrank.adapters import SplitAdapter
 from lowrank.adapters.compression import Compression, rounded_bytes
 from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
 from lowrank.distributed.shards import Shard
+from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import Rule
 from lowrank.optim.sharded import crosses, on_shard
@@ -205,7 +206,10 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     to_peers = ring_sum_bytes(sum(pieces[row.name] * _width(row.dtype) for row in shared), mesh.workers)
     as_parts = sum(_part_between(row, plan.shards[row.name], pieces[row.name]) for row in shared)
     small = to_peers if whole else ring_sum_bytes(as_parts, mesh.workers)
+    normalised = [row.name for row, _ in rows if isinstance(row.rule, NormalisedMomentum)]
+    widths = {row.name: _width(row.dtype) for row, _ in rows}
     across = ring_sum_bytes(crossing, intra_worker)
+    across += ring_gather_bytes(sum(pieces[name] * widths[name] for name in normalised), intra_worker)
     return replace(
         found,
         merge=0 if merge is None else found.merge + ring_gather_bytes(merged, intra_worker),

@@ -18,6 +18,8 @@ _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
     "@adapter": {"method.rank": 8, "method.target_modules": "all-linear"},
     "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
+    "muon": {"lr": 1e-2},
+    "scale": {"lr": 1e-2},
     "frozen": {"lr": 3e-3, "method.target_modules": "all-linear"},
     "lora": {"lr": 3e-3},
     "dora": {"lr": 3e-3},
@@ -134,6 +136,9 @@ def gpt2_finetune() -> Run:
         per_method={
             "*": {"lr": 2e-4},
             "full": {"lr": 2e-5},
+            "full_8bit": {"lr": 2e-5},
+            "muon": {"lr": 2e-5},
+            "scale": {"lr": 2e-5},
             "lora": {"method.target_modules": "attention", "method.rank": 8},
             "dora": {"method.target_modules": "attention", "method.rank": 8},
             "relora": {"method.target_modules": "attention", "method.rank": 8, "method.merge_every": 100},

@@ -36,6 +36,9 @@ _MINI: dict[str, Settings] = {
 _FINETUNE: dict[str, Settings] = {
     "*": {"lr": 1e-3},
     "full": {"lr": 1e-4},
+    "full_8bit": {"lr": 1e-4},
+    "muon": {"lr": 1e-4},
+    "scale": {"lr": 1e-4},
     "linear_probe": {"lr": 1e-3},
     "lora": {"lr": 1e-3, "method.rank": 8},
     "rslora": {"lr": 1e-3, "method.rank": 8},

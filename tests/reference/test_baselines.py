@@ -1,0 +1,145 @@
+"""The baselines' rules against the papers' equations in float64, and Muon against ``torch.optim.Muon``."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from tests.models import gpt2, llama, text_loss, tokens
+from tests.reference import baselines
+from torch import Tensor
+
+import lowrank
+from lowrank.optim import AdamW, ColumnNormalised, Muon, Rule
+
+SHAPES = [(6, 9), (9, 6), (7, 7)]
+RULES: dict[str, tuple[Rule, Callable[..., baselines.Array]]] = {
+    "muon": (Muon(), baselines.muon),
+    "muon-keller": (
+        Muon(scale="keller", momentum=0.8),
+        lambda *given: baselines.muon(*given, momentum=0.8, scale=lambda out, inn: max(1, out / inn) ** 0.5),
+    ),
+    "scale": (ColumnNormalised(), baselines.scale),
+    "scale-head": (ColumnNormalised(momentum=0.9), lambda *given: baselines.scale(*given, momentum=0.9)),
+}
+
+
+def gradients(shape: tuple[int, ...], count: int = 12) -> list[Tensor]:
+    noise = torch.Generator().manual_seed(1)
+    mean = torch.randn(shape, generator=noise, dtype=torch.float64)
+    return [mean + 0.5 * torch.randn(shape, generator=noise, dtype=torch.float64) for _ in range(count)]
+
+
+def weight(shape: tuple[int, ...]) -> Tensor:
+    return torch.randn(shape, generator=torch.Generator().manual_seed(2), dtype=torch.float64)
+
+
+def stepped(rule: Rule, p: Tensor, gs: list[Tensor], lr: float = 0.02, decay: float = 0.1) -> Tensor:
+    p, state = p.clone(), rule.init(p)
+    rule.place_(state, 0)
+    for g in gs:
+        rule.apply_([p], [g.to(p.dtype)], [state], lr=lr, decay=decay)
+    return p
+
+
+@pytest.mark.parametrize("shape", SHAPES, ids=str)
+@pytest.mark.parametrize("name", RULES)
+def test_papers_formulas(name: str, shape: tuple[int, int]) -> None:
+    rule, reference = RULES[name]
+    expected = reference(weight(shape).numpy(), [g.numpy() for g in gradients(shape)], 0.02, 0.1)
+    torch.testing.assert_close(
+        stepped(rule, weight(shape), gradients(shape)), torch.from_numpy(expected), rtol=1e-9, atol=1e-11
+    )
+
+
+# --- Muon ------------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("shape", [(24, 40), (40, 24), (32, 32)], ids=str)
+@pytest.mark.parametrize(("ours", "torchs"), [("keller", "original"), ("rms", "match_rms_adamw")])
+@pytest.mark.parametrize("nesterov", [True, False])
+def test_muon_is_torchs(shape: tuple[int, int], ours: Any, torchs: str, nesterov: bool) -> None:
+    """To the bit where the iteration is torch's own arithmetic; in float32 as near as bfloat16 allows."""
+    gs = [g.float() for g in gradients(shape)]
+    p = torch.nn.Parameter(weight(shape).float())
+    rule = Muon(scale=ours, nesterov=nesterov, precision="bfloat16")
+    opt = torch.optim.Muon([p], lr=0.02, weight_decay=0.1, adjust_lr_fn=torchs, nesterov=nesterov)
+    for g in gs:
+        p.grad = g.clone()
+        opt.step()
+    moved = (p.detach() - weight(shape).float()).norm()
+    torch.testing.assert_close(stepped(rule, weight(shape).float(), gs), p.detach(), rtol=1e-5, atol=1e-6)
+    assert (stepped(replace(rule, precision="float32"), weight(shape).float(), gs) - p.detach()).norm() < 0.02 * moved
+
+
+def test_singular_values_come_near_one() -> None:
+    values = torch.linalg.svdvals(Muon().direction(torch.randn(3, 40, 64)))
+    assert values.min() > 0.3
+    assert values.max() < 1.3
+
+
+def test_a_transposed_fused_weight_is_its_parts() -> None:
+    """GPT-2 stores q, k and v beside each other as (in, 3·out)."""
+    fused, rule = weight((6, 3 * 5)), Muon(scale="keller")
+    whole = stepped(rule.on_layer(transposed=True, parts=3), fused, gradients((6, 15)))
+    for i in range(3):
+        part = stepped(rule, fused[:, 5 * i : 5 * i + 5].T, [g[:, 5 * i : 5 * i + 5].T for g in gradients((6, 15))])
+        torch.testing.assert_close(whole[:, 5 * i : 5 * i + 5].T, part)
+
+
+def test_the_plan_tells_how_a_layer_is_stored() -> None:
+    plan = lowrank.apply_(gpt2(), lowrank.methods.muon())
+    rule = {row.name.removeprefix("transformer."): row.rule for row in plan.rows}
+    assert rule["h.0.attn.c_attn.weight"] == Muon(transposed=True, parts=3)
+    assert rule["h.0.mlp.c_fc.weight"] == Muon(transposed=True)
+    assert rule["h.0.mlp.c_fc.bias"] == rule["wte.weight"] == rule["ln_f.weight"] == AdamW()
+    plan = lowrank.apply_(llama(), lowrank.methods.scale())
+    rule = {row.name.removeprefix("model."): row.rule for row in plan.rows}
+    assert rule["embed_tokens.weight"] == ColumnNormalised(transposed=True)
+    assert rule["lm_head.weight"] == ColumnNormalised(momentum=0.9)
+    assert rule["norm.weight"] == AdamW()
+    assert plan.state_bytes == 4 * 24 * 8 + 5 * (2 * 4 * 8 + 4)  # the head's momentum, and AdamW for five norms
+
+
+def test_muon_trains_a_vision_transformer_whose_positions_have_three_dimensions() -> None:
+    from tests.models import vit
+
+    for method in (lowrank.methods.muon(), lowrank.methods.scale()):
+        model = vit()
+        opt = lowrank.apply_(model, method).optimizer(lr=1e-3)
+        before = model.pos_embed.detach().clone()
+        model(torch.randn(2, 3, 16, 16)).square().sum().backward()
+        opt.step()
+        assert (model.pos_embed - before).abs().max() > 0
+
+
+def test_steps_have_the_length_that_the_scale_says() -> None:
+    model = llama()
+    before = {n: p.detach().clone() for n, p in model.named_parameters()}
+    opt = lowrank.apply_(model, lowrank.methods.muon()).optimizer(lr=1e-2)
+    text_loss(model, tokens()).backward()
+    opt.step()
+    moved = {n: (p.detach() - before[n]) / 1e-2 for n, p in model.named_parameters()}
+    down = moved["model.layers.0.mlp.down_proj.weight"]
+    assert 0.1 < down.square().mean().sqrt() < 0.3  # AdamW's root mean square
+    assert np.isclose(moved["lm_head.weight"].abs().max().item(), 1.0, atol=1e-2)  # AdamW's first step
+
+
+@pytest.mark.parametrize(
+    ("make", "words"),
+    [
+        (lambda: Muon(momentum=1.0), "momentum=1.0 must lie in"),
+        (lambda: Muon(momentum=0.0), "nesterov=True needs a momentum"),
+        (lambda: Muon(iterations=0), "iterations=0 must be at least 1"),
+        (lambda: lowrank.methods.muon(scale="rm"), "scale='rm' is unknown; it is one of rms, keller"),
+        (lambda: lowrank.methods.muon(precision="half"), "precision='half' is unknown"),
+        (lambda: lowrank.methods.full_8bit(storage="int4"), "storage='int4' is unknown"),
+    ],
+)
+def test_what_cannot_be_is_refused(make: Callable[[], object], words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make()
