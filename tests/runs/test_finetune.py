@@ -86,6 +86,19 @@ def test_a_run_goes_on_as_if_it_had_not_stopped(tmp_path: Path, data: Path) -> N
     assert losses(tmp_path / "half") == losses(tmp_path / "whole")
 
 
+def test_a_run_is_scored_on_pairs_of_other_names(
+    tmp_path: Path, data: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    model, other = saved(tmp_path / "model", "llama"), tmp_path / "other.csv"
+    other.write_text("question,answer\n" + "Why?,It is light.\n" * 40)
+    assert train(model, data, tmp_path / "run", "--quiet") == 0
+    words = ["eval", str(tmp_path / "run"), "--data", str(other), "--split", "train"]
+    assert main(words) == 2
+    assert "(of lowrank eval: --prompt, …)" in capsys.readouterr().err
+    assert main([*words, "--prompt", "question", "--completion", "answer"]) == 0
+    assert "loss " in capsys.readouterr().out
+
+
 def test_an_exported_model_keeps_its_template_and_is_tuned_on(tmp_path: Path, data: Path) -> None:
     model = saved(tmp_path / "model", "gemma3")
     assert train(model, data, tmp_path / "run", "--quiet") == 0

@@ -224,9 +224,9 @@ def test_a_template_may_be_given(write: Write, tmp_path: Path) -> None:
     assert texts(read(write, rows, model, chat_template=str(own))) == ["What is light?</s>A picture</s>"]
     data.write_facts(tmp_path / "run")
     assert load_tokenizer(tmp_path / "run" / "tokenizer").fingerprint == data.tokenizer.fingerprint
-    assert not [note for note in data.notes if "nothing here teaches the model to stop" in note]
+    assert not [note for note in data.notes if "nothing teaches the model to stop" in note]
     endless = write("endless.jinja", "{% for m in messages %}{{ m['content'] }}{% endfor %}")
-    assert "nothing here teaches the model to stop" in read(write, rows, model, chat_template=str(endless)).notes[-1]
+    assert "nothing teaches the model to stop" in read(write, rows, model, chat_template=str(endless)).notes[-1]
 
 
 # Rows
@@ -270,6 +270,20 @@ def test_examples_of_a_row_do_not_see_each_other(write: Write, tmp_path: Path, f
         torch.testing.assert_close(ours, alone, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("family", ["gpt2", "qwen3"])
+def test_the_loss_in_chunks_keeps_them_apart_too(
+    write: Write, tmp_path: Path, family: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = saved(tmp_path / "m", family)
+    model = load_pretrained(str(path))
+    batch = (
+        read(write, [{**PAIR, "prompt": "Why? " * n} for n in range(1, 9)], path).for_model(model).train(1, 0).batch(0)
+    )
+    whole = float(next_token_loss(model, batch))
+    monkeypatch.setattr("lowrank.models.text.CHUNK_ABOVE", 400 * 16)
+    assert float(next_token_loss(model, batch)) == pytest.approx(whole, rel=1e-5)
+
+
 class Blind(torch.nn.Module):
     """A model without a notion of positions: everything before is seen."""
 
@@ -305,7 +319,8 @@ def test_what_is_too_long_is_cut_and_counted(write: Write, folder: Path) -> None
     assert [len(each) for each in data.encoded["train"]][1] == 24
     assert len(data.encoded["train"]) == 2
     said = "\n".join(data.notes)
-    assert "2 examples longer than 24 tokens are cut; of 1 no answer is left, and they are left out" in said
+    assert "2 examples longer than 24 tokens are cut" in said
+    assert "1 of them have no answer left, and are left out" in said
     assert "1 rows without an answer are left out" in said
     with pytest.raises(ValueError, match=r"none of 1 examples has an answer within --data.context 24"):
         read(write, rows[2:3], folder, context=24).for_model(model)

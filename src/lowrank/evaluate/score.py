@@ -44,6 +44,8 @@ def score(
     split: str = "val",
     checkpoint: Literal["best", "latest"] = "best",
     column: str | None = None,
+    prompt: str | None = None,
+    completion: str | None = None,
     tokenizer: str | None = None,
     base: str | None = None,
     context: int | None = None,
@@ -61,6 +63,7 @@ def score(
         split: train, val or test.
         checkpoint: which of a run's checkpoints: best (by validation) or latest.
         column: the text's column, in tables.
+        prompt, completion: the columns of a pair, for a run on examples, where they have other names.
         tokenizer: a pre-trained model's, where it is not its own.
         base: of an adapter's folder: where its base is; by default where the adapter says.
         context: tokens in a window; by default the run's, or the model's up to 1024.
@@ -76,7 +79,7 @@ def score(
     folder = Path(source).expanduser()
     if batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError("--batch-size and --batches must be at least 1")
-    changes = {"column": column, "context": context, "val_fraction": val_fraction}
+    changes: dict[str, Any] = {"column": column, "context": context, "val_fraction": val_fraction}
     if base is not None and not is_adapter(folder):
         raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
     if is_adapter(folder):
@@ -87,7 +90,7 @@ def score(
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, checkpoint, device=device)
-        session = _on_other_data(session, data, changes)
+        session = _on_other_data(session, data, changes | {"prompt": prompt, "completion": completion})
     else:
         session = _pretrained(source, data, changes | {"tokenizer": tokenizer or source}, device)
     found = session.data.evaluation(split, batch_size, batches)
@@ -197,7 +200,8 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     if source is None and not options and not session.data.unread:
         return session
     if source is not None and session.run.task == "text" and not is_own(source):
-        own = dict.fromkeys(("data.column", "data.delimiter", "data.separator", "data.limit"))
+        columns = ("data.column", "data.prompt", "data.completion")
+        own = dict.fromkeys((*columns, "data.delimiter", "data.separator", "data.limit"))
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options
     if source is None and session.data.unread and not Path(str(session.run.data.args.get("source"))).exists():
         source = session.data.origin or None  # the run's own, where it was given from another working directory

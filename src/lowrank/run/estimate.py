@@ -76,7 +76,7 @@ def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
     counts.peaks |= {p: peak for p, peak in whole.counts.peaks.items() if p[0] == STARTING}
     saved = None if per_block is None or run.checkpoint_activations else (per_block, _input_bytes(session))
     return Sheet(
-        title=_title(run),
+        title=_title(run, getattr(session.data, "context", None)),
         counts=counts,
         static=static,
         parameters=plan.parameters_total,
@@ -332,12 +332,8 @@ def _input_bytes(session: Session) -> int:
     return run.batch_size * (int(patches) + 1) * int(width) * itemsize
 
 
-def _title(run: Run) -> str:
-    size = (
-        f"{run.batch_size} × {run.data.args.get('context')} tokens"
-        if run.task == "text"
-        else f"{run.batch_size} images"
-    )
+def _title(run: Run, context: int | None) -> str:
+    size = f"{run.batch_size} × {context} tokens" if run.task == "text" else f"{run.batch_size} images"
     how = [run.precision] + ["per layer"] * run.per_layer + ["checkpointed"] * run.checkpoint_activations
     times = f", {run.grad_accum} micro-batches a step" if run.grad_accum > 1 else ""
     return f"{run.recipe}, {run.method.name}: {size}{times} ({', '.join(how)})"

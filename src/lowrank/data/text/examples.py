@@ -156,7 +156,7 @@ def recognise(
     raise ValueError(
         f"{source} has {', '.join(map(repr, row)) or 'no columns'}, which are none of messages, conversations, "
         "prompt and completion, instruction and output, or text: say which hold what by --data.prompt NAME "
-        "--data.completion NAME, or --data.column NAME for texts or chats"
+        "--data.completion NAME, or --data.column NAME for texts or chats (of lowrank eval: --prompt, …)"
     )
 
 

@@ -97,17 +97,17 @@ class Examples(Data):
         notes = [*self.notes, *said, *_cut_notes(cut, lost, context, plain=self.form.kind == "text")]
         packing: Literal["packed", "padded"] = "packed" if apart else "padded"
         made = replace(self, encoded=kept, context=context, packing=packing, notes=notes, _rows={})
-        return replace(made, notes=[*notes, made.counts(asked=self.packing)])
+        return replace(made, notes=[*notes, *made.counts(asked=self.packing)])
 
-    def counts(self, asked: str) -> str:
-        """How much there is of what, in a sentence; ``asked``: the packing that was asked for."""
+    def counts(self, asked: str) -> list[str]:
+        """How much there is of what, in lines; ``asked``: the packing that was asked for."""
         rows = self.rows("train")
         tokens, scored = sum(map(len, rows.examples)), sum(example.scored for example in rows.examples)
-        parts = [f"{len(found):,} {_NAMES[split]}" for split, found in self.encoded.items() if found]
+        parts = [f"{len(found):,} {name}" for split, name in _NAMES.items() if (found := self.encoded.get(split))]
         how = f"packed into {len(rows):,} rows" if self.packing == "packed" else "padded, one a row"
         cannot = " (this model cannot keep packed ones apart)" if self.packing == "padded" and asked == "auto" else ""
-        total = f"{tokens:,} tokens to train on, {scored:,} count"
-        return f"{', '.join(parts)}; {total}; {how} of at most {self.context:,}{cannot}"
+        total = f"{tokens:,} tokens to train on, {scored:,} of them count"
+        return [f"{', '.join(parts)}; {total}", f"{how}, of at most {self.context:,} tokens{cannot}"]
 
     def _context_in(self, model: nn.Module) -> tuple[int, list[str]]:
         positions = _positions(model)
@@ -226,8 +226,8 @@ def _cut_notes(cut: int, lost: int, context: int, *, plain: bool) -> list[str]:
         return []
     if plain:
         return [f"{cut:,} texts longer than {context:,} tokens are divided"]
-    gone = f"; of {lost:,} no answer is left, and they are left out" if lost else ""
-    return [f"{cut:,} examples longer than {context:,} tokens are cut{gone} (--data.context N)"]
+    gone = [f"{lost:,} of them have no answer left, and are left out"] if lost else []
+    return [f"{cut:,} examples longer than {context:,} tokens are cut (--data.context N)", *gone]
 
 
 @register("data")
@@ -325,10 +325,7 @@ def _oddities(
     if empty:
         yield f"{empty:,} rows without an answer are left out"
     if encoder.split_chats:
-        yield (
-            f"{encoder.split_chats:,} chats are learnt answer by answer: the template writes an answer otherwise once "
-            "it is no longer the last"
-        )
+        yield (f"{encoder.split_chats:,} chats are learnt answer by answer: their template rewrites earlier ones")
     ends = tokenizer.ends_of_turn
     if not any(set(example.ids[example.count].tolist()) & set(ends) for example in encoded[:64]):
-        yield "no answer ends in a token that ends generation: nothing here teaches the model to stop"
+        yield "no answer ends in what ends generation: nothing teaches the model to stop"
