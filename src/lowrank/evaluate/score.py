@@ -81,9 +81,7 @@ def score(
         raise ValueError("--batch-size and --batches must be at least 1")
     changes: dict[str, Any] = {"column": column, "context": context, "val_fraction": val_fraction}
     if (prompt or completion) and not _is_run(folder):
-        raise ValueError(
-            "--prompt and --completion go with a run on examples, whose columns they name: leave them out"
-        )
+        raise ValueError("--prompt and --completion go with a run on examples, whose columns they name: leave them out")
     if base is not None and not is_adapter(folder):
         raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
     if is_adapter(folder):
