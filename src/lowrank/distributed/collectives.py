@@ -14,7 +14,6 @@ Shape legend: R members.
 
 from __future__ import annotations
 
-import pickle
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -22,6 +21,8 @@ from typing import TypeVar
 
 import torch
 from torch import Tensor
+
+from lowrank.infra.messages import decode, encode
 
 T = TypeVar("T")
 AnyTensor = TypeVar("AnyTensor", bound=Tensor)
@@ -134,13 +135,14 @@ class Group(ABC):
         return finish
 
     def gather_objects(self, value: T) -> list[T]:
-        """The ``value`` of every member, in their order; for small objects, since it is pickled."""
-        data = torch.frombuffer(bytearray(pickle.dumps(value)), dtype=torch.uint8).to(self.device)
+        """The ``value`` of every member, in their order: a pytree of data and tensors (``infra.messages``), so that
+        nothing that arrives can run code."""
+        data = torch.frombuffer(bytearray(encode(value)), dtype=torch.uint8).to(self.device)
         sizes = self.gather([torch.tensor([data.numel()], device=self.device)])[0].flatten().tolist()
         padded = data.new_zeros(max(sizes))
         padded[: data.numel()] = data
         rows = self.gather([padded])[0].cpu()
-        return [pickle.loads(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
+        return [decode(row[:size].numpy().tobytes()) for row, size in zip(rows, sizes, strict=True)]
 
     def total(self, *numbers: float) -> list[float]:
         """The sums over the members of a few numbers, in float64."""

@@ -9,7 +9,8 @@ Everything that is sent goes through a few collectives (``collectives.Group``), 
 A rank that no longer answers is an error (:class:`RankLost`) within the timeout. To name it, every rank keeps a
 liveness socket listening: nothing is sent there, but a process that is gone, or its machine, refuses the connection.
 
-gloo on CPUs, nccl on GPUs.
+gloo on CPUs, nccl on GPUs. What this module opens listens on one interface: the one that GLOO_SOCKET_IFNAME or
+NCCL_SOCKET_IFNAME names, else the one by which the meeting point (MASTER_ADDR) is reached.
 """
 
 from __future__ import annotations
@@ -17,15 +18,18 @@ from __future__ import annotations
 import copy
 import gc
 import os
+import queue
 import re
 import socket
+import struct
+import threading
 import time
 import uuid
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from datetime import timedelta
 from functools import partial
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 import torch
 import torch.distributed as dist
@@ -35,6 +39,7 @@ from lowrank.distributed.collectives import Group, Traffic, buckets, ring_gather
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 300.0  # LOWRANK_TIMEOUT overrides it
+_ADDRESS_OF = 0x8915  # Linux: SIOCGIFADDR
 _NEEDED = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 
 
@@ -71,9 +76,9 @@ class ProcessGroup(Group):
         self.process_group: Any = dist.group.WORLD
         self._mesh: Any = None
         self._divided: dict[tuple[tuple[int, ...], ...], ProcessGroup] = {}
-        self._liveness = socket.create_server(("", 0), backlog=64)
+        self._liveness = listening(own_address())
         self._addresses: list[tuple[str, int]] = []
-        self._addresses = self.gather_objects((_own_address(), self._liveness.getsockname()[1]))
+        self._addresses = self.gather_objects(self._liveness.getsockname()[:2])
 
     def __str__(self) -> str:
         return f"{self.count} ranks ({dist.get_backend()}, timeout {self.timeout:g} s), this is rank {self.rank}"
@@ -101,8 +106,9 @@ class ProcessGroup(Group):
         key = tuple(tuple(numbers) for numbers in groups)
         if key in self._divided:  # making groups takes time, and torch keeps them until the end
             return self._divided[key]
-        timeout = timedelta(seconds=self.timeout)
-        group, _ = dist.new_subgroups_by_enumeration([list(numbers) for numbers in key], timeout=timeout)
+        timeout, numbers = timedelta(seconds=self.timeout), [list(numbers) for numbers in key]
+        make = partial(dist.new_subgroups_by_enumeration, numbers, timeout=timeout)
+        group, _ = self._guarded("a group of them", make)
         found = self._divided[key] = copy.copy(self)  # which counts into the same traffic
         found.numbers = next(numbers for numbers in key if self.rank in numbers)
         found.rank, found.count = found.numbers.index(self.rank), len(found.numbers)
@@ -247,16 +253,27 @@ def _start(device: torch.device, timeout: float) -> None:
         if local >= present:
             raise ValueError(f"local rank {local} has no GPU of its own: use --nproc-per-node {present}")
         torch.cuda.set_device(local)
-    backend = "nccl" if device.type == "cuda" else "gloo"
+    backend, rank, count = "nccl" if device.type == "cuda" else "gloo", int(os.environ["RANK"]), world_size()
+    _keep_gloo_to(own_address())
     try:
-        store = _store_of_this_generation(timeout) if dist.is_torchelastic_launched() else None
-        rank, count = (int(os.environ["RANK"]), world_size()) if store is not None else (-1, -1)
+        store = within(timeout, lambda: _meet(rank, count, timeout))
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout), store=store, rank=rank, world_size=count)
     except RuntimeError as error:
         raise RankLost(
-            f"rank {os.environ['RANK']} did not find the other {world_size() - 1} at {os.environ['MASTER_ADDR']}:"
+            f"rank {rank} did not find the other {count - 1} at {os.environ['MASTER_ADDR']}:"
             f"{os.environ['MASTER_PORT']} within {timeout:g} s: {str(error).splitlines()[0]}"
         ) from error
+
+
+def _meet(rank: int, count: int, timeout: float) -> dist.Store:
+    """The store in which the ranks find each other."""
+    if dist.is_torchelastic_launched():
+        return _store_of_this_generation(timeout)
+    # torch's own rendezvous would listen on every interface
+    server = listening(own_address(), int(os.environ["MASTER_PORT"])) if rank == 0 else None
+    where = (os.environ["MASTER_ADDR"] if server is None else server.getsockname()[0], int(os.environ["MASTER_PORT"]))
+    how: dict[str, Any] = {} if server is None else {"master_listen_fd": server.detach()}
+    return dist.TCPStore(*where, count, server is not None, timedelta(seconds=timeout), **how)
 
 
 def _store_of_this_generation(timeout: float) -> dist.Store:
@@ -284,6 +301,97 @@ def _store_of_this_generation(timeout: float) -> dist.Store:
     return dist.PrefixStore(generation, store)
 
 
+def within(seconds: float, function: Callable[[], T]) -> T:
+    """What ``function`` returns or raises. One that does not come to an end, as torch's store does not where somebody
+    takes the connection and is silent, is left to itself, in a thread that ends with the process.
+
+    Raises:
+        RuntimeError: it takes longer than that.
+    """
+    outcome: queue.Queue[tuple[bool, Any]] = queue.Queue()
+
+    def run() -> None:
+        try:
+            outcome.put((True, function()))
+        except BaseException as error:
+            outcome.put((False, error))
+
+    threading.Thread(target=run, daemon=True).start()
+    try:
+        good, found = outcome.get(timeout=seconds + 1.0)  # its own timeout has better words
+    except queue.Empty:
+        raise RuntimeError("somebody listens there and does not answer") from None
+    if not good:
+        raise found
+    return cast(T, found)
+
+
+# --- where to listen -------------------------------------------------------------------------------------------------
+
+
+def listening(address: str, port: int = 0) -> socket.socket:
+    """A socket that listens at one address of this machine and at no other.
+
+    Raises:
+        ValueError: it cannot.
+    """
+    try:
+        family = socket.AF_INET6 if ":" in address else socket.AF_INET
+        return socket.create_server((address, port), family=family, backlog=64)
+    except OSError as error:
+        where = f"{address}:{port}" if port else address
+        raise ValueError(
+            f"cannot listen at {where} ({error.strerror or error}): give a free port of the first machine as "
+            "MASTER_PORT, and the interface by which the others reach it as GLOO_SOCKET_IFNAME"
+        ) from error
+
+
+def own_address() -> str:
+    """This machine's address as the others see it: of the interface that GLOO_SOCKET_IFNAME (or NCCL's) names, else the
+    one from which the meeting point is reached. Sends nothing.
+
+    Raises:
+        ValueError: there is no such interface.
+    """
+    if name := os.environ.get("GLOO_SOCKET_IFNAME") or os.environ.get("NCCL_SOCKET_IFNAME", "").lstrip("="):
+        known = _interfaces()
+        found = known.get(name.split(",")[0])
+        if found is None and "GLOO_SOCKET_IFNAME" in os.environ and known:
+            raise ValueError(f"GLOO_SOCKET_IFNAME={name}: there are {', '.join(known)}")
+        if found is not None:
+            return found
+    master = os.environ.get("MASTER_ADDR", "localhost")
+    with suppress(OSError):
+        family, kind, _, _, place = socket.getaddrinfo(master, 9, type=socket.SOCK_DGRAM)[0]
+        with closing(socket.socket(family, kind)) as probe:
+            probe.connect(place)
+            return str(probe.getsockname()[0])
+    return "127.0.0.1"
+
+
+def _keep_gloo_to(address: str) -> None:
+    """Have gloo, which else asks for the host's name, listen where this process does; where that is the machine itself,
+    only if no other takes part."""
+    here = address.startswith("127.") or address == "::1"
+    alone = os.environ.get("LOCAL_WORLD_SIZE", os.environ["WORLD_SIZE"]) == os.environ["WORLD_SIZE"]
+    names = [name for name, its in _interfaces().items() if its == address]
+    if names and (alone or not here):
+        os.environ.setdefault("GLOO_SOCKET_IFNAME", names[0])
+
+
+def _interfaces() -> dict[str, str]:
+    """The IPv4 address of each network interface that has one, by name; empty where the system does not say."""
+    found: dict[str, str] = {}
+    with suppress(ImportError, OSError), closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
+        import fcntl
+
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):
+                request = struct.pack("256s", name.encode()[:15])
+                found[name] = socket.inet_ntoa(fcntl.ioctl(probe, _ADDRESS_OF, request)[20:24])
+    return found
+
+
 # --- small helpers ---------------------------------------------------------------------------------------------------
 
 
@@ -291,16 +399,6 @@ def _reason(error: Exception) -> str:
     """The first sentence of the backend's message, without the place in its source."""
     text = re.sub(r"^\[[^\]]*\]\s*", "", str(error).strip())
     return text.splitlines()[0].partition(". ")[0] if text else type(error).__name__
-
-
-def _own_address() -> str:
-    """This machine's address as the others see it: the one from which it reaches the meeting point. Sends nothing."""
-    with closing(socket.socket(socket.AF_INET, socket.SOCK_DGRAM)) as probe:
-        try:
-            probe.connect((os.environ.get("MASTER_ADDR", "localhost"), 9))
-            return str(probe.getsockname()[0])
-        except OSError:
-            return "127.0.0.1"
 
 
 def _connects(address: tuple[str, int]) -> bool:

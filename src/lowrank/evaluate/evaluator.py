@@ -45,11 +45,11 @@ def evaluate(
         mine = _share(batches, sharing.rank, sharing.count)
     tally, seen = _count(model, mine, task, torch.device(device), autocast)
     if ranks is not None:
-        everyone = ranks.gather_objects((tally, seen))
+        everyone = ranks.gather_objects((tally.counted(), seen))
         tally, seen = task.tally(), sum(n for _, n in everyone)
-        for other, n in everyone:
+        for counted, n in everyone:
             if n:
-                tally.absorb(other)
+                tally.absorb(counted)
     _check_seen(seen)
     return tally.result()
 

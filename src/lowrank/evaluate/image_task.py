@@ -8,6 +8,8 @@ The validation metric that decides which checkpoint is best is AUC.
 
 from __future__ import annotations
 
+from typing import Any
+
 import numpy as np
 import torch
 import torch.nn.functional as F
@@ -55,10 +57,13 @@ class ImageTally:
         self._scores.append(probabilities(logits, several=batch["labels"].dim() == 2).cpu())
         self._labels.append(batch["labels"].cpu())
 
-    def absorb(self, other: ImageTally) -> None:
-        self.total += other.total
-        self._scores += other._scores
-        self._labels += other._labels
+    def counted(self) -> dict[str, Any]:
+        return {"total": self.total, "scores": self._scores, "labels": self._labels}
+
+    def absorb(self, counted: dict[str, Any]) -> None:
+        self.total += counted["total"]
+        self._scores += counted["scores"]
+        self._labels += counted["labels"]
 
     @property
     def scores(self) -> np.ndarray:

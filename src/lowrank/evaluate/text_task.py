@@ -54,9 +54,13 @@ class TextTally:
         self.total, self.tokens = self.total + loss, self.tokens + count
         self.means, self.batches = self.means + loss / count, self.batches + 1
 
-    def absorb(self, other: TextTally) -> None:
-        self.total, self.tokens = self.total + other.total, self.tokens + other.tokens
-        self.means, self.batches = self.means + other.means, self.batches + other.batches
+    def counted(self) -> list[float]:
+        return [self.total, self.tokens, self.means, self.batches]
+
+    def absorb(self, counted: list[float]) -> None:
+        total, tokens, means, batches = counted
+        self.total, self.tokens = self.total + total, self.tokens + int(tokens)
+        self.means, self.batches = self.means + means, self.batches + int(batches)
 
     def result(self) -> dict[str, float]:
         loss = self.total / max(self.tokens, 1)

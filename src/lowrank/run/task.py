@@ -18,8 +18,12 @@ class Tally(Protocol):
 
     def add(self, model: nn.Module, batch: Batch) -> None: ...
 
-    def absorb(self, other: Any) -> None:
-        """Count what another tally of the same task has seen as well."""
+    def counted(self) -> Any:
+        """What it has seen so far, as numbers, texts, tensors, and lists and dicts of them: ranks send it."""
+        ...
+
+    def absorb(self, counted: Any) -> None:
+        """Count what another tally of the same task has ``counted`` as well."""
         ...
 
     def result(self) -> dict[str, float]: ...
