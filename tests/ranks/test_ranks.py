@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
 from typing import Any
 
@@ -151,6 +152,7 @@ def test_sums_and_gatherings(found: list[dict[str, Any]]) -> None:
         assert talk["gathered"][0].tolist() == [[0, 0], [1, 1]]
         assert talk["objects"] == [{"rank": 0, "text": ""}, {"rank": 1, "text": "x"}]
         assert talk["counted"] > 0
+        assert talk["listens"] == {"0100007F"}  # 127.0.0.1, where they are told to meet; never all interfaces
 
 
 # --- under way -------------------------------------------------------------------------------------------------------
@@ -273,6 +275,17 @@ def test_ranks_that_differ_are_refused_by_name(found: list[dict[str, Any]]) -> N
         message = found[rank]["disagreeing"]["message"]
         assert "rank 1 has step 4, rank 0 has 3" in message
         assert "code" not in message
+
+
+def test_ranks_with_other_data_under_one_path_are_refused_by_name(found: list[dict[str, Any]]) -> None:
+    for rank in range(RANKS):
+        between, same, own, swapped = found[rank]["disagreeing"]["data"]
+        assert re.search(r"rank 1 has other content in --data \S*text.txt \(other\) than rank 0 \(one\)", between)
+        assert "--own-data where each is to have its own; --allow-changed-data" in between
+        assert same == own == ""
+        assert "rank 0: --data" in swapped
+        assert "is not what the run was trained on (content other, it was one)" in swapped
+        assert len(found[rank]["disagreeing"]["allowed"]) == 2  # noted on every rank: it was meant
 
 
 def test_a_rank_whose_numbers_are_not_finite_is_left_out_and_begins_anew(found: list[dict[str, Any]]) -> None:

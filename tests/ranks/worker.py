@@ -14,12 +14,14 @@ import time
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from tests.models import mlp, small_method
 from tests.ranks.launch import as_rank, message_of
+from tests.runs.tiny import tiny
 
 import lowrank
 from lowrank.distributed.collectives import Traffic, share
@@ -27,6 +29,7 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.plan.communication import forecast
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.synchronisation import consolidated_model
+from lowrank.train.changed_data import check_data
 from lowrank.train.checkpointing import consolidated_model_state, consolidated_optimizer_state
 
 BATCH, WIDTH, CLASSES = 12, 10, 4
@@ -162,7 +165,19 @@ def unused(ranks: ProcessGroup | None) -> Result:
 def disagreeing(ranks: ProcessGroup | None) -> Result:
     assert ranks is not None
     ranks.agree({"step": 3, "code": "1"})
-    return {"message": message_of(lambda: ranks.agree({"step": 3 + ranks.rank, "code": "1"}))}
+    run, own = tiny(), tiny(own_data=True)
+    saved: Any = SimpleNamespace(meta={"data_of_ranks": ["one", "other"]})
+    mine, theirs = ("one", "other")[ranks.rank], ("other", "one")[ranks.rank]
+    return {
+        "message": message_of(lambda: ranks.agree({"step": 3 + ranks.rank, "code": "1"})),
+        "data": [
+            message_of(lambda: check_data(run, mine, None, ranks)),
+            message_of(lambda: check_data(run, theirs if ranks.rank else mine, saved, ranks)),
+            message_of(lambda: check_data(own, mine, saved, ranks, worker=ranks.rank)),
+            message_of(lambda: check_data(own, theirs, saved, ranks, worker=ranks.rank)),
+        ],
+        "allowed": check_data(run, mine, saved, ranks, allowed=True),
+    }
 
 
 def talking(ranks: ProcessGroup | None) -> Result:
@@ -178,7 +193,14 @@ def talking(ranks: ProcessGroup | None) -> Result:
     ranks.sum_(mine)
     objects = ranks.gather_objects({"rank": ranks.rank, "text": "x" * ranks.rank})
     counted = ranks.traffic.sent - before
-    return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted}
+    return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted, "listens": listens()}
+
+
+def listens() -> set[str]:
+    """The addresses, as the kernel writes them, at which this process listens."""
+    links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
+    rows = [line.split() for name in ("tcp", "tcp6") for line in Path(f"/proc/net/{name}").read_text().splitlines()[1:]]
+    return {row[1].split(":")[0] for row in rows if row[3] == "0A" and f"socket:[{row[9]}]" in links}
 
 
 def talking_later(ranks: ProcessGroup | None) -> Result:
@@ -352,7 +374,8 @@ def nodes(ranks: ProcessGroup, folder: Path) -> Result:
         shutil.rmtree(own)
     ranks.total(0.0)
     found, told = newest(own, ranks, writer=True)
-    files = {path.name: path.read_bytes() for path in found.iterdir()} if found else {}
+    inside = [path for path in found.rglob("*") if path.is_file()] if found else []
+    files = {str(path.relative_to(found)): path.read_bytes() for path in inside}  # type: ignore[arg-type]
     if ranks.rank == 0 and found is not None:
         (found / "optimizer.safetensors").write_bytes(b"spoilt")
     ranks.total(0.0)

@@ -331,6 +331,7 @@ def every_command() -> list[Command]:
     dotted = ("method.", "model.", "data.")
     trust = Option(name="trust_files", help="execute the .py files that a run.json names, if they are still the same")
     quiet = Option(name="quiet", help="no progress line")
+    changed = Option(name="allow_changed_data", help="go on although the data's content is not what it was")
     run = (*run_options(), trust)
     training = (
         Option(name="out", value="DIR", help="the run's folder; default runs/<recipe>-<method>-<n>"),
@@ -339,6 +340,7 @@ def every_command() -> list[Command]:
         Option(name="init_from", value="DIR", help="start from the merged weights of another run"),
         Option(name="init_adapter", value="DIR", help="train an adapter further: PEFT's folder, or one of export"),
         Option(name="dry_run", help="check the run and print what it would take in memory; nothing is read or written"),
+        changed,
         quiet,
     )
     planned = (
@@ -358,6 +360,7 @@ def every_command() -> list[Command]:
         Option(name="seeds", value="N,N,…", help="train every method under each of these; default the recipe's"),
         Option(name="lrs", value="X,X,…", help="learning rates to try; the table keeps the best of each method"),
         Option(name="out", value="DIR", help="holds one folder a run and the report; default runs/compare-<recipe>"),
+        changed,
         quiet,
     )
     exported = (

@@ -32,7 +32,8 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 def train(parsed: Parsed) -> int:
     """A new run, or with --resume the same one further; with --elastic whichever of the two is due."""
-    changes = parsed.without(("out", "resume", "elastic", "init_from", "init_adapter", "quiet", "dry_run"))
+    own = ("out", "resume", "elastic", "init_from", "init_adapter", "allow_changed_data", "quiet", "dry_run")
+    changes = parsed.without(own)
     resumed, elastic = parsed.options.get("resume"), switch(parsed, "elastic")
     if elastic and (resumed is not None or "out" not in parsed.options):
         raise UsageError("--elastic starts a run or goes on with it, in the folder that --out names: give --out DIR")
@@ -66,8 +67,8 @@ def train(parsed: Parsed) -> int:
     from lowrank.train.loop import train as train_run
 
     starts: dict[str, Any] = {name: Path(folder) for name, folder in parsed.only(("init_from", "init_adapter")).items()}
-    how: dict[str, Any] = {"resume": resumed is not None, "elastic": elastic, "quiet": switch(parsed, "quiet")}
-    summary = train_run(run, out, **starts, **how)
+    how: dict[str, Any] = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
+    summary = train_run(run, out, resume=resumed is not None, elastic=elastic, **starts, **how)
     if is_first():
         print(_verdict(out, summary))
     return 130 if summary.get("interrupted") else 0
@@ -105,12 +106,12 @@ def compare(parsed: Parsed) -> int:
         variants,
         seeds=[_whole(text, "--seeds") for text in _list(parsed, "seeds")],
         rates=[_number(text, "--lrs") for text in _list(parsed, "lrs")],
-        changes=parsed.without(("methods", "seeds", "lrs", "out", "quiet")),
+        changes=parsed.without(("methods", "seeds", "lrs", "out", "allow_changed_data", "quiet")),
         offer=offer,
     )
     out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
-    quiet = switch(parsed, "quiet")
-    outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, quiet=quiet))
+    how = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
+    outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, **how))
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]
     if finished:

@@ -27,8 +27,8 @@ from torch import Tensor
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import ShardSpec
 from lowrank.infra import checkpoint
-from lowrank.infra.checkpoint import Checkpoint, CheckpointError, Kind
-from lowrank.infra.checkpoint_files import STATE, measure, shard_reader, stored_tensors, write_manifest
+from lowrank.infra.checkpoint import Attach, Checkpoint, CheckpointError, Kind
+from lowrank.infra.checkpoint_files import measure, shard_reader, stored_tensors, write_manifest
 from lowrank.infra.checkpoint_tensors import flatten, unpack
 from lowrank.infra.files import sync
 
@@ -51,12 +51,13 @@ def save_sharded(
     writer: bool,
     keep: int = 2,
     best: bool = False,
+    attach: Attach | None = None,
 ) -> None:
     """Write one checkpoint together, as `checkpoint.save` does alone; all ``ranks`` must call it and see ``root``.
 
     Args:
-        tensors, optimizer, meta: as for `checkpoint.save`, the same names on all ranks. A DTensor is what this rank has
-            a shard of; a tensor on the device "meta" is one that another rank gives.
+        tensors, optimizer, meta, attach: as for `checkpoint.save`, the same names on all ranks. A DTensor is what this
+            rank has a shard of; a tensor on the device "meta" is one that another rank gives.
         ranks: who hold the model together.
         writer: on one of them, who also writes what is not sharded.
 
@@ -72,14 +73,23 @@ def save_sharded(
     def failed(error: Exception) -> CheckpointError:
         return checkpoint.not_saved(root, step, error)
 
+    def begin() -> None:
+        if writer:
+            checkpoint.begin_(root, step)
+
     def finish(files: Mapping[str, Mapping[str, int]]) -> None:
         checkpoint.write_state(temporary, step, {"aliases": aliases, "orders": {}}, {"aliases": {}, "orders": {}}, tree)
-        for path in (*(temporary / kind for kind in KINDS), temporary / STATE):
+        if attach is not None:
+            attach(temporary)
+        inside = [path for path in temporary.rglob("*") if path.is_file()]
+        names = {path.relative_to(temporary).as_posix(): path for path in inside}
+        beside = {name: path for name, path in names.items() if name not in files}
+        for path in (*(temporary / kind for kind in KINDS), *beside.values()):
             sync(path)
-        write_manifest(temporary, {**files, STATE: measure(temporary / STATE)}, best=best)
+        write_manifest(temporary, {**files, **{name: measure(path) for name, path in beside.items()}}, best=best)
         checkpoint.publish_(temporary, root, step, keep=keep, best=best)
 
-    _all_or_none(lambda: checkpoint.begin_(root, step) if writer else None, ranks, failed)
+    _all_or_none(begin, ranks, failed)
     for kind, own in zip(KINDS, (model, leaves), strict=True):
         _write(temporary / kind, own, ranks, failed)
     measured = _all_or_none(lambda: _measured(temporary, ranks.rank), ranks, failed)
@@ -94,10 +104,17 @@ def _all_or_none(function: Callable[[], T], ranks: ProcessGroup, failed: Failed)
         found = function()
     except (OSError, SafetensorError) as raised:
         error = raised
-    gathered = ranks.gather_objects((found, error))
-    if errors := [each for _, each in gathered if each is not None]:
-        raise failed(errors[0]) from error
+    fault = None if error is None else (getattr(error, "errno", None), str(error))
+    gathered = ranks.gather_objects((found, fault))
+    if faults := [each for _, each in gathered if each is not None]:
+        raise failed(_as_error(*faults[0])) from error
     return [theirs for theirs, _ in gathered]  # type: ignore[misc]
+
+
+def _as_error(number: int | None, text: str) -> OSError:
+    error = OSError(text)
+    error.errno = number
+    return error
 
 
 def _measured(folder: Path, rank: int) -> dict[str, dict[str, int]]:

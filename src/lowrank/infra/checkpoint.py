@@ -3,6 +3,7 @@
     root/step-00000200/model.safetensors       tensors by name, as `model.state_dict()` gives them
                        optimizer.safetensors   tensors of the optimizer's state, by path
                        state.json              the tree of that state, the training state, aliases, memory layouts
+                       tokenizer/, images.json what the run has learnt of its data, so that the folder stands by itself
                        manifest.json           size and CRC-32 of each file, and whether this was the best: written last
     root/best.json                             the best by validation, for people; what counts are the manifests
 
@@ -23,11 +24,11 @@ import itertools
 import json
 import re
 import shutil
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeAlias
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -35,6 +36,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from lowrank.infra.checkpoint_files import (
+    MANIFEST,
     STATE,
     CheckpointError,
     damage,
@@ -50,6 +52,7 @@ from lowrank.infra.checkpoint_tensors import PyTree, flatten, pack, unflatten, u
 from lowrank.infra.files import sync, write_json
 
 Kind = Literal["model", "optimizer"]
+Attach: TypeAlias = Callable[[Path], object]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -114,6 +117,7 @@ def save(
     *,
     keep: int = 2,
     best: bool = False,
+    attach: Attach | None = None,
 ) -> Path:
     """Write one checkpoint beside the others and return its folder.
 
@@ -125,6 +129,7 @@ def save(
         meta: the training state, a pytree of the same kind (see `random_state`).
         keep: how many of the latest to keep, at least 1; the best one is kept besides.
         best: remember this one as the best so far.
+        attach: writes further files, such as a tokenizer, into the folder that it is given.
 
     Raises:
         CheckpointError: the disk is full or refuses; the earlier checkpoints are untouched.
@@ -134,7 +139,7 @@ def save(
     check_keep(keep)
     try:
         temporary = begin_(root, step)
-        _write(temporary, step, tensors, optimizer, meta, best=best)
+        _write(temporary, step, tensors, optimizer, meta, best=best, attach=attach)
         return publish_(temporary, root, step, keep=keep, best=best)
     except (OSError, SafetensorError) as error:
         raise not_saved(root, step, error) from error
@@ -244,6 +249,25 @@ def best(root: Path) -> Path | None:
     return folder if folder.is_dir() else None
 
 
+def check_dtypes(held: Mapping[str, Tensor], state: Mapping[str, Tensor], saved: Checkpoint) -> None:
+    """Refuse a model's tensors of other dtypes: torch would convert in silence, and that is another model.
+
+    Raises:
+        CheckpointError: naming the first such tensor.
+    """
+    for name, tensor in state.items():
+        if name in held and held[name].dtype != tensor.dtype:
+            raise CheckpointError(
+                f"{name} is {held[name].dtype} in the model, {tensor.dtype} in checkpoint {saved.folder}: use the "
+                "--precision and the --model.dtype that it was trained with"
+            )
+
+
+def is_checkpoint(folder: Path) -> bool:
+    """Whether the folder is one checkpoint, wherever it lies."""
+    return (folder / MANIFEST).is_file()
+
+
 def discard_after(root: Path, step: int) -> None:
     """Remove the checkpoints beyond `step`: a run that goes on from there will write its own."""
     for folder in saved(root):
@@ -270,18 +294,21 @@ def _write(
     meta: Mapping[str, Any],
     *,
     best: bool,
+    attach: Attach | None = None,
 ) -> None:
     """Fill `folder`, the manifest last, every file flushed to the disk."""
+    if attach is not None:
+        attach(folder)
     tree, leaves = flatten({"optimizer": optimizer, "meta": meta})
     model, model_notes = pack(tensors)
     packed, notes = pack(leaves)
     save_file(model, folder / "model.safetensors", metadata={"format": "pt"})
     save_file(packed, folder / "optimizer.safetensors", metadata={"format": "pt"})
     write_state(folder, step, model_notes, notes, tree)
-    names = ("model.safetensors", "optimizer.safetensors", STATE)
-    for name in names:
-        sync(folder / name)
-    write_manifest(folder, {name: measure(folder / name) for name in names}, best=best)
+    paths = sorted(path for path in folder.rglob("*") if path.is_file())
+    for path in paths:
+        sync(path)
+    write_manifest(folder, {path.relative_to(folder).as_posix(): measure(path) for path in paths}, best=best)
 
 
 def write_state(folder: Path, step: int, model: Mapping[str, Any], optimizer: Mapping[str, Any], tree: Any) -> None:

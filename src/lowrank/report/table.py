@@ -27,6 +27,7 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]  # header and rows
 
 # Settings of which runs in one table are alike, beside their length and all of their data's.
 _ALIKE = ("task", "data", "eval_batches")
+_CONTENT = "data.fingerprint"  # of what a run was trained on, whatever it is called
 
 _SENT = {"sent/step": "bytes_sent_per_step", "between": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
 _FIXED = ("val_loss", "val_tokens", "val_published_convention", "val_images", "test_images", "test_loss")
@@ -162,7 +163,10 @@ def _read(folder: Path) -> Result | None:
 def _settings(file: Path) -> dict[str, Any]:
     """What a run.json sets, flat."""
     try:
-        settings = flat(_object(file))
+        content = _object(file)
+        settings = flat(content)
+        if "fingerprint" in content["data"]:
+            settings[_CONTENT] = content["data"]["fingerprint"]
     except (KeyError, TypeError, AttributeError) as error:
         raise ValueError(f"{file} holds no run: {type(error).__name__} {error}") from error
     if missing := {"recipe", "task", "seed", "lr", "data", "method"} - settings.keys():
@@ -239,7 +243,7 @@ def differences(results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, li
 
 def _labels(results: Sequence[Result]) -> list[str]:
     """Each run's method, with the settings in which runs of that method differ."""
-    telling, unnamed = {}, names_that("labels", False)
+    telling, unnamed = {}, names_that("labels", False) | {_CONTENT}
     for method in {result.method for result in results}:
         _, differ = differences([result for result in results if result.method == method])
         telling[method] = [name for name in differ if name not in unnamed]

@@ -191,7 +191,7 @@ def _complete(run: Run, kind: str, offer: Catalogue) -> Call:
         if _is_data(value)
     }
     args = defaults | given
-    return Call(name=call.name, args={name: args[name] for name in told.kinds if name in args})
+    return replace(call, args={name: args[name] for name in told.kinds if name in args})
 
 
 def _with_the_model_s_tokenizer(run: Run, offer: Catalogue) -> Run:

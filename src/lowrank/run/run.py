@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_type_hints
@@ -53,10 +53,15 @@ _WRITTEN: Any = {"may_change": True, "counts": False, "labels": False}  # says w
 
 @dataclass(frozen=True, kw_only=True)
 class Call:
-    """A function by name, with arguments: `Call(name="lora", args={"rank": 8})`."""
+    """A function by name, with arguments: `Call(name="lora", args={"rank": 8})`.
+
+    `fingerprint`: of data, the digest of what a run has trained on (`Data.fingerprint`); it says what was read, and
+    asks for nothing.
+    """
 
     name: str
     args: Settings = field(default_factory=dict)
+    fingerprint: str = field(default="", compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", _frozen(self.args, self.name))
@@ -68,14 +73,18 @@ class Call:
         return Call.from_json, (self.to_json(),)
 
     def to_json(self) -> dict[str, Any]:
-        return {"name": self.name, "args": _thawed(self.args)}
+        content: dict[str, Any] = {"name": self.name, "args": _thawed(self.args)}
+        return content | ({"fingerprint": self.fingerprint} if self.fingerprint else {})
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Call:
-        _refuse_unknown(content, ("name", "args"), "a call")
-        if not isinstance(content.get("name"), str):
-            raise ValueError(f"a call has a name, which is text, got {content.get('name')!r}")
-        return Call(name=content["name"], args=_mapping(content.get("args", {}), "a call's args"))
+        _refuse_unknown(content, ("name", "args", "fingerprint"), "a call")
+        name, fingerprint = content.get("name"), content.get("fingerprint", "")
+        if not isinstance(name, str):
+            raise ValueError(f"a call has a name, which is text, got {name!r}")
+        if not isinstance(fingerprint, str):
+            raise ValueError(f"a call's fingerprint is text, got {fingerprint!r}")
+        return Call(name=name, args=_mapping(content.get("args", {}), "a call's args"), fingerprint=fingerprint)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -184,7 +193,7 @@ class Run:
         calls: dict[str, Any] = {name: Call.from_json(content[name]) for name in _CALLS}
         if (data := calls["data"]).name == "text":
             args = {name: value for name, value in data.args.items() if name not in _RETIRED}
-            calls["data"] = Call(name="text", args=args)
+            calls["data"] = replace(data, args=args)
         hints = get_type_hints(Run)
         mappings: dict[str, Any] = {name: _mapping(content.get(name, {}), name) for name in ("per_method", "files")}
         plain = content.keys() - calls.keys() - mappings.keys()

@@ -20,7 +20,7 @@ from torch import nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.images.source import FACTS, ImageData
-from lowrank.data.text.corpora import UnreadText, open_run_tokenizer
+from lowrank.data.text.corpora import RUN_TOKENIZER, UnreadText, open_run_tokenizer
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
@@ -147,22 +147,20 @@ def restore(
 
     Raises:
         FileNotFoundError: the folder holds no run.
-        CheckpointError: it holds no sound checkpoint.
+        CheckpointError: it holds no sound checkpoint, or one of other dtypes.
         ValueError: the checkpoint is of another model than the run.json describes.
     """
     root = run_folder(folder)
     run = Run.read(root / "run.json")
-    found = folder if folder != root else pick_checkpoint(root, which)
+    found = folder if folder != root or checkpoint.is_checkpoint(folder) else pick_checkpoint(root, which)
     saved = checkpoint.load(found)
     data = learnt_by_run(root, saved) if data is None else data
-    if data is None and run.task == "text" and not is_own(run.data.name):
-        warnings.warn(
-            f"{root} was written before runs kept their tokenizer: it is made anew, from the text as it is now",
-            stacklevel=2,
-        )
+    if data is None and (rebuilt := without_tokenizer(run, root)):
+        warnings.warn(rebuilt, stacklevel=2)
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
     try:
+        checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
         session.model.load_state_dict(saved.tensors)
     except RuntimeError as error:
         fault = str(error).splitlines()[-1].strip()
@@ -177,12 +175,20 @@ def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | Unrea
     """
     facts = saved.meta.get("learnt")
     if facts and "context" in facts:
-        tokenizer = open_run_tokenizer(root)
+        place = saved.folder if (saved.folder / RUN_TOKENIZER).is_dir() else root
+        tokenizer = open_run_tokenizer(place)
         known = {name: facts[name] for name in ("context", "fingerprint", "origin")}
-        return None if tokenizer is None else UnreadText(folder=root, tokenizer=tokenizer, **known)
+        return None if tokenizer is None else UnreadText(folder=place, tokenizer=tokenizer, **known)
     if not facts and (root / FACTS).is_file():
         facts = read_json(root / FACTS)
     return ImageData.without_images(facts) if facts else None
+
+
+def without_tokenizer(run: Run, root: Path) -> str:
+    """What is to be said where a run that was saved without its tokenizer goes on; empty for a run that has none."""
+    if run.task != "text" or is_own(run.data.name):
+        return ""
+    return f"{root} was written before runs kept their tokenizer: it is made anew, from the text as it is now"
 
 
 def run_folder(folder: Path) -> Path:

@@ -15,7 +15,7 @@ many ranks as saved it. State in 8 bits is kept in blocks of the shard: the rank
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -24,10 +24,11 @@ from torch import Tensor, nn
 
 from lowrank.adapters import SplitAdapter
 from lowrank.adapters.head_gather import gather_heads
+from lowrank.data.catalogue import Data
 from lowrank.distributed.sharded_checkpoint import read_sharded, save_sharded
 from lowrank.distributed.shards import Shard, ShardSpec, reshard_, shard_of, to_local
 from lowrank.infra import checkpoint
-from lowrank.infra.checkpoint import Checkpoint, CheckpointError
+from lowrank.infra.checkpoint import Checkpoint, check_dtypes
 from lowrank.infra.checkpoint_tensors import random_state, set_random_state_, unflatten
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.rules import Rule, State
@@ -58,8 +59,8 @@ def not_finite(what: str, step: int, root: Path) -> NotFinite:
 class Saver:
     """Writes the checkpoints of a run into ``root``, and puts the run back where one of them was; all ranks have one.
 
-    ``writer``: whether this rank writes. ``last``: the step that was last saved. ``learnt``: what the model must know
-    of its data (``Data.to_json``), which every checkpoint takes along.
+    ``writer``: whether this rank writes. ``last``: the step that was last saved. ``data``: what the model must know of
+    it (classes, the tokenizer) goes into every checkpoint, and its fingerprint.
     """
 
     def __init__(
@@ -72,12 +73,12 @@ class Saver:
         root: Path,
         *,
         writer: bool,
-        learnt: Mapping[str, Any] | None = None,
+        data: Data,
     ):
         self.run, self.plan, self.optimizer, self.scaler, self.coordinator = run, plan, optimizer, scaler, coordinator
         self.root, self.writer, self.last = root, writer, -1
         self.role: SaveRole = "full" if writer else "assist"
-        self.learnt = dict(learnt or {})
+        self.data = data
 
     def prepare(self) -> None:
         """Find out, when the run's folder may be made, what each rank is to save; every rank must call it."""
@@ -102,6 +103,7 @@ class Saver:
             if self.coordinator.weighs
             else []
         )
+        data = self.coordinator.gathered(self.data.fingerprint)
         if self.role in ("assist", "none"):
             return
         meta = {
@@ -112,10 +114,11 @@ class Saver:
             "best": best,
             "metrics": metrics,
             "method": self.run.method.to_json(),
-            "learnt": self.learnt,
+            "learnt": self.data.to_json(),
+            "data_of_ranks": data,
         }
         what = (self.root, step, model, optimizer, meta)
-        options: dict[str, Any] = {"keep": self.run.keep, "best": is_best}
+        options: dict[str, Any] = {"keep": self.run.keep, "best": is_best, "attach": self.data.write_facts}
         if self.role == "sharded" and self.plan.intra_worker is not None:
             save_sharded(*what, ranks=self.plan.intra_worker, writer=self.writer, **options)
         else:
@@ -203,7 +206,7 @@ def load_model_(plan: Plan, saved: Checkpoint) -> None:
     held: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
     if not plan.shards or plan.intra_worker is None or plan.ranks is None:
         state = {name: own(name, tensor) for name, tensor in saved.tensors.items()}
-        _check_dtypes(held, state, saved)
+        check_dtypes(held, state, saved)
         plan.model.load_state_dict(state)
         return
     plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
@@ -212,21 +215,11 @@ def load_model_(plan: Plan, saved: Checkpoint) -> None:
     specs = {name: ShardSpec(shard, shard.dim, shard.shape) for name, shard in shards.items() if name in names}
     read = read_sharded(saved, "model", names, specs, plan.intra_worker)
     state = {name: tensor if name in specs else own(name, tensor) for name, tensor in read.items()}
-    _check_dtypes(held, state, saved)
+    check_dtypes(held, state, saved)
     for name in specs:
         to_local(held[name]).copy_(state[name])
         state[name] = held[name].detach()
     plan.model.load_state_dict(state)
-
-
-def _check_dtypes(held: dict[str, Tensor], state: dict[str, Tensor], saved: Checkpoint) -> None:
-    """torch would convert in silence, and a model that goes on in another dtype is another run."""
-    for name, tensor in state.items():
-        if name in held and held[name].dtype != tensor.dtype:
-            raise CheckpointError(
-                f"{name} is {held[name].dtype} in the model, {tensor.dtype} in checkpoint {saved.folder}: resume with "
-                "the --precision and the --model.dtype that it was trained with"
-            )
 
 
 def _split_tensors(model: nn.Module) -> dict[str, tuple[SplitAdapter, str]]:

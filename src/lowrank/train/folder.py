@@ -13,6 +13,7 @@ from __future__ import annotations
 import uuid
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager
+from dataclasses import replace
 from pathlib import Path
 from typing import Literal
 
@@ -86,10 +87,13 @@ def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: boo
                 refuse_occupied(out, new=new)
         except (FolderInUseError, FileExistsError) as error:
             refused = error
-        everyone = [refused] if ranks is None else ranks.gather_objects(refused)
-        for each in everyone:
+        if refused is not None and ranks is None:
+            raise refused
+        mine = None if refused is None else (isinstance(refused, FolderInUseError), str(refused))
+        for each in [] if ranks is None else ranks.gather_objects(mine):
             if each is not None:
-                raise each
+                in_use, text = each
+                raise (FolderInUseError if in_use else FileExistsError)(text)
         yield
 
 
@@ -101,7 +105,8 @@ def refuse_occupied(out: Path, *, new: bool) -> None:
 def describe(session: Session, out: Path) -> None:
     """What the run is and what it runs on, into its folder."""
     out.mkdir(parents=True, exist_ok=True)
-    session.run.write(out / "run.json")
+    data = replace(session.run.data, fingerprint=session.data.fingerprint)
+    replace(session.run, data=data).write(out / "run.json")
     session.data.write_facts(out)
     if session.base is not None:
         session.base.write(out)

@@ -40,8 +40,9 @@ from lowrank.interop.adapter_start import start_from_adapter_
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
-from lowrank.run.session import Session, learnt_by_run, open_session, pick_device
+from lowrank.run.session import Session, learnt_by_run, open_session, pick_device, without_tokenizer
 from lowrank.run.task import Batch, to_device
+from lowrank.train.changed_data import check_data
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
 from lowrank.train.elastic import newest
@@ -59,6 +60,7 @@ def train(
     elastic: bool = False,
     init_from: Path | None = None,
     init_adapter: Path | None = None,
+    allow_changed_data: bool = False,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
@@ -72,20 +74,24 @@ def train(
             the same call again and again, until the run has come to its end.
         init_from: start from the merged weights of another run's folder or checkpoint.
         init_adapter: start from the factors of an adapter's folder, ours or PEFT's, which are trained further.
+        allow_changed_data: go on, although the data's content is not what the run was trained on, or differs between
+            ranks.
         quiet: no progress line.
 
     Raises:
         NotFinite: the loss is not finite. The checkpoints saved before are kept.
         FileExistsError: ``out`` holds a run already and neither ``resume`` nor ``elastic`` is asked for.
         CheckpointError: nothing to resume from, or the disk is full.
+        ChangedDataError: the run was trained on other data.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
     refuse_occupied(out, new=not (resume or elastic))
     with joined(pick_device(run.device)) as ranks:
         writer = is_writer(out, ranks)
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
+            how: dict[str, Any] = {"resume": resume, "elastic": elastic, "allow_changed_data": allow_changed_data}
             starts = {"init_from": init_from, "init_adapter": init_adapter}
-            return _train(run, out, ranks, resume=resume, elastic=elastic, **starts, writer=writer, quiet=quiet)
+            return _train(run, out, ranks, **how, **starts, writer=writer, quiet=quiet)
 
 
 def _train(
@@ -97,6 +103,7 @@ def _train(
     elastic: bool,
     init_from: Path | None,
     init_adapter: Path | None,
+    allow_changed_data: bool,
     writer: bool,
     quiet: bool,
 ) -> dict[str, Any]:
@@ -108,6 +115,8 @@ def _train(
     notes += [f"{path} is no checkpoint of this run, and is left alone" for path in strangers]
     saved = None if found is None else checkpoint.load(found)
     learnt = None if saved is None else learnt_by_run(out, saved)
+    if saved is not None and learnt is None and (rebuilt := without_tokenizer(run, out)):
+        notes.append(f"note: {rebuilt}")
     start = None if saved else init_from
     session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
     if init_adapter is not None and saved is None:
@@ -115,6 +124,8 @@ def _train(
     loop = _Loop(session, out, quiet=quiet, writer=writer)
     if saved is not None:
         loop.restore(saved, ended=elastic)
+    worker, now = session.plan.layout.worker, session.data.fingerprint
+    notes += check_data(run, now, saved, ranks, worker=worker, allowed=allow_changed_data)
     loop.coordinator.agree(__version__, loop.step, session.data)
     if saved is not None:
         loop.saver.restore_random(saved)
@@ -174,7 +185,7 @@ class _Loop:
         self.progress = Progress(self.end, quiet=True)
         root = out / "checkpoints"
         parts = (run, session.plan, self.optimizer, self.scaler, self.coordinator, root)
-        self.saver = Saver(*parts, writer=writer, learnt=session.data.to_json())
+        self.saver = Saver(*parts, writer=writer, data=session.data)
         self.clock = StepClock()
 
     def _check_merge(self) -> None:
