@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
@@ -172,9 +173,7 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -
     run = resolve(override(tiny_run(), {"steps": 3}))
     train(run, tmp_path / "run", quiet=True)
     for folder in checkpoint.saved(tmp_path / "run" / "checkpoints"):
-        for file in folder.iterdir():
-            file.unlink()
-        folder.rmdir()
+        shutil.rmtree(folder)
     train(run, tmp_path / "run", elastic=True, quiet=True)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r] == [1, 2, 3]
 

@@ -136,7 +136,8 @@ def test_ranks_with_disks_of_their_own_each_keep_the_whole(found: list[dict[str,
     alone = train(tiny_run(), tmp_path / "alone", quiet=True)
     for rank in range(RANKS):
         there = found[rank]["disks"]
-        assert there["names"] == ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+        files = ["manifest.json", "model.safetensors", "optimizer.safetensors", "state.json"]
+        assert there["names"] == [*files, "tokenizer"]
         assert there["summary"]["steps"] == 9
         assert there["summary"]["val_loss"] == pytest.approx(alone["val_loss"], rel=1e-4)
 

@@ -196,6 +196,11 @@ def talking(ranks: ProcessGroup | None) -> Result:
     return {"sums": mine, "gathered": gathered, "objects": objects, "counted": counted, "listens": listens()}
 
 
+def files_of(folder: Path | None) -> dict[str, bytes]:
+    inside = [] if folder is None else [path for path in folder.rglob("*") if path.is_file()]
+    return {str(path.relative_to(folder or ".")): path.read_bytes() for path in inside}
+
+
 def listens() -> set[str]:
     """The addresses, as the kernel writes them, at which this process listens."""
     links = [os.readlink(path) for path in Path("/proc/self/fd").iterdir() if path.is_symlink()]
@@ -374,13 +379,12 @@ def nodes(ranks: ProcessGroup, folder: Path) -> Result:
         shutil.rmtree(own)
     ranks.total(0.0)
     found, told = newest(own, ranks, writer=True)
-    inside = [path for path in found.rglob("*") if path.is_file()] if found else []
-    files = {str(path.relative_to(found)): path.read_bytes() for path in inside}  # type: ignore[arg-type]
+    files = files_of(found)
     if ranks.rank == 0 and found is not None:
         (found / "optimizer.safetensors").write_bytes(b"spoilt")
     ranks.total(0.0)
     again, mended = newest(own, ranks, writer=True)
-    mended_files = {path.name: path.read_bytes() for path in again.iterdir()} if again else {}
+    mended_files = files_of(again)
     if ranks.rank == 1:
         shutil.rmtree(own)
     summary = train(base, own, elastic=True, quiet=True)

@@ -166,9 +166,9 @@ def test_folders_that_hold_no_adapter_and_models_that_are_no_base(tmp_path: Path
         bank.use("y")
     with pytest.raises(FileNotFoundError, match=r"has no adapter\.json"):
         bank.load(tmp_path)
-    (tmp_path / "adapter.json").write_text(json.dumps({"format": 7}))
+    (tmp_path / "adapter.json").write_text(json.dumps({"format": "7"}))
     save_file({"x": torch.zeros(1)}, tmp_path / "adapter.safetensors")
-    with pytest.raises(ValueError, match="says format 7"):
+    with pytest.raises(ValueError, match="says format '7'"):
         read_adapter(tmp_path)
     adapted = vit()
     lowrank.apply_(adapted, lowrank.methods.lora(rank=2))

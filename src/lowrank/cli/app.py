@@ -7,7 +7,6 @@ shows the traceback of either.
 
 from __future__ import annotations
 
-import io
 import os
 import re
 import sys
@@ -17,6 +16,7 @@ from dataclasses import fields
 from lowrank import __version__
 from lowrank.cli import commands
 from lowrank.cli.arguments import Command, Option, Parsed, explain, options_of, overview, parse, placeholder
+from lowrank.cli.streams import ready_streams
 from lowrank.infra.convert import nearest
 from lowrank.infra.text import printable
 from lowrank.run import own_files
@@ -232,7 +232,11 @@ def main(words: Sequence[str] | None = None) -> int:
         not have been), 130 (interrupted).
     """
     words = list(sys.argv[1:] if words is None else words)
-    _ready_streams()
+    with ready_streams(trains=words[:1] in (["train"], ["compare"])):
+        return _status(words)
+
+
+def _status(words: list[str]) -> int:
     try:
         status = _dispatch(words)
         sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
@@ -251,16 +255,6 @@ def main(words: Sequence[str] | None = None) -> int:
         return 2 if message else 70
     finally:
         own_files.trust_nothing()
-
-
-def _ready_streams() -> None:
-    """Streams that are closed swallow what is written; characters that a terminal does not have are written out."""
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif isinstance(stream, io.TextIOWrapper):
-            stream.reconfigure(errors="backslashreplace")
 
 
 def _mendable(error: Exception) -> str | None:

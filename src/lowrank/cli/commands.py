@@ -110,7 +110,7 @@ def compare(parsed: Parsed) -> int:
         offer=offer,
     )
     out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
-    how = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
+    how: dict[str, Any] = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
     outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, **how))
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]

@@ -18,6 +18,8 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
+from lowrank.infra.files import user_mode_
+
 try:
     import fcntl
 except ImportError:  # Windows: the rename alone keeps the result correct
@@ -106,7 +108,7 @@ def published(final: Path) -> Iterator[Path]:
             for path in folder.rglob("*"):
                 if path.is_file():
                     _flush(path)
-            folder.chmod(0o777 & ~_umask())
+            user_mode_(folder)
             try:
                 os.rename(folder, final)
             except OSError:
@@ -138,10 +140,3 @@ def _flush(path: Path) -> None:
     """Wait until a file is on the disk: a rename may otherwise survive a power cut that its contents do not."""
     with open(path, "rb+") as file:
         os.fsync(file.fileno())
-
-
-def _umask() -> int:
-    """The process's umask; ``mkdtemp`` ignores it, which would hide a shared cache from its other users."""
-    mask = os.umask(0o077)
-    os.umask(mask)
-    return mask

@@ -30,6 +30,10 @@ class Data(ABC):
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Any]:
         """The batches of ``train``, ``val`` or ``test`` that score everything once; with ``limit`` as many of them."""
 
+    def has(self, split: str) -> bool:
+        """Whether there is anything to score in a split; a run without ``val`` trains without evaluation."""
+        return True
+
     def for_model(self, model: nn.Module) -> Self:
         """The same data as ``model`` wants it."""
         return self

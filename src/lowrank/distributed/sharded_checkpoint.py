@@ -30,7 +30,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import Attach, Checkpoint, CheckpointError, Kind
 from lowrank.infra.checkpoint_files import measure, shard_reader, stored_tensors, write_manifest
 from lowrank.infra.checkpoint_tensors import flatten, unpack
-from lowrank.infra.files import sync
+from lowrank.infra.files import sync, user_mode_
 
 T = TypeVar("T")
 Failed: TypeAlias = Callable[[Exception], CheckpointError]
@@ -81,6 +81,7 @@ def save_sharded(
         checkpoint.write_state(temporary, step, {"aliases": aliases, "orders": {}}, {"aliases": {}, "orders": {}}, tree)
         if attach is not None:
             attach(temporary)
+        user_mode_(temporary)
         inside = [path for path in temporary.rglob("*") if path.is_file()]
         names = {path.relative_to(temporary).as_posix(): path for path in inside}
         beside = {name: path for name, path in names.items() if name not in files}

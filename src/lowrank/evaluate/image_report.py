@@ -24,6 +24,7 @@ Shapes: positive and answer (n,) bool, score (n,), counts (resamples, n).
 from __future__ import annotations
 
 import csv
+import io
 import math
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -248,14 +249,15 @@ def _figure(value: float, drawn: np.ndarray) -> Figure:
 
 def _write_predictions(path: Path, judged: Judged) -> None:
     answers = predicted(judged.scores, judged.kind)
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "patient", "true", "answer", *judged.classes])
-        for i, row in enumerate(judged.scores):
-            name = judged.names[i] if len(judged.names) else i
-            patient = judged.patients[i] if len(judged.patients) else ""
-            texts = label_text(judged, judged.labels[i]), label_text(judged, answers[i])
-            writer.writerow([name, patient, *texts, *(f"{score:.6g}" for score in row)])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["image", "patient", "true", "answer", *judged.classes])
+    for i, row in enumerate(judged.scores):
+        name = judged.names[i] if len(judged.names) else i
+        patient = judged.patients[i] if len(judged.patients) else ""
+        texts = label_text(judged, judged.labels[i]), label_text(judged, answers[i])
+        writer.writerow([name, patient, *texts, *(f"{score:.6g}" for score in row)])
+    write_text_atomically(path, file.getvalue())
 
 
 def label_text(judged: Judged, label: Any) -> str:

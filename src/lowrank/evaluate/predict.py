@@ -7,6 +7,7 @@ normalisation.
 from __future__ import annotations
 
 import csv
+import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -23,6 +24,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.evaluate.image_metrics import predicted
 from lowrank.evaluate.image_task import check_finite, probabilities
 from lowrank.infra import checkpoint
+from lowrank.infra.files import write_text_atomically
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
 from lowrank.models.vision import logits_of
@@ -175,8 +177,9 @@ def _batches(
 
 
 def _write(path: Path, predictions: Sequence[Prediction]) -> None:
-    with open(path, "w", newline="", encoding="utf-8") as file:
-        writer = csv.writer(file)
-        writer.writerow(["image", "answer", *(predictions[0].scores if predictions else [])])
-        for each in predictions:
-            writer.writerow([each.path, "|".join(each.answer), *(f"{score:.6g}" for score in each.scores.values())])
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["image", "answer", *(predictions[0].scores if predictions else [])])
+    for each in predictions:
+        writer.writerow([each.path, "|".join(each.answer), *(f"{score:.6g}" for score in each.scores.values())])
+    write_text_atomically(path, file.getvalue())

@@ -24,7 +24,7 @@ from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.evaluate.evaluator import evaluate
-from lowrank.infra.files import write_json
+from lowrank.infra.files import user_mode_, write_json
 from lowrank.interop.adapter_bank import restored_for
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
@@ -150,6 +150,7 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
         if hasattr(model, "made_by_timm_as"):
             write_json(out / "config.json", timm_config(model, session.data.classes))
+    user_mode_(out)
     if session.run.task == "text":
         _save_tokenizer(session, model, out)
     else:
@@ -224,7 +225,10 @@ def _pretrained(
     if is_nanogpt(source) and changes["tokenizer"] == source:
         raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, chars, or what it was trained with")
     if changes["context"] is None:
-        config: Any = load_pretrained(source).config if is_nanogpt(source) else AutoConfig.from_pretrained(source)
+        ours = is_nanogpt(source)
+        config: Any = (
+            load_pretrained(source).config if ours else AutoConfig.from_pretrained(source, trust_remote_code=False)
+        )
         changes["context"] = min(1024, getattr(config, "max_position_embeddings", 1024))
     given = {name: value for name, value in changes.items() if value is not None}
     run = Run(

@@ -49,7 +49,7 @@ from lowrank.infra.checkpoint_files import (
     written_by,
 )
 from lowrank.infra.checkpoint_tensors import PyTree, flatten, pack, unflatten, unpack
-from lowrank.infra.files import sync, write_json
+from lowrank.infra.files import sync, user_mode_, write_json
 
 Kind = Literal["model", "optimizer"]
 Attach: TypeAlias = Callable[[Path], object]
@@ -308,6 +308,7 @@ def _write(
     paths = sorted(path for path in folder.rglob("*") if path.is_file())
     for path in paths:
         sync(path)
+    user_mode_(folder)
     write_manifest(folder, {path.relative_to(folder).as_posix(): measure(path) for path in paths}, best=best)
 
 

@@ -92,6 +92,16 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def user_mode_(folder: Path) -> None:
+    """Give a folder and what is in it the modes that the user's umask asks for: safetensors and ``mkdtemp`` make
+    private ones, which would hide a shared run, or a shared cache, from its other users."""
+    mask = os.umask(0o077)
+    os.umask(mask)
+    for path in (folder, *folder.rglob("*")):
+        with suppress(PermissionError):  # another user's
+            path.chmod((0o777 if path.is_dir() else 0o666) & ~mask)
+
+
 def sync(path: Path) -> None:
     """Wait until a file, or a folder's list of names, is on the disk."""
     descriptor = os.open(path, os.O_RDONLY)

@@ -29,13 +29,14 @@ from torch import Tensor, nn
 from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
 from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
+from lowrank.infra.checkpoint_files import written_by
 from lowrank.infra.convert import nearest
-from lowrank.infra.files import write_json
+from lowrank.infra.files import user_mode_, write_json
 from lowrank.infra.fingerprints import digest_of as digest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.run import Call
-from lowrank.run.session import Session, pick_checkpoint, restore, run_folder
+from lowrank.run.session import Session, checkpoint_of, restore
 
 FORMAT = 1
 ADAPTER = ".adapters."
@@ -64,7 +65,7 @@ class AdapterInfo:
     def to_json(self) -> dict[str, Any]:
         plain = {name: getattr(self, name) for name in self.__dataclass_fields__}
         calls = {"method": self.method.to_json(), "model": self.model.to_json()}
-        return {"format": FORMAT, **plain, **calls, "classes": list(self.classes)}
+        return {**written_by(), "format": FORMAT, **plain, **calls, "classes": list(self.classes)}
 
     def data(self) -> ImageData:
         """Classes and the way of reading images, for a model or a prediction.
@@ -83,8 +84,15 @@ class AdapterInfo:
     @staticmethod
     def from_json(content: Mapping[str, Any], where: object) -> AdapterInfo:
         known = AdapterInfo.__dataclass_fields__
-        if content.get("format") != FORMAT or not {"method", "model"} <= content.keys():
-            raise ValueError(f"{where} holds no adapter of format {FORMAT}: it says format {content.get('format')!r}")
+        found = content.get("format")
+        if isinstance(found, int) and found > FORMAT:
+            raise ValueError(
+                f"{where} is of format {found}, written by lowrank {content.get('version', 'of a later version')}; "
+                f"this is lowrank {written_by()['version']}, which reads up to format {FORMAT}: use the version that "
+                "wrote it, or a newer one"
+            )
+        if found != FORMAT or not {"method", "model"} <= content.keys():
+            raise ValueError(f"{where} holds no adapter of format {FORMAT}: it says format {found!r}")
         given: dict[str, Any] = {name: value for name, value in content.items() if name in known}
         calls: dict[str, Any] = {name: Call.from_json(given.pop(name)) for name in ("method", "model")}
         return AdapterInfo(**calls, **given | {"classes": tuple(content.get("classes", ()))})
@@ -106,8 +114,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
     run, plan = session.run, session.plan
     _refuse_inseparable(plan, source)
     tensors = trained_tensors(plan)
-    root = run_folder(source)
-    saved = checkpoint.load(source if source != root else pick_checkpoint(root, which))  # type: ignore[arg-type]
+    saved = checkpoint.load(checkpoint_of(source, which))  # type: ignore[arg-type]
     info = AdapterInfo(
         method=run.method,
         model=run.model,
@@ -141,6 +148,7 @@ def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -
     save_file(
         {name: t.detach().contiguous() for name, t in tensors.items()}, out / "adapter.safetensors", {"format": "pt"}
     )
+    user_mode_(out)
     write_json(out / "adapter.json", info.to_json())
 
 

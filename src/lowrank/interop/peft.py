@@ -41,6 +41,7 @@ from lowrank.adapters.layers import (
     matrix_of,
 )
 from lowrank.adapters.lora import LoRAAdapter
+from lowrank.infra.files import user_mode_, write_json
 from lowrank.interop.adapter_bank import ADAPTER, AdapterInfo, restored_for
 from lowrank.plan.plan import Plan
 from lowrank.run.run import Call
@@ -157,7 +158,8 @@ def write_changes(
     folder.mkdir(parents=True, exist_ok=True)
     content = {_PREFIX + name: t.detach().cpu().clone().contiguous() for name, t in tensors.items()}
     save_file(content, folder / WEIGHTS, {"format": "pt"})
-    (folder / CONFIG).write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+    user_mode_(folder)
+    write_json(folder / CONFIG, config)
     return whole
 
 

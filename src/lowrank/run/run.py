@@ -139,8 +139,8 @@ class Run:
     )
     device: Literal["auto", "cpu", "cuda"] = _setting("auto", "where to train", "Machine", may_change=True)
     seed: int = _setting(0, "seed of weights, factors, data order and dropout", "Length", labels=False)
-    eval_every: int | None = _setting(
-        100, "steps between evaluations; none: an epoch", "Evaluation and records", may_change=True
+    eval_every: int | Literal["never"] | None = _setting(
+        100, "steps between evaluations; none: an epoch; or never", "Evaluation and records", may_change=True
     )
     eval_batches: int | None = _setting(
         None, "batches of an evaluation; none: the whole split", "Evaluation and records", may_change=True

@@ -152,15 +152,15 @@ def restore(
     """
     root = run_folder(folder)
     run = Run.read(root / "run.json")
-    found = folder if folder != root or checkpoint.is_checkpoint(folder) else pick_checkpoint(root, which)
+    found = checkpoint_of(folder, which)
     saved = checkpoint.load(found)
     data = learnt_by_run(root, saved) if data is None else data
     if data is None and (rebuilt := without_tokenizer(run, root)):
         warnings.warn(rebuilt, stacklevel=2)
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
+    checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
     try:
-        checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
         session.model.load_state_dict(saved.tensors)
     except RuntimeError as error:
         fault = str(error).splitlines()[-1].strip()
@@ -197,6 +197,12 @@ def run_folder(folder: Path) -> Path:
         if (candidate / "run.json").is_file():
             return candidate
     raise FileNotFoundError(f"{folder} is no run's folder: it has no run.json")
+
+
+def checkpoint_of(source: Path, which: Literal["best", "latest"]) -> Path:
+    """The checkpoint that ``source`` is, wherever it lies with its run.json, or that is picked of the run there."""
+    root = run_folder(source)
+    return source if source != root or checkpoint.is_checkpoint(source) else pick_checkpoint(root, which)
 
 
 def pick_checkpoint(root: Path, which: Literal["best", "latest"]) -> Path:

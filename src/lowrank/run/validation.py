@@ -124,6 +124,8 @@ def _rates(run: Run) -> Iterator[str]:
 def _batches(run: Run) -> Iterator[str]:
     for name in ("batch_size", "grad_accum", "eval_every", "eval_batches", "log_every", "checkpoint_every", "keep"):
         value = getattr(run, name)
+        if value == "never":
+            continue
         if value is not None and value < 1:
             yield f"--{name.replace('_', '-')} {value}: at least 1 is needed"
         if value is not None and value > _MOST:

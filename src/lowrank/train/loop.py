@@ -90,7 +90,7 @@ def train(
         writer = is_writer(out, ranks)
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
             how: dict[str, Any] = {"resume": resume, "elastic": elastic, "allow_changed_data": allow_changed_data}
-            starts = {"init_from": init_from, "init_adapter": init_adapter}
+            starts: dict[str, Any] = {"init_from": init_from, "init_adapter": init_adapter}
             return _train(run, out, ranks, **how, **starts, writer=writer, quiet=quiet)
 
 
@@ -167,7 +167,7 @@ class _Loop:
         self.source = session.data.train(run.batch_size, run.seed, *self.coordinator.place)
         self.steps = run.steps or run.horizon(self.source.batches_per_epoch)
         self.end = min(run.stop_at or self.steps, self.steps)
-        self.eval_every = run.eval_every or max(1, math.ceil(self.source.batches_per_epoch / run.grad_accum))
+        self.eval_every = self._eval_every()
         self.batches = Prefetch(self.source.batch, end=self.end * run.grad_accum)
         self._check_merge()
         self.envelope = Envelope(
@@ -187,6 +187,19 @@ class _Loop:
         parts = (run, session.plan, self.optimizer, self.scaler, self.coordinator, root)
         self.saver = Saver(*parts, writer=writer, data=session.data)
         self.clock = StepClock()
+
+    def _eval_every(self) -> int:
+        """Steps between evaluations; 0: never, as asked for or as there is nothing to evaluate on."""
+        run = self.session.run
+        if run.eval_every == "never" or not all(self.coordinator.gathered(self.session.data.has("val"))):
+            return 0
+        return run.eval_every or max(1, math.ceil(self.source.batches_per_epoch / run.grad_accum))
+
+    def notes(self) -> list[str]:
+        """What a reader should know before the first step."""
+        missing = self.eval_every == 0 and self.session.run.eval_every != "never"
+        why = "note: the data has no val split, so there is no evaluation and no best checkpoint, only the latest"
+        return [*self.coordinator.notes(), *([f"{why} (--eval-every never says that it is meant)"] if missing else [])]
 
     def _check_merge(self) -> None:
         merge = self.session.plan.method.merge
@@ -215,7 +228,7 @@ class _Loop:
             record["loss"], stop = self.coordinator.after_step(record, stopping.is_set(), self.step)
             self._log(record)
             last = self.step == end
-            evaluating = last or self.step % self.eval_every == 0
+            evaluating = self.eval_every > 0 and (last or self.step % self.eval_every == 0)
             saving = last or self.step % self.session.run.checkpoint_every == 0
             if evaluating or saving:
                 with self.clock.paused(), consolidated_model(self.session.plan, self.optimizer):
@@ -291,7 +304,7 @@ class _Loop:
             self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in [*self.session.data.notes, *self.coordinator.notes(), *notes]:
+        for note in [*self.session.data.notes, *self.notes(), *notes]:
             self.progress.note(note)
         try:
             yield

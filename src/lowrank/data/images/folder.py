@@ -27,6 +27,7 @@ from lowrank.data.images.decode import SUFFIXES, Damaged, Reading, image_files, 
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, some, stored
 from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS, split_of
+from lowrank.infra.files import write_json
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -321,7 +322,7 @@ def _decode_all(root: Path, paths: Sequence[str], reading: Reading, skip_damaged
     attempt(lambda i: array.__setitem__(i, read_image(root / paths[i], reading)))
     array.flush()
     _refuse_damaged(root, paths, damaged, skip_damaged)
-    (folder / "readable.json").write_text(json.dumps([i for i in range(len(paths)) if i not in damaged]))
+    write_json(folder / "readable.json", [i for i in range(len(paths)) if i not in damaged], indent=None)
 
 
 def _refuse_damaged(root: Path, paths: Sequence[str], damaged: dict[int, str], skip_damaged: bool) -> None:

@@ -23,6 +23,7 @@ import numpy as np
 
 from lowrank.data.cache import cache_root, locked, published, remove_leftovers
 from lowrank.data.images.decode import Fit
+from lowrank.infra.files import write_text_atomically
 
 Kind = Literal["binary", "multi-class", "multi-label", "ordinal"]
 KINDS: tuple[str, ...] = get_args(Kind)
@@ -184,7 +185,7 @@ def stored(name: str, key: object, make: Callable[[Path], None]) -> Path:
                     remove_leftovers(final)
                 with published(final) as folder:
                     make(folder)
-                    (folder / "digest").write_text(_digest(folder))
+                    write_text_atomically(folder / "digest", _digest(folder))
     return final
 
 

@@ -111,6 +111,9 @@ class ImageData(Data):
         spec = getattr(model, "image_spec", None)
         return self if spec is None else replace(self, spec=spec)
 
+    def has(self, split: str) -> bool:
+        return len(self.set.splits.get(split, ())) > 0
+
     def split(self, name: str) -> Split:
         """A split that has images.
 

@@ -94,6 +94,9 @@ class TextData(_Text):
     def tokenizer(self) -> Tokenizer:
         return self.tokens.tokenizer
 
+    def has(self, split: str) -> bool:
+        return split in self.tokens.splits
+
     def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
         """A tokenizer that was learnt from this text lies beside its tokens."""
         spec = self.tokenizer.spec
@@ -174,6 +177,9 @@ class StreamedText(_Text):
         """A digest of what is known of the source before it is read (files: their content), and of the tokenizer."""
         known = json.dumps([self.source.fingerprint, self.tokenizer.fingerprint], sort_keys=True)
         return hashlib.blake2b(known.encode(), digest_size=16).hexdigest()
+
+    def has(self, split: str) -> bool:
+        return split in self.source.splits
 
     def learnt_by(self, run: Any, *, whole: bool = False) -> StreamedText:
         """Raise ValueError unless the run's tokenizer is this one's."""

@@ -34,6 +34,7 @@ from lowrank.data.text.tokenizers import (
     tokenizer_fingerprint,
 )
 from lowrank.infra.extras import import_extra
+from lowrank.infra.files import write_json
 
 BPE_BYTES = 1 << 28  # text that a BPE is trained on; more would change few merges and no longer fit in memory
 GROUP_BYTES = 1 << 21  # text tokenised in one go
@@ -212,7 +213,7 @@ def _write(request: Request, folder: Path) -> None:
         "split_rule": asdict(splitting),
         "splits": counts,
     }
-    (folder / META).write_text(json.dumps(meta, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
+    write_json(folder / META, meta, indent=1)
 
 
 def _check_counts(source: Source, counts: Mapping[str, Mapping[str, int]]) -> None:

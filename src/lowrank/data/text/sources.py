@@ -189,7 +189,9 @@ class Hub:
         datasets = import_extra("datasets", "text")
         options = {"data_files": None if self.data_files is None else dict(self.data_files), **self.options}
         try:
-            return datasets.load_dataset(self.path, self.config, split=split, streaming=self.streaming, **options)
+            return datasets.load_dataset(
+                self.path, self.config, split=split, streaming=self.streaming, trust_remote_code=False, **options
+            )
         except (OSError, ValueError, RuntimeError) as error:
             scripts = "; its loading script needs datasets<4" if "script" in str(error) else ""
             raise OSError(

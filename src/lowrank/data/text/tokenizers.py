@@ -30,6 +30,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.infra.extras import import_extra
+from lowrank.infra.files import write_text_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SAVED = "lowrank_tokenizer.json"
@@ -71,7 +72,8 @@ class Tokenizer(ABC):
 
     def save(self, folder: Path) -> None:
         """Write what ``load_tokenizer`` needs into an existing folder."""
-        (Path(folder) / SAVED).write_text(json.dumps(self.described(), ensure_ascii=False) + "\n", encoding="utf-8")
+        text = json.dumps(self.described(), ensure_ascii=False)
+        write_text_atomically(Path(folder) / SAVED, f"{text}\n")
 
     @property
     def fingerprint(self) -> str:
@@ -172,11 +174,11 @@ class Fast(Tokenizer):
 
     def save(self, folder: Path) -> None:
         super().save(folder)
-        self.backend.save(str(Path(folder) / "tokenizer.json"))
+        write_text_atomically(Path(folder) / "tokenizer.json", self.backend.to_str(pretty=True))
         end = None if self.end_of_document is None else self.backend.id_to_token(self.end_of_document)
         # With this, transformers' AutoTokenizer reads the folder too.
         configured = {"tokenizer_class": "PreTrainedTokenizerFast", **({"eos_token": end} if end else {})}
-        (Path(folder) / "tokenizer_config.json").write_text(json.dumps(configured) + "\n", encoding="utf-8")
+        write_text_atomically(Path(folder) / "tokenizer_config.json", f"{json.dumps(configured)}\n")
 
 
 class Slow(Tokenizer):
