@@ -162,7 +162,9 @@ def _pretrained(path: str, dtype: str) -> nn.Module:
     model: Any = transformers.AutoModelForCausalLM
     config = _configuration(path)
     own = getattr(config, "dtype", None) or torch.float32
-    made: nn.Module = model.from_config(config, dtype=own if dtype == "auto" else weights_dtype(dtype))
+    made: nn.Module = model.from_config(
+        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
+    )
     return _marked(made, ())
 
 
@@ -172,7 +174,7 @@ def _hf_vit(path: str, classes: int) -> nn.Module:
     config = _configuration(path)
     config.num_labels = classes
     model: Any = transformers.AutoModelForImageClassification
-    made: nn.Module = model.from_config(config, dtype=torch.float32)
+    made: nn.Module = model.from_config(config, trust_remote_code=False, dtype=torch.float32)
     return made
 
 
