@@ -186,15 +186,15 @@ Examples:
 """
 
 _PREDICT = """
-predict --base RUN|FILE --adapter DIR IMAGE… [options]
+predict RUN IMAGE…, or predict --adapter DIR IMAGE… [options]
 what image files show
 
-Says which class image files show. The adapter names the base that it was trained on; --base says where that is: a run's
-folder, a file of weights, a timm name or hub. Without --adapter, --base is a run that is used as it is.
+Says which class image files show, by a run, or by an adapter on its base. The adapter names the base that it was
+trained on; --base says where that is: a run's folder, a file of weights, a timm name or hub.
 
 Examples:
   lowrank predict --base runs/vit --adapter adapters/pneumonia new/*.png
-  lowrank predict --base runs/digits scans --out predictions.csv
+  lowrank predict runs/digits scans --out predictions.csv
 """
 
 _DATA = """

@@ -95,7 +95,7 @@ def parse(words: Sequence[str], command: Command) -> Parsed:
             positions.append(word)
             continue
         flag, equals, value = word.partition("=")
-        name = flag[2:].replace("-", "_")
+        name = _same(flag[2:].replace("-", "_"), known, command.prefixes)
         if name not in known and not name.startswith(tuple(command.prefixes)):
             near = nearest(flag, [_flag(option.name) for option in command.options])
             raise UsageError(f"{command.name} has no option {flag}{near}; see: lowrank {command.name} --help")
@@ -112,6 +112,13 @@ def parse(words: Sequence[str], command: Command) -> Parsed:
     if len(positions) < fewest or "" in positions:
         raise UsageError(f"something is missing; usage: lowrank {command.usage}")
     return Parsed(positions=positions, options=options)
+
+
+def _same(name: str, known: Mapping[str, Option], prefixes: Sequence[str]) -> str:
+    """``--tokenizer`` and ``--data.tokenizer`` are one option, in every command that has either."""
+    if name == "tokenizer" and name not in known and "data." in prefixes:
+        return "data.tokenizer"
+    return "tokenizer" if name == "data.tokenizer" and "tokenizer" in known else name
 
 
 def explain(command: Command) -> str:
@@ -145,7 +152,7 @@ def fitted(text: str) -> str:
 
 def options_of(function: Signature) -> tuple[Option, ...]:
     """Options from a function's signature and the `Args:` of its docstring, without the first, which is a position."""
-    about = _argument_help(function.doc)
+    about = argument_help(function.doc)
     kinds = list(function.kinds.items())[1:]
     return tuple(
         Option(name=name, value=placeholder(kind), help=about.get(name, "").rstrip(".")) for name, kind in kinds
@@ -164,7 +171,7 @@ def placeholder(annotation: Any) -> str:
     return "X" if float in members else "TEXT"
 
 
-def _argument_help(docstring: str) -> dict[str, str]:
+def argument_help(docstring: str) -> dict[str, str]:
     """name -> text of the entries under `Args:`; an entry may name several, and go on over lines."""
     found: dict[str, str] = {}
     names: list[str] = []
@@ -196,7 +203,14 @@ def _flag(name: str) -> str:
 
 
 def _row(option: Option) -> str:
-    left, indent = f"  {_flag(option.name)} {option.value}".rstrip(), " " * 28
-    if len(left) < len(indent) - 1:
-        return textwrap.fill(option.help, WIDTH, initial_indent=left.ljust(len(indent)), subsequent_indent=indent)
-    return left + "\n" + textwrap.fill(option.help, WIDTH, initial_indent=indent, subsequent_indent=indent)
+    return row(f"  {_flag(option.name)} {option.value}".rstrip(), option.help)
+
+
+def row(left: str, text: str) -> str:
+    """An option and what it means, beside it or below."""
+    indent = " " * 28
+    beside = len(left) < len(indent) - 1
+    first = left.ljust(len(indent)) if beside else indent
+    fold = textwrap.TextWrapper(WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
+    told = fold.fill(text).rstrip()
+    return (told or left) if beside else f"{left}\n{told}"

@@ -7,8 +7,10 @@ and the look of what is printed.
 from __future__ import annotations
 
 import inspect
+import itertools
 import json
 import re
+import shlex
 import shutil
 import sys
 import textwrap
@@ -16,11 +18,12 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.cli.arguments import WIDTH, Parsed, UsageError
+from lowrank.cli.arguments import WIDTH, Parsed, UsageError, argument_help, fitted, row
 from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.signatures import Signature, module_file, read
 from lowrank.infra.text import printable
+from lowrank.methods.options import OPTIONS
 from lowrank.recipes import RECIPES, find
 from lowrank.run import own_files
 from lowrank.run.overrides import catalogue, override, resolve
@@ -318,10 +321,12 @@ def export(parsed: Parsed) -> int:
 
 def predict(parsed: Parsed) -> int:
     """The class of each image file, the surest three with their probabilities."""
-    options = arguments("predict", parsed.options)
+    options, images = arguments("predict", parsed.options), list(parsed.positions)
+    if not {"base", "adapter"} & options.keys() and len(images) > 1 and (Path(images[0]) / "run.json").is_file():
+        options["base"] = images.pop(0)
     from lowrank.evaluate.predict import predict as predict_images
 
-    for each in predict_images(parsed.positions, **options):
+    for each in predict_images(images, **options):
         surest = sorted(each.scores.items(), key=lambda item: -item[1])[:3]
         figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
         print(printable(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})", keep=""))
@@ -336,21 +341,21 @@ def data(parsed: Parsed) -> int:
     what, *names = parsed.positions
     if what == "list" and not names:
         header = ["name", "size", "licence", "network", "prepared", "about"]
-        body = [
-            [
-                each.name,
-                each.size,
-                each.licence,
-                "yes" if each.needs_network else "no",
-                str(len(each.prepared)),
-                each.about,
-            ]
-            for each in list_sources()
-        ]
+        fold = textwrap.TextWrapper(28, break_on_hyphens=False).wrap
+        body: list[list[str]] = []
+        for each in list_sources():
+            network, prepared = "yes" if each.needs_network else "no", str(len(each.prepared))
+            licence, about = textwrap.wrap(each.licence, 13), fold(each.about)
+            lines = list(itertools.zip_longest(licence, about, fillvalue=""))
+            body.append([each.name, each.size, lines[0][0], network, prepared, lines[0][1]])
+            body += [["", "", more, "", "", text] for more, text in lines[1:]]
         print(text_table(header, body, left=(0, 2, 3, 5)))
         return 0
     if what == "prepare" and len(names) == 1:
-        print(prepare(names[0], **arguments("prepare", parsed.options)))
+        tokens = prepare(names[0], **arguments("prepare", parsed.options))
+        print(tokens)
+        place = shlex.quote(str(tokens.folder))
+        print(f"\nTrain on it:\n  lowrank train gpt-mini --data {place}")
         return 0
     raise UsageError("usage: lowrank data list, or lowrank data prepare NAME|FILE [options]")
 
@@ -362,9 +367,11 @@ def methods(parsed: Parsed) -> int:
         print(_catalogue({name: offer.signature("method", name).doc for name in offer.method}))
         return 0
     told = offer.signature("method", parsed.positions[0])
-    print(f"{parsed.positions[0]}\n\n{told.doc}\n\nOptions:")
+    about = OPTIONS | argument_help(told.doc)
+    text = fitted(told.doc.partition("\nArgs:")[0])
+    print(f"{parsed.positions[0]}\n\n{text}\n\nOptions, with their defaults:")
     for name, default in told.defaults.items():
-        print(f"  --method.{name} {_written(default)}")
+        print(row(f"  --method.{name} {_written(default)}", about.get(name, "").rstrip(".")))
     return 0
 
 

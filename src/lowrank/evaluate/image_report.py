@@ -4,6 +4,7 @@
 
     metrics.json      every figure, overall and by class, with its 95 % bootstrap interval (patients are resampled whole
                       where they are known)
+    report.html       one page with tables and pictures, and in sentences what is plainly wrong
     report.md         the same as tables
     predictions.csv   every image with its labels, answer and scores
     confusion.png  roc.png  calibration.png  mistakes.png
@@ -36,7 +37,9 @@ import numpy as np
 
 from lowrank.data.images.set import Kind
 from lowrank.evaluate.evaluator import tallied
+from lowrank.evaluate.image_findings import findings
 from lowrank.evaluate.image_metrics import calibration_error, image_metrics, one_hot, predicted
+from lowrank.evaluate.image_page import write_page
 from lowrank.infra import checkpoint
 from lowrank.infra.files import write_json, write_text_atomically
 from lowrank.run.session import Session, pick_checkpoint
@@ -113,6 +116,7 @@ def write_report(
     except ImportError:
         return figures  # the pictures need matplotlib, the figures do not
     image_pictures.write(folder, judged, figures)
+    write_page(folder, figures, overall_texts(figures), class_table(figures))
     return figures
 
 
@@ -140,6 +144,7 @@ def report_figures(judged: Judged, *, resampled: int, specificity: float, seed: 
     exact = image_metrics(labels, scores, kind) | {"calibration_error": calibration_error(labels, scores, kind)}
     return {
         "kind": kind,
+        "findings": findings(judged),
         "images": len(labels),
         "patients": len(set(judged.patients)) or None,
         "resamples": resampled,
@@ -275,19 +280,34 @@ def figure_text(figure: Figure) -> str:
     return f"{figure['value']:.3f}{between}"
 
 
-def _markdown(figures: Mapping[str, Any]) -> str:
+def overall_texts(figures: Mapping[str, Any]) -> dict[str, str]:
+    """The figures over all classes, as text."""
+    return {name.replace("_", " "): figure_text(figure) for name, figure in figures["overall"].items()}
+
+
+def class_table(figures: Mapping[str, Any]) -> list[list[str]]:
+    """A header, and a row a class."""
     shown = {
         **{"auc": "AUC", "auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity"},
         **{"precision": "precision", "npv": "NPV", "f1": "F1"},
         "sensitivity_at_specificity": f"sensitivity at {figures['specificity']:.0%} specificity",
     }
+    rows = [
+        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in shown)]
+        for name, row in figures["classes"].items()
+    ]
+    return [["class", "images", *shown.values()], *rows]
+
+
+def _markdown(figures: Mapping[str, Any]) -> str:
+    header, *rows = class_table(figures)
     lines = [f"# {figures['images']:,} images, {figures['kind']}", ""]
-    for name, figure in figures["overall"].items():
-        lines.append(f"* {name.replace('_', ' ')}: {figure_text(figure)}")
-    lines += ["", f"| class | images | {' | '.join(shown.values())} |", "|---|---|" + "---|" * len(shown)]
-    for name, row in figures["classes"].items():
+    lines += [line for sentence in figures["findings"] for line in (f"**{sentence}**", "")]
+    lines += [f"* {name}: {text}" for name, text in overall_texts(figures).items()]
+    lines += ["", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
+    for name, *texts in rows:
         cell = " ".join(name.replace("\\", "\\\\").replace("|", "\\|").split())
-        lines.append(f"| {cell} | {row['images']:,} | {' | '.join(figure_text(row[key]) for key in shown)} |")
+        lines.append(f"| {cell} | {' | '.join(texts)} |")
     if figures["resamples"]:
         of = figures["resampled"]
         lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]

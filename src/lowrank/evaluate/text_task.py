@@ -16,7 +16,7 @@ class TextTask:
     """Next-token prediction; the loss in nats a token."""
 
     unit, metric, lower = "tokens", "loss", True
-    shown: tuple[str, ...] = ()
+    shown: tuple[str, ...] = ("loss", "perplexity")
     judged: bool = False
 
     def count(self, batch: Batch) -> int:

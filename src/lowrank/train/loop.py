@@ -32,7 +32,7 @@ from lowrank import __version__
 from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
-from lowrank.infra.files import finite, write_json
+from lowrank.infra.files import finite, read_json, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
@@ -335,11 +335,7 @@ class _Loop:
             **self.coordinator.traffic(),
         }
         self._write({name: value for name, value in record.items() if value is not None})
-        metric = self.session.task.metric
-        shown = self.latest_metrics.get(f"val_{metric}")
-        extra = "" if shown is None else f"val {metric} {shown:.4g}"
-        if self.coordinator.ranks is not None:
-            extra = f"sent {self.coordinator.sent}  {extra}".rstrip()
+        extra = "" if self.coordinator.ranks is None else f"sent {self.coordinator.sent}"
         self.progress.update(self.step, loss=loss, rate=rate, peak_bytes=peak, extra=extra)
 
     def _records(self) -> list[dict[str, Any]]:
@@ -368,14 +364,21 @@ class _Loop:
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})
         if shown := [f"val {name} {metrics[name]:.4f}" for name in session.task.shown]:
-            epoch = self.step * session.run.grad_accum / self.source.batches_per_epoch
-            self.progress.note(f"epoch {epoch:.3g}  step {self.step}  " + "  ".join(shown))
+            self.progress.note("  ".join([self._place(), *shown]))
         value = metrics[session.task.metric]
         better = self.best is None or (value < self.best if session.task.lower else value > self.best)
         if better and math.isfinite(value):
             self.best = value
             return True
         return False
+
+    def _place(self) -> str:
+        """How far the run has come: the step, and the epoch where the length of the data is known."""
+        try:
+            epoch = self.step * self.session.run.grad_accum / self.source.batches_per_epoch
+        except ValueError:  # a stream
+            return f"step {self.step}"
+        return f"epoch {epoch:.3g}  step {self.step}"
 
     def judge(self) -> None:
         """Where the task asks for it: the best checkpoint on the test split, when the run has come to its end."""
@@ -396,7 +399,9 @@ class _Loop:
         if metrics and finite(record) not in self._records():  # a killed run that is finished may have it already
             self._write(record)
             shown = "  ".join(f"test {name} {metrics[name]:.4f}" for name in task.shown)
-            self.progress.note(f"best checkpoint  {shown}  (report in {self.out / 'clinic'})")
+            self.progress.note(f"best checkpoint  {shown}  (report: {self.out / 'clinic' / 'report.html'})")
+            for sentence in read_json(self.out / "clinic" / "metrics.json").get("findings", ()):
+                self.progress.note(sentence)
 
     def _save(self, *, best: bool) -> None:
         self.saver.save(self.step, self.latest_metrics, self.best, is_best=best)

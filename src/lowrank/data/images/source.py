@@ -106,6 +106,15 @@ class ImageData(Data):
         found = replace(self.set, kind=run.kind, classes=run.classes, splits=splits)
         return replace(self, set=found, reading=run.reading, spec=run.spec)
 
+    @property
+    def notes(self) -> Sequence[str]:  # type: ignore[override]
+        """That images are resized for the model, where they are."""
+        stored, wanted = self.reading.size, self.spec.size
+        if stored == wanted or not self.set.splits:
+            return []
+        what = f"enlarged to {wanted}, which adds nothing to them" if stored < wanted else f"shrunk to {wanted}"
+        return [f"the images have {stored} pixels and the model takes {wanted}: they are {what} (--model.image_size)"]
+
     def for_model(self, model: nn.Module) -> ImageData:
         """The same images as ``model.image_spec`` wants them; unchanged for a model that does not say."""
         spec = getattr(model, "image_spec", None)
