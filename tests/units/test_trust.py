@@ -126,6 +126,33 @@ def test_every_file_of_a_run_has_the_users_umask(tmp_path: Path) -> None:
     assert not wrong
 
 
+# --- memory ----------------------------------------------------------------------------------------------------------
+
+_DECODE = """
+import sys
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from lowrank.data.images.decode import Reading, read_image
+def most():
+    lines = Path("/proc/self/status").read_text().splitlines()
+    return next(int(line.split()[1]) for line in lines if line.startswith("VmHWM"))
+before = most()
+with ThreadPoolExecutor(4) as pool:
+    list(pool.map(lambda _: read_image(Path(sys.argv[1]), Reading()), range(4)))
+print(most() - before)
+"""
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="reads Linux's own count")
+def test_huge_images_on_several_threads_take_the_memory_of_one(tmp_path: Path) -> None:
+    from PIL import Image
+
+    Image.new("RGB", (6000, 6000)).save(tmp_path / "a.png")  # 144 MB in memory
+    words = [sys.executable, "-W", "ignore", "-c", _DECODE, str(tmp_path / "a.png")]
+    grown = int(subprocess.run(words, capture_output=True, check=True, text=True, timeout=300).stdout)
+    assert grown * 1024 < 2 * 4 * 6000 * 6000
+
+
 # --- readers that leave ----------------------------------------------------------------------------------------------
 
 
