@@ -68,6 +68,14 @@ def test_a_rank_that_meets_a_silent_listener_ends_at_the_timeout(monkeypatch: py
         assert time.monotonic() - began < 60
 
 
+@pytest.mark.parametrize("text", ["soon", "0", "-1", "nan", ""])
+def test_a_timeout_is_a_number_of_seconds(text: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("WORLD_SIZE", "2")
+    monkeypatch.setenv("LOWRANK_TIMEOUT", text)
+    with pytest.raises(ValueError, match=f"LOWRANK_TIMEOUT={text}: it is a number of seconds above 0"):
+        joined(torch.device("cpu")).__enter__()
+
+
 def test_listens_where_it_is_told_and_nowhere_else(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("NCCL_SOCKET_IFNAME", raising=False)
     monkeypatch.delenv("GLOO_SOCKET_IFNAME", raising=False)

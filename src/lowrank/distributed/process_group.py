@@ -225,7 +225,7 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
         yield None
         return
     ours = not dist.is_initialized()
-    timeout = float(os.environ.get("LOWRANK_TIMEOUT", TIMEOUT_SECONDS))
+    timeout = _timeout_seconds()
     if ours:
         _start(device, timeout)
     try:
@@ -239,6 +239,14 @@ def joined(device: torch.device) -> Iterator[ProcessGroup | None]:
     finally:
         if ours:
             dist.destroy_process_group()
+
+
+def _timeout_seconds() -> float:
+    text = os.environ.get("LOWRANK_TIMEOUT", str(TIMEOUT_SECONDS))
+    with suppress(ValueError):
+        if 0 < float(text) < 1e9:
+            return float(text)
+    raise ValueError(f"LOWRANK_TIMEOUT={text}: it is a number of seconds above 0, such as 300")
 
 
 def _start(device: torch.device, timeout: float) -> None:
