@@ -29,7 +29,7 @@ OPTIONS = {
     "rest_every": "over several ranks, steps between two averages of a rest that trains locally",
     "restart_warmup": "steps in which the learning rate climbs again after each merge",
     "refresh_every": "steps between two fits of the subspace to the gradient",
-    "scale": "multiplies every step that was made in the subspace; of muon: how long steps are, rms, keller or spectral",
+    "scale": "multiplies every step made in the subspace; of muon: how long steps are (rms, keller, spectral)",
     "basis": "how the subspace is found: power (warm power iteration), svd (exact, slow), gaussian (random)",
     "side": "the projected side of a matrix: the short one (as in the paper), or left, right, long",
     "transport": "what becomes of the moments at a refresh: keep them as they are, rotate them along, or reset them",
