@@ -28,7 +28,7 @@ from lowrank.infra.files import user_mode_, write_json
 from lowrank.interop.adapter_bank import restored_for
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
-from lowrank.models.text import load_pretrained
+from lowrank.models.text import load_pretrained, without_bars
 from lowrank.models.vision import timm_config
 from lowrank.run.estimate import stand_in
 from lowrank.run.overrides import catalogue, override
@@ -145,7 +145,8 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     if hasattr(model, "save_pretrained"):
         if session.run.task == "images":
             _name_classes(model, session.data.classes, Path(str(session.run.model.args.get("path", ""))), out)
-        model.save_pretrained(out)
+        with without_bars():
+            model.save_pretrained(out)
     else:
         save_file({name: t.contiguous() for name, t in model.state_dict().items()}, out / "model.safetensors")
         if hasattr(model, "made_by_timm_as"):

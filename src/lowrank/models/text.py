@@ -164,7 +164,7 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": weights_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
     try:
-        with _without_bars():
+        with without_bars():
             model, info = auto.from_pretrained(place, **options)
     except ValueError as error:
         if "trust_remote_code" not in str(error):
@@ -179,7 +179,7 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
 
 
 @contextmanager
-def _without_bars() -> Iterator[None]:
+def without_bars() -> Iterator[None]:
     """transformers draws no progress bars."""
     from transformers.utils import logging
 
