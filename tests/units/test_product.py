@@ -6,7 +6,15 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import Tensor
 
+from lowrank.adapters import low_rank_product
 from lowrank.adapters.low_rank_product import _add_plainly, add_low_rank_
+
+SIZES = {"as it comes": low_rank_product.SMALL, "by hand": 0}  # below it ordinary operations are used
+
+
+@pytest.fixture(params=SIZES)
+def small(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(low_rank_product, "SMALL", SIZES[request.param])
 
 
 def plain(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:
@@ -27,6 +35,7 @@ def test_equals_the_plain_formula(data: st.DataObject) -> None:
     wide, out, rank = draw(st.integers(1, 6)), draw(st.integers(1, 6)), draw(st.integers(1, 4))
     sizes = draw(st.lists(st.integers(0, 3), min_size=1, max_size=4))
     more, start, after = draw(st.lists(st.integers(1, 3), max_size=2)), draw(st.integers(0, 3)), draw(st.integers(0, 3))
+    start, after = draw(st.sampled_from([(start, after), (0, 0)]))
     torch.manual_seed(0)
     kind = {"dtype": torch.float64}
     base = torch.randn(sum(sizes), *more, start + out + after, **kind).requires_grad_()
@@ -34,10 +43,12 @@ def test_equals_the_plain_formula(data: st.DataObject) -> None:
     A = torch.randn(len(sizes), rank, wide, **kind).requires_grad_()
     B = torch.randn(len(sizes), out, rank, **kind).requires_grad_()
     expected = plain(base, x, A, B, 1.7, sizes, start)
-    for ours in (
-        add_low_rank_(base.clone(), x, A, B, 1.7, sizes, start),
-        _add_plainly(base.clone(), x, A, B, 1.7, sizes, start),
-    ):
+    with pytest.MonkeyPatch.context() as patch:
+        found = [_add_plainly(base.clone(), x, A, B, 1.7, sizes, start)]
+        for limit in SIZES.values():
+            patch.setattr(low_rank_product, "SMALL", limit)
+            found.append(add_low_rank_(base.clone(), x, A, B, 1.7, sizes, start))
+    for ours in found:
         torch.testing.assert_close(ours, expected)
         g = torch.randn_like(expected)
         gradients = [
@@ -54,6 +65,7 @@ def test_numerical_gradient() -> None:
     assert torch.autograd.gradcheck(lambda y, x, A, B: add_low_rank_(y.clone(), x, A, B, 0.5, [2, 3], 1), inputs)
 
 
+@pytest.mark.usefixtures("small")
 def test_is_in_place() -> None:
     y = torch.zeros(4, 6)
     out = add_low_rank_(y, torch.ones(4, 3), torch.ones(1, 2, 3), torch.ones(1, 6, 2), 1.0, [4])
@@ -64,6 +76,7 @@ def test_is_in_place() -> None:
 @pytest.mark.parametrize(
     "needs", [(True, False, False), (False, True, False), (False, False, True), (False, False, False)]
 )
+@pytest.mark.usefixtures("small")
 def test_gradients_of_what_needs_them(needs: tuple[bool, bool, bool]) -> None:
     torch.manual_seed(0)
     x, A, B = torch.randn(4, 3), torch.randn(2, 2, 3), torch.randn(2, 5, 2)
@@ -76,8 +89,9 @@ def test_gradients_of_what_needs_them(needs: tuple[bool, bool, bool]) -> None:
     assert [t.grad is not None for t in (x, A, B)] == list(needs)
 
 
-def test_a_second_derivative_is_refused() -> None:
+def test_a_second_derivative_is_refused(monkeypatch: pytest.MonkeyPatch) -> None:
     """Better an error than a wrong number."""
+    monkeypatch.setattr(low_rank_product, "SMALL", 0)
     x = torch.randn(4, 3, requires_grad=True)
     A, B = torch.randn(1, 2, 3, requires_grad=True), torch.randn(1, 5, 2, requires_grad=True)
     y = add_low_rank_(torch.zeros(4, 5), x, A, B, 1.0, [4])

@@ -10,6 +10,7 @@ Shapes: W, V (out, in), m (out,), x (batch, ..., in), y (batch, ..., out).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
@@ -61,8 +62,10 @@ class DoRAAdapter(Adapter):
 
     def _gain(self, W: Tensor) -> Tensor:
         """m / ‖V‖, (out,); exactly 1 for a fresh adapter, and 0 for a row of zeros, which has no direction."""
-        norms = self.inner.row_norms(W).detach()
-        return torch.where(norms > 0, self.magnitude / norms.clamp_min(torch.finfo(norms.dtype).tiny), 0.0)
+        with torch.no_grad():
+            norms = self.inner.row_norms(W)
+            norms = norms.masked_fill(norms == 0, math.inf)
+        return self.magnitude / norms
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         y = self.inner(x, W)

@@ -149,17 +149,18 @@ class AdaptedLinear(AdaptedLayer):
     def forward(self, x: Tensor) -> Tensor:
         if x.dim() == 1:
             return self.forward(x[None])[0]
-        W = self.matrix
-        if all(isinstance(adapter, Additive) for adapter in self.adapters.values()):
-            y = F.linear(x, W, self.bias)
-            for part, adapter in self.adapters.items():
-                y = adapter.add_(y, x, self.parts[part].start)  # type: ignore[operator]
+        W, bias = self.matrix, self._parameters["bias"]
+        adapters: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # past two slow look-ups
+        if all(isinstance(adapter, Additive) for adapter in adapters.values()):
+            y = F.linear(x, W, bias)
+            for part, adapter in adapters.items():
+                y = adapter.add_(y, x, self.parts[part].start)
             return y
-        if WHOLE in self.adapters:
-            y = self.adapters[WHOLE](x, W)
+        if WHOLE in adapters:
+            y = adapters[WHOLE](x, W)
         else:
             y = torch.cat([self._rows(x, rows, part) for part, rows in self._covering(W.shape[0])], dim=-1)
-        return y if self.bias is None else y + self.bias.to(y.dtype)
+        return y if bias is None else y + bias.to(y.dtype)
 
     def _covering(self, width: int) -> Iterator[tuple[str | None, slice]]:
         """All rows in order: those of each adapted part, and the stretches between them (part None)."""

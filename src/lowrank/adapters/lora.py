@@ -32,7 +32,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Additive, Site, check_integer, shard_sizes
-from lowrank.adapters.low_rank_product import add_low_rank_
+from lowrank.adapters.low_rank_product import SMALL, add_low_rank_
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.infra.seeds import draw_normal, generator
 from lowrank.linalg.rounding import wide
@@ -155,7 +155,7 @@ class LoRAAdapter(Additive, SplitAdapter):
         A, B = self._factors()
         if self.training and self.split and self.heads > 1:
             return add_low_rank_(y, x, A, B, self.config.scale, shard_sizes(x.shape[0], self.heads), start)
-        A, B = A.flatten(0, 1)[None], B.transpose(0, 1).flatten(1)[None]
+        A, B = A.flatten(0, 1), B.transpose(0, 1).flatten(1) if self.heads > 1 else B.flatten(0, 1)
         return add_low_rank_(y, x, A, B, self.config.scale / self.heads, [x.shape[0]], start)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
@@ -165,9 +165,10 @@ class LoRAAdapter(Additive, SplitAdapter):
         """
         if not self.subtracts:
             return self.A, self.B
-        kept_A, kept_B = self.kept_A[self._own], self.kept_B[self._own]
-        A, B = self.A - kept_A, self.B - kept_B
-        return torch.cat([self.A, A], dim=1), torch.cat([B, kept_B], dim=2)
+        A, B, kept_A, kept_B = self.A, self.B, self.kept_A, self.kept_B
+        if kept_A.shape[0] != self.heads:
+            kept_A, kept_B = kept_A[self._own], kept_B[self._own]
+        return torch.cat([A, A - kept_A], dim=1), torch.cat([B - kept_B, kept_B], dim=2)
 
     @property
     def _own(self) -> slice:
@@ -243,9 +244,12 @@ class LoRAAdapter(Additive, SplitAdapter):
             self.kept_B[self._own].copy_(self.B)
 
     def row_norms(self, W: Tensor) -> Tensor:
-        """As in ``Adapter``, from the factors: ‖w + δ‖² = ‖w‖² + 2⟨w, δ⟩ + ‖δ‖² for each row, without a dense Δ."""
+        """As in ``Adapter``, from the factors: ‖w + δ‖² = ‖w‖² + 2⟨w, δ⟩ + ‖δ‖² for each row, without a dense Δ where
+        that would not be small."""
         W = W.to(self.A.dtype)
         A, B, scale = self.factors()
+        if W.numel() <= SMALL:
+            return torch.linalg.vector_norm(torch.addmm(W, B, A, alpha=scale), dim=1)
         B = B * scale
         cross = ((W @ A.mT) * B).sum(dim=1)
         own = ((B @ (A @ A.mT)) * B).sum(dim=1)

@@ -2,7 +2,8 @@
 
 One autograd function for every case: G shards of the batch, each with its own factors. Heads that share the batch are
 one shard of G·rank stacked rows. Written by hand because autograd would keep or copy tensors of y's size: it keeps x
-once (the layer's frozen W keeps nothing), z = A x (rank-sized) and the factors.
+once (the layer's frozen W keeps nothing), z = A x (rank-sized) and the factors. Where y is so small that the call of
+such a function costs more than its arithmetic, the same is done in ordinary operations (``benchmarks/overhead.py``).
 
     z = A x        y += s·B z        dz = s·Bᵀ dy        dB = s·dy zᵀ        dA = dz xᵀ        dx += Aᵀ dz
 
@@ -17,17 +18,39 @@ from typing import Any
 import torch
 from torch import Tensor
 
+SMALL = 1 << 16  # numbers in y
+
 
 def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int = 0) -> Tensor:
     """``y[..., start : start + out] += scale · x_g A_gᵀ B_gᵀ`` for each shard g of the first dimension, in place.
 
-    y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R); ``sizes`` are the G shard sizes, summing to
-    batch.
+    y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R), for one shard also without the G; ``sizes``
+    are the G shard sizes, summing to batch. A small y may be left as it is, and the sum be returned.
     """
-    A, B = A.to(y.dtype), B.to(y.dtype)
+    A, B, x = A.to(y.dtype), B.to(y.dtype), x.to(y.dtype)
+    small = 0 < y.numel() <= SMALL and B.shape[-2] == y.shape[-1] and min(sizes) == max(sizes)
+    if small and len(sizes) == 1:
+        return _add_small(y, x, A.flatten(0, -2), B.flatten(0, -2), scale)
+    A, B = (A[None], B[None]) if A.dim() == 2 else (A, B)
+    if small:
+        return _add_small_shards(y, x, A, B, scale)
     if torch.compiler.is_compiling():
-        return _add_plainly(y, x.to(y.dtype), A, B, scale, sizes, start)
-    return _AddLowRank.apply(y, x.to(y.dtype), A, B, scale, sizes, start)
+        return _add_plainly(y, x, A, B, scale, sizes, start)
+    return _AddLowRank.apply(y, x, A, B, scale, sizes, start)
+
+
+def _add_small(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """All of y changed by one pair of factors, A (R, in) and B (out, R)."""
+    if y.dim() == 2:
+        return y.addmm_(torch.mm(x, A.mT), B.mT, alpha=scale)
+    z = torch.mm(x.reshape(-1, x.shape[-1]), A.mT)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
+
+
+def _add_small_shards(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """All of y changed, by shards of one size."""
+    z = torch.bmm(x.reshape(len(A), -1, x.shape[-1]), A.mT)
+    return torch.baddbmm(y.reshape(len(A), -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
 
 
 def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:
