@@ -185,6 +185,28 @@ def test_a_stack_is_its_matrices_one_by_one(name: str) -> None:
 
 
 @every_rule
+def test_what_a_parameter_becomes_does_not_depend_on_the_others(name: str) -> None:
+    """Bitwise: a step in a hook has no others. Some are a step behind; odd sizes begin anywhere in memory."""
+    rule, shapes = RULES[name], [(8, 13), (33, 21), (21, 33), (2, 9, 9), (7,)] * 3
+    draw = torch.Generator().manual_seed(0)
+    alone = [torch.randn(shape, generator=draw) for shape in shapes]
+    together = [p.clone() for p in alone]
+    states = [[rule.init(p) for p in each] for each in (alone, together)]
+    for each in states:
+        for index, state in enumerate(each):
+            rule.place_(state, index)
+    for step in range(7):
+        grads = [torch.randn(shape, generator=draw) for shape in shapes]
+        at = range(4 if step == 0 else 0, len(shapes))
+        for i in at:
+            rule.apply_([alone[i]], [grads[i].clone()], [states[0][i]], lr=0.02, decay=0.1)
+        rule.apply_(*([each[i] for i in at] for each in (together, grads, states[1])), lr=0.02, decay=0.1)
+    assert all(torch.equal(p, q) for p, q in zip(alone, together, strict=True))
+    for one, other in zip(*states, strict=True):
+        assert all(torch.equal(t, dict(leaves(other))[path]) for path, t in leaves(one))
+
+
+@every_rule
 def test_projected_micro_batches_are_the_whole_step(name: str) -> None:
     rule, task = RULES[name], Quadratic((8, 13))
     p, state = task.run(rule, 5)

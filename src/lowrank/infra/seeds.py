@@ -5,11 +5,13 @@ not change when layers are visited in another order, when heads live on other ra
 """
 
 import hashlib
+from functools import lru_cache
 
 import torch
 from torch import Tensor
 
 
+@lru_cache(maxsize=4096, typed=True)  # rules ask for the seed of a parameter's stream at every step
 def stable_seed(*keys: object) -> int:
     """A 63-bit seed from ``keys``: the same on every machine and in every process.
 

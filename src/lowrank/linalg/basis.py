@@ -17,14 +17,14 @@ Shape legend: G (..., rows, cols);  Q (..., side, rank) with side = rows on the 
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Generator
+from collections.abc import Generator, Sequence
 from dataclasses import dataclass
-from typing import ClassVar, Literal
+from typing import Any, ClassVar, Literal
 
 import torch
 from torch import Tensor
 
-from lowrank.infra.seeds import generator
+from lowrank.infra.seeds import generator, stable_seed
 
 Side = Literal["left", "right"]
 Joint = Generator[Tensor, None, Tensor]
@@ -54,6 +54,10 @@ class Basis(ABC):
         Raises:
             torch.linalg.LinAlgError: the decomposition failed, for instance on a gradient that is not finite.
         """
+
+    def draw_each(self, like: Tensor, side: Side, rank: int, seeds: Sequence[int]) -> list[Tensor]:
+        """Of a basis that is not stored: ``fit`` of a matrix like this one, for each of the seeds."""
+        return [self.fit(like, side, rank, old=None, seed=seed) for seed in seeds]
 
 
 class JointBasis(Basis):
@@ -173,10 +177,20 @@ class Gaussian(JointBasis):
     orthonormal = False
 
     def fit(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Tensor:
-        size = g.shape[-2] if side == "left" else g.shape[-1]
-        noise = generator(g.device, "gaussian basis", self.seed, seed, side)
-        drawn = torch.randn(size, rank, generator=noise, device=g.device, dtype=g.dtype).mul_(rank**-0.5)
-        return drawn.expand(*g.shape[:-2], size, rank)
+        return self.draw_each(g, side, rank, [seed])[0]
+
+    def draw_each(self, like: Tensor, side: Side, rank: int, seeds: Sequence[int]) -> list[Tensor]:
+        *lead, rows, cols = like.shape
+        size = rows if side == "left" else cols
+        keys = [("gaussian basis", self.seed, seed, side) for seed in seeds]
+        noise = generator(like.device, *keys[0])  # one for all, since making one costs as much as drawing from it
+        kind: Any = {"generator": noise, "device": like.device, "dtype": like.dtype}
+        drawn = []
+        for key in keys:
+            noise.manual_seed(stable_seed(*key))
+            drawn.append(torch.randn(size, rank, **kind))
+        torch._foreach_mul_(drawn, rank**-0.5)
+        return [q.expand(*lead, size, rank) for q in drawn] if lead else drawn
 
     def joint(self, g: Tensor, side: Side, rank: int, *, old: Tensor | None, seed: int) -> Joint:
         """As drawn for one matrix; nothing needs to be told."""

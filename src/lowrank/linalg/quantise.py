@@ -68,16 +68,24 @@ class Code:
         }
 
     def encode_(self, stored: dict[str, Tensor], x: Tensor, tick: Tensor | int | None = None) -> None:
-        """Write ``x`` into ``stored``, dithered by ``tick`` or, without one, rounded to the nearest code."""
+        """Write ``x`` into ``stored``, dithered by ``tick`` or, without one, rounded to the nearest code.
+
+        ``tick`` may be one for each matrix of a stack: as many dimensions as ``x``, the last two (or one) of size 1.
+        """
         lead, blocks, size = split(x.shape)
         flat = x.detach().reshape(*lead, -1)
         padding = blocks * size - flat.shape[-1]
         flat = (F.pad(flat, (0, padding)) if padding else flat).view(-1, size)
+        each = None  # one tick for each block
+        if isinstance(tick, Tensor) and tick.numel() > 1:
+            each = tick[..., 0].expand(*lead, blocks).reshape(-1, 1)
+        elif isinstance(tick, Tensor):
+            tick = tick.view(())
         codes, scales = stored["codes"].view(flat.shape[0], -1), stored["scales"].view(-1)
         rows = min(flat.shape[0], 2 * CHUNK) if is_fake(x) else flat.shape[0]  # every part takes the same memory
         for i in range(0, rows, CHUNK):  # a part at a time: many temporaries, but small ones
             part = slice(i, i + CHUNK)
-            code, scale = self._encode(flat[part].float(), tick)
+            code, scale = self._encode(flat[part].float(), tick if each is None else each[part])
             codes[part] = code if self.bits == 8 else _pack(code)
             scales[part] = scale
 
@@ -114,17 +122,17 @@ def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
 
 
 def dither(size: int, tick: Tensor | int, device: torch.device) -> Tensor:
-    """u_i = frac(i·φ + tick·√2) in [0, 1), i < size. ``tick`` may be a tensor on the device, which is not read back."""
+    """u_i = frac(i·φ + tick·√2) in [0, 1), i < size; (..., size) for ``tick`` (..., 1). A tensor is not read back."""
     place = torch.arange(size, dtype=torch.float64, device=device).mul_(GOLDEN)
     tick = tick.double() if isinstance(tick, Tensor) else tick
-    return (place + tick * SILVER).frac().float()
+    return (place + tick * SILVER).frac_().float()
 
 
 def round_bfloat16(x: Tensor, tick: Tensor | int) -> Tensor:
     """float32 ``x`` as bfloat16, dithered along its last dimension by ``tick``; the mean over ticks is exact."""
     x = x.detach().float()
     noise = (dither(x.shape[-1] if x.dim() else 1, tick, x.device) * 65536).to(torch.int32)
-    bits = (x.view(torch.int32) + noise.view(-1 if x.dim() else ())) & -65536
+    bits = (x.view(torch.int32) + (noise if x.dim() else noise.view(()))) & -65536
     return torch.where(x.isfinite(), bits.view(torch.float32), x).to(torch.bfloat16)
 
 

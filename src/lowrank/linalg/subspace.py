@@ -11,7 +11,7 @@ R, S (..., rank, cols) with a left basis, (..., rows, rank) with a right one, (.
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 
 import torch
@@ -75,6 +75,52 @@ class Subspace:
         multiply_into_(target, first, second, alpha=alpha, beta=beta)
 
 
+@dataclass(frozen=True, kw_only=True, eq=False)
+class Subspaces:
+    """Those of N matrices of one shape, with the same sides: a basis each. As in :class:`Subspace` otherwise."""
+
+    left: list[Tensor] | None = None
+    right: list[Tensor] | None = None
+    total: Callable[[Tensor], Tensor] | None = None
+    crosses: bool = False
+
+    @staticmethod
+    def of(each: Sequence[Subspace]) -> Subspaces:
+        """Several as one."""
+        left, right = [s.left for s in each if s.left is not None], [s.right for s in each if s.right is not None]
+        return Subspaces(left=left or None, right=right or None, total=each[0].total, crosses=each[0].crosses)
+
+    def __len__(self) -> int:
+        return len(self.left or self.right or ())
+
+    def __getitem__(self, i: int) -> Subspace:
+        left, right = (None if side is None else side[i] for side in (self.left, self.right))
+        return Subspace(left=left, right=right, total=self.total, crosses=self.crosses)
+
+    def project(self, gs: Sequence[Tensor]) -> list[Tensor]:
+        """Qᵀ G P of each."""
+        if self.left is not None:
+            gs = [q.mT @ g for q, g in zip(self.left, gs, strict=True)]
+        if self.right is not None:
+            gs = [g @ q for q, g in zip(self.right, gs, strict=True)]
+        return [self.total(r) for r in gs] if self.crosses and self.total is not None else list(gs)
+
+    def lift_into_(self, targets: list[Tensor], ss: Sequence[Tensor], *, alpha: float, beta: float = 1.0) -> None:
+        """target ← β·target + α·Q S Pᵀ for each, as ``Subspace.lift_into_``."""
+        if self.left is None:
+            assert self.right is not None
+            pairs = [(s, q.mT) for s, q in zip(ss, self.right, strict=True)]
+        elif self.right is None:
+            pairs = list(zip(self.left, ss, strict=True))
+        else:
+            pairs = [(q @ s, p.mT) for q, s, p in zip(self.left, ss, self.right, strict=True)]
+        for target, (first, second) in zip(targets, pairs, strict=True):
+            if target.dim() == 2:
+                target.addmm_(first, second, alpha=alpha, beta=beta)
+            else:
+                multiply_into_(target, first, second, alpha=alpha, beta=beta)
+
+
 def multiply_into_(target: Tensor, first: Tensor, second: Tensor, *, alpha: float, beta: float = 1.0) -> None:
     """target ← β·target + α·first·second, in place, for matrices or equal stacks of them."""
     if target.dim() == 2:
@@ -88,6 +134,6 @@ def multiply_into_(target: Tensor, first: Tensor, second: Tensor, *, alpha: floa
 
 def residual(g: Tensor, r: Tensor, subspace: Subspace, *, share: float = 1.0) -> Tensor:
     """G − share·Q R Pᵀ, with 1 what of G is outside the subspace: the one gradient-sized tensor a lift may allocate."""
-    outside = torch.empty_like(g, memory_format=torch.contiguous_format).copy_(g)
+    outside = g.clone(memory_format=torch.contiguous_format)
     subspace.lift_into_(outside, r, alpha=-share)
     return outside

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import lru_cache
 from typing import Literal, get_args
 
 from torch import Tensor
@@ -28,6 +29,7 @@ def sides_of(side: ProjectedSide, rows: int, cols: int) -> tuple[Side, ...]:
     return ("right",) if (rows >= cols) == (side == "short") else ("left",)
 
 
+@lru_cache(maxsize=1024)
 def basis_shapes(shape: tuple[int, ...], side: ProjectedSide, rank: int) -> dict[Side, tuple[int, ...]]:
     """The shape (..., size of the side, rank) of each basis for a stack of matrices."""
     *lead, rows, cols = shape
@@ -43,9 +45,10 @@ def inside_shape(shape: tuple[int, ...], side: ProjectedSide, rank: int) -> tupl
 
 
 @contextmanager
-def matrix_of(p: Tensor, shape: tuple[int, ...]) -> Iterator[Tensor]:
-    """``p`` in another shape, to change in place; where its memory has no such view, a copy that is written back."""
-    matrix = p.reshape(shape)
-    yield matrix
-    if matrix.data_ptr() != p.data_ptr():
-        p.copy_(matrix.view(p.shape))
+def matrices_of(params: Sequence[Tensor], shape: tuple[int, ...]) -> Iterator[list[Tensor]]:
+    """Tensors in another shape, to change in place; where memory has no such view, a copy that is written back."""
+    matrices = [p if p.shape == shape else p.reshape(shape) for p in params]
+    yield matrices
+    for p, matrix in zip(params, matrices, strict=True):
+        if matrix is not p and matrix.data_ptr() != p.data_ptr():
+            p.copy_(matrix.view(p.shape))

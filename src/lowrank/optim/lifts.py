@@ -25,12 +25,12 @@ from typing import Any, ClassVar, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lowrank.linalg.subspace import Subspace, residual
+from lowrank.linalg.subspace import Subspace, Subspaces
 from lowrank.optim.rules import State
+from lowrank.optim.stacks import apart, copied, joined, joined_states
 
 Scope = Literal["channel", "tensor"]
 Factor = Tensor | float
-Gradient = Tensor | None
 
 
 class Lift(ABC):
@@ -52,18 +52,20 @@ class Lift(ABC):
     @abstractmethod
     def add_(
         self,
-        target: Tensor,
-        g: Gradient,
-        r: Tensor,
+        targets: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
         s: Tensor,
-        subspace: Subspace,
-        state: State,
+        subspaces: Subspaces,
+        states: list[State],
         alpha: Factor,
         beta: float,
     ) -> None:
-        """target ← β·target + α·U, in place, equal to ``__call__`` up to rounding.
+        """target ← β·target + α·U for N matrices of one shape, in place, equal to ``__call__`` up to rounding.
 
-        ``g`` may be None where ``needs_gradient`` is False.
+        Args:
+            targets, gs, rs, subspaces, states: of each; ``gs`` may be None where ``needs_gradient`` is False.
+            s: (N, ...), the N of S joined. alpha: a number, or numbers that multiply ``s``. beta: a number.
         """
 
 
@@ -78,18 +80,18 @@ class GaLore(Lift):
 
     def add_(
         self,
-        target: Tensor,
-        g: Gradient,
-        r: Tensor,
+        targets: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
         s: Tensor,
-        subspace: Subspace,
-        state: State,
+        subspaces: Subspaces,
+        states: list[State],
         alpha: Factor,
         beta: float,
     ) -> None:
         if isinstance(alpha, Tensor):
             s, alpha = s * alpha, 1.0
-        subspace.lift_into_(target, s, alpha=alpha, beta=beta)
+        subspaces.lift_into_(targets, apart(s), alpha=alpha, beta=beta)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -116,12 +118,16 @@ class _ByLength(Lift):
             return {}
         return {"norm": torch.zeros(like.shape[:-2], dtype=like.dtype, device=like.device)}
 
-    def limited_length(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
-        """|S|/|R|, shaped to multiply ``g``, within what the limiter allows; the limited norm is noted."""
-        length = _length(s, r, self.scope, subspace)
+    def limited_length(self, g: Tensor, rs: list[Tensor], s: Tensor, subspace: Subspace, states: list[State]) -> Tensor:
+        """|S|/|R| of N matrices, shaped to multiply ``g`` (N, ...), within what the limiter allows, which is noted.
+
+        ``subspace``: that of any of them, of which the sides alone are looked at.
+        """
+        length = _length(s, joined(rs), self.scope, subspace)
         if self.limiter is None:
             return length
-        return length * _limit(_scaled_norm(g, length, subspace), self.limiter, state)
+        with joined_states(states, 0) as state:
+            return length * _limit(_scaled_norm(g, length, subspace), self.limiter, state)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -143,18 +149,20 @@ class Rescale(_ByLength):
 
     def add_(
         self,
-        target: Tensor,
-        g: Gradient,
-        r: Tensor,
+        targets: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
         s: Tensor,
-        subspace: Subspace,
-        state: State,
+        subspaces: Subspaces,
+        states: list[State],
         alpha: Factor,
         beta: float,
     ) -> None:
-        assert g is not None
-        length = self.limited_length(g, r, s, subspace, state)
-        _decay_(target, beta).addcmul_(g, length * alpha)
+        assert gs is not None
+        length = self.limited_length(joined(gs), rs, s, subspaces[0], states)
+        if beta != 1.0:
+            torch._foreach_mul_(targets, beta)
+        torch._foreach_addcmul_(targets, gs, list((length * alpha).unbind()))
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -177,20 +185,21 @@ class Residual(_ByLength):
 
     def add_(
         self,
-        target: Tensor,
-        g: Gradient,
-        r: Tensor,
+        targets: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
         s: Tensor,
-        subspace: Subspace,
-        state: State,
+        subspaces: Subspaces,
+        states: list[State],
         alpha: Factor,
         beta: float,
     ) -> None:
-        assert g is not None
-        outside = residual(g, r, subspace)
-        length = self.limited_length(outside, r, s, subspace, state)
-        subspace.lift_into_(target, s * alpha, alpha=1.0, beta=beta)
-        target.addcmul_(outside, length * alpha)
+        assert gs is not None
+        outside, each = copied(gs)  # the one gradient-sized tensor that a lift may allocate
+        subspaces.lift_into_(each, rs, alpha=-1.0)
+        length = self.limited_length(outside, rs, s, subspaces[0], states)
+        subspaces.lift_into_(targets, apart(s * alpha), alpha=1.0, beta=beta)
+        torch._foreach_addcmul_(targets, each, list((length * alpha).unbind()))
 
 
 def _length(s: Tensor, r: Tensor, scope: Scope, subspace: Subspace) -> Tensor:
@@ -221,7 +230,3 @@ def _limit(norm: Tensor, growth: float, state: State) -> Tensor:
     factor = torch.where((last > 0) & (norm > growth * last), growth * last / norm, 1)
     last.copy_(norm * factor)
     return factor[..., None, None]
-
-
-def _decay_(target: Tensor, beta: float) -> Tensor:
-    return target if beta == 1.0 else target.mul_(beta)

@@ -49,6 +49,7 @@ from lowrank.optim.pairs import PairRule, rule_of_each
 from lowrank.optim.rules import Rule, check_rule
 from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_shard
+from lowrank.optim.stacks import alike
 from lowrank.optim.state import check_forgets, find_saved, forget_smallest_, leaves, mapped, matched
 
 NARROW = (torch.bfloat16, torch.float16)
@@ -128,6 +129,8 @@ class Optimizer(torch.optim.Optimizer):
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
         self._shards: dict[nn.Parameter, Shard | None] = {}
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a shard
+        self._agreeing: list[nn.Parameter] = []  # heads of which share a basis
+        self._alone: set[nn.Parameter] = set()  # under a rule of their own, for a shard
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
@@ -158,6 +161,10 @@ class Optimizer(torch.optim.Optimizer):
             index = len(self._place)
             self._place[p] = (index, group)
             self.state[p] = self._rules[p].init(to_local(p))
+            if self._rules[p].agrees:
+                self._agreeing.append(p)
+            if self._rules[p] is not group["rule"]:
+                self._alone.add(p)
             self._rules[p].place_(self.state[p], index)
             if p in _HOOKS:  # of an earlier optimizer, which this one replaces
                 _HOOKS.pop(p).remove()
@@ -206,7 +213,7 @@ class Optimizer(torch.optim.Optimizer):
             self._finish_backward()
         else:
             self.synchronise_()
-            agree_bases_(self._place, self._rules, self.state, self._agreed)
+            agree_bases_(self._agreeing, self._rules, self.state, self._agreed)
             for group in self.param_groups:
                 self._step_group(group)
         for group in self.param_groups:
@@ -278,25 +285,39 @@ class Optimizer(torch.optim.Optimizer):
                 if A.grad is not None or B.grad is not None:
                     self._step_pair(A, B, group)
             return
-        for p in [p for p in group["params"] if p in self._projected]:
+        for p in [p for p in group["params"] if p in self._projected] if self._projected else ():
             self._step_projected(p, group, self._projected.pop(p))
         ready = [p for p in group["params"] if p.grad is not None]
-        at_once = self.clip_per_layer is None
-        plain = [p for p in ready if at_once and p.dtype not in NARROW and self._rules[p] is rule]
-        if plain:
-            grads, states = [dense(p.grad) for p in plain], [self.state[p] for p in plain]
-            rule.apply_([to_local(p) for p in plain], grads, states, lr=self._lr(group), decay=group["decay"])
-        done = set(map(id, plain))
-        for p in ready:
-            if id(p) not in done:
-                self._step_one(p, group, dense(p.grad))
+        together = [p for p in ready if p not in self._alone] if self._alone else ready
+        if self.clip_per_layer is not None:
+            together = []
+        wide_ones = [p for p in together if p.dtype not in NARROW]
+        self._step_together(wide_ones, group)
+        if len(wide_ones) < len(together):  # widened a stack at a time, which is to stay small
+            narrow = [p for p in together if p.dtype in NARROW]
+            for at in alike(narrow):
+                self._step_together([narrow[i] for i in at], group)
+        for p in [p for p in ready if p in self._alone] if together else ready:
+            self._step_one(p, group, dense(p.grad))
+
+    def _step_together(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
+        """Step parameters that are whole; narrower ones are widened to float32 and rounded back."""
+        grads, states = [dense(p.grad) for p in params], [self.state[p] for p in params]
+        lr, decay = self._lr(group), group["decay"]
+
+        def step_all(targets: list[Tensor]) -> None:
+            gs = [g if g.dtype is p.dtype else g.to(p.dtype) for p, g in zip(targets, grads, strict=True)]
+            group["rule"].apply_(targets, gs, states, lr=lr, decay=decay)
+
+        if params:
+            self._write(params, step_all)
 
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
-        """Step one parameter; a narrower one is widened to float32 and rounded back, bfloat16 stochastically."""
+        """Step one parameter, its gradient clipped on request."""
         if self.clip_per_layer is not None:
             g = clipped(g, self.clip_per_layer, self._shards[p])
         rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
-        self._write(p, lambda target: rule.apply_([target], [g.to(target.dtype)], [state], lr=lr, decay=decay))
+        self._write([p], lambda targets: rule.apply_(targets, [g.to(targets[0].dtype)], [state], lr=lr, decay=decay))
 
     def _step_pair(self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any]) -> None:
         """Step the factors of one adapter together; a gradient that is missing counts as zero."""
@@ -305,19 +326,24 @@ class Optimizer(torch.optim.Optimizer):
         if self.clip_per_layer is not None:
             g, h = (clipped(each, self.clip_per_layer, None) for each in (g, h))
 
-        def step_both(a: Tensor, b: Tensor) -> None:
+        def step_both(factors: list[Tensor]) -> None:
+            a, b = factors
             rule.apply_((a, b), (g.to(a.dtype), h.to(b.dtype)), state, lr=lr, decay=decay)
 
-        self._write(A, lambda a: self._write(B, lambda b: step_both(a, b)))
+        self._write([A, B], step_both)
 
-    def _write(self, p: nn.Parameter, change_: Callable[[Tensor], None]) -> None:
-        mine, shard = to_local(p), self._shards[p]
-        if p.dtype not in NARROW:
+    def _write(self, params: list[nn.Parameter], change_: Callable[[list[Tensor]], None]) -> None:
+        """Change parameters in place; narrower ones as float32 copies, rounded back, bfloat16 stochastically."""
+        mine: list[Tensor] = [p if self._shards[p] is None else to_local(p) for p in params]
+        if all(t.dtype not in NARROW for t in mine):
             return change_(mine)
-        target = mine.float()
-        change_(target)
-        place = (self._place[p][0],) if shard is None else (self._place[p][0], shard.start)
-        round_into_(mine, target, generator(p.device, "rounding", self.seed, *place, self.steps))
+        targets = [t.float() if t.dtype in NARROW else t for t in mine]
+        change_(targets)
+        for p, here, target in zip(params, mine, targets, strict=True):
+            if here is not target:
+                shard, place = self._shards[p], self._place[p][0]
+                keys = (place,) if shard is None else (place, shard.start)
+                round_into_(here, target, generator(p.device, "rounding", self.seed, *keys, self.steps))
 
     def _lr(self, group: dict[str, Any]) -> float:
         return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
@@ -382,7 +408,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def _step_projected(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
         rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
-        self._write(p, lambda target: rule.apply_projected_(target, r, state, lr=lr, decay=decay))
+        self._write([p], lambda targets: rule.apply_projected_(targets[0], r, state, lr=lr, decay=decay))
 
     def _finish_backward(self) -> None:
         if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them

@@ -43,13 +43,15 @@ from typing import Any, Literal, cast, get_args
 import torch
 from torch import Tensor
 
-from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, orthonormalise
-from lowrank.linalg.subspace import Subspace, residual
-from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrix_of, sides_of
+from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, Side, orthonormalise
+from lowrank.linalg.subspace import Subspace, Subspaces, residual
+from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrices_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.refresh import (
     Lazy,
     advance_,
+    advance_all_,
+    are_due,
     copy_into_,
     count,
     fit,
@@ -59,9 +61,11 @@ from lowrank.optim.refresh import (
     rotation,
     schedule_next_,
     stream,
+    streams,
     together,
 )
 from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
+from lowrank.optim.stacks import alike, joined
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, check_storage, read, wide, write_
 
 Transport = Literal["keep", "rotate", "reset"]
@@ -252,7 +256,7 @@ class Projected(Rule):
         if "due" not in state:
             return self.inner.update(g, self._inner_state(state))
         shape, g = g.shape, self._as_matrix(g, state)
-        subspace = self._subspace(g, state)
+        subspace = self._subspaces([g], [state])[0]
         r = subspace.project(g)
         self._keep_error_(g, r, subspace, state)
         s, gain = self.inner.update(r, self._inner_state(state))
@@ -264,38 +268,68 @@ class Projected(Rule):
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
         every = list(zip(params, grads, states, strict=True))
-        for p, g, state in every:
-            if "due" in state:
-                g = self._as_matrix(g, state)
-                subspace = self._subspace(g, state)
-                r = subspace.project(g)
-                self._keep_error_(g, r, subspace, state)
-                self._advance_(p, g, r, subspace, state, lr=lr, decay=decay)
+        projected = [each for each in every if "due" in each[2]]
+        for at in alike([g for _, g, _ in projected]) if self._steps_together else ([i] for i in range(len(projected))):
+            ps, gs, ss = (list(column) for column in zip(*(projected[i] for i in at), strict=True))
+            self._step_alike_(ps, gs, ss, lr=lr, decay=decay)
         plain = [(p, g, self._inner_state(state)) for p, g, state in every if "due" not in state]
         if plain:
             ps, gs, ss = (list(column) for column in zip(*plain, strict=True))
             self.inner.apply_(ps, gs, ss, lr=lr, decay=decay)
 
+    @property
+    def _steps_together(self) -> bool:
+        """Whether parameters of one shape are stepped at once."""
+        return self.inner.stacks or not (self.lift.needs_gradient or self.inner.observes)
+
+    def _step_alike_(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
+    ) -> None:
+        """One step of parameters of one shape."""
+        gs = grads
+        if self.error_feedback is not None or gs[0].dim() != 2 or gs[0].dtype is not wide(gs[0].dtype):
+            gs = [self._as_matrix(g, state) for g, state in zip(grads, states, strict=True)]
+        subspaces = self._subspaces(gs, states)
+        rs = subspaces.project(gs)
+        if self.error_feedback is not None:
+            for i, (g, r, state) in enumerate(zip(gs, rs, states, strict=True)):
+                self._keep_error_(g, r, subspaces[i], state)
+        self._advance_(params, gs, rs, subspaces, states, lr=lr, decay=decay)
+
     def _advance_(
-        self, p: Tensor, g: Tensor | None, r: Tensor, subspace: Subspace, state: State, *, lr: float, decay: float
+        self,
+        params: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
+        subspaces: Subspaces,
+        states: list[State],
+        *,
+        lr: float,
+        decay: float,
     ) -> None:
         """p ← p·(1 − lr·decay) − lr·c·scale·U, without a tensor for U."""
-        self.observe_(p, state)
-        inner, keep = self._inner_state(state), 1 - lr * decay
+        inner, keep = [self._inner_state(state) for state in states], 1 - lr * decay
+        alpha: Tensor | float
         if self.lift.needs_gradient or self.inner.observes:
-            s, gain = self.inner.update(r, inner)
+            for p, state in zip(params, states, strict=True):
+                self.observe_(p, state)
+            s, gain = self.inner.update_joined(joined(rs), inner)
             alpha = gain * (-lr * self.scale)
         else:
-            # Let the inner rule step a zero tensor of R's shape: that gives −lr·c·S, by whatever kernel it has.
-            s, alpha = torch.zeros_like(r), self.scale
-            self.inner.apply_([s], [r], [inner], lr=lr, decay=0.0)
-        with matrix_of(p, self._matrix_shape(p.shape)) as target:
-            self.lift.add_(target, g, r, s, subspace, cast(State, state["lift"]), alpha=alpha, beta=keep)
-        advance_(state, "step")
+            # Let the inner rule step zeros of R's shape: that gives −lr·c·S, by whatever kernel it has.
+            s, alpha = rs[0].new_zeros(len(rs), *rs[0].shape), self.scale
+            self.inner.apply_(list(s.unbind()), rs, inner, lr=lr, decay=0.0)
+        lifts = [cast(State, state["lift"]) for state in states]
+        with matrices_of(params, self._matrix_shape(params[0].shape)) as targets:
+            self.lift.add_(targets, gs, rs, s, subspaces, lifts, alpha=alpha, beta=keep)
+        advance_all_(states, "step")
 
     def _as_matrix(self, g: Tensor, state: State) -> Tensor:
         """The gradient as a stack of matrices, and with it what earlier steps left out."""
-        g = g.reshape(self._matrix_shape(g.shape)).to(wide(g.dtype))
+        if g.dim() != 2:
+            g = g.reshape(self._matrix_shape(g.shape))
+        if (dtype := wide(g.dtype)) is not g.dtype:
+            g = g.to(dtype)
         return g if self.error_feedback is None else g + cast(Tensor, state["error"])
 
     def _keep_error_(self, g: Tensor, r: Tensor, subspace: Subspace, state: State) -> None:
@@ -319,23 +353,40 @@ class Projected(Rule):
 
     def apply_projected_(self, param: Tensor, projected: Tensor, state: State, *, lr: float, decay: float) -> None:
         subspace = self._present(self._as_matrix(param, state), state)
-        self._advance_(param, None, projected, subspace, state, lr=lr, decay=decay)
+        self._advance_([param], None, [projected], Subspaces.of([subspace]), [state], lr=lr, decay=decay)
 
     # --- the subspace --------------------------------------------------------------------------------------------
 
-    def _subspace(self, g: Tensor, state: State) -> Subspace:
-        return self._refresh(g, state) if is_due(state) else self._present(g, state)
+    def _subspaces(self, gs: list[Tensor], states: list[State]) -> Subspaces:
+        """The subspace of the coming step for each of several matrices of one shape, refreshed where that is due."""
+        due = are_due(states)
+        if not any(due):
+            return self._present_each(gs[0], states)
+        others = [state for state, refresh in zip(states, due, strict=True) if not refresh]
+        present = self._present_each(gs[0], others) if others else ()
+        at, found = iter(range(len(present))), []
+        for g, state, refresh in zip(gs, states, due, strict=True):
+            found.append(self._refresh(g, state) if refresh else present[next(at)])
+        return Subspaces.of(found)
 
     def _present(self, like: Tensor, state: State) -> Subspace:
         """The present basis for a matrix like this one, read from the state or drawn again."""
-        shapes = basis_shapes(tuple(like.shape), self.side, self.rank)
-        if not self.basis.stored:
-            rank, seed = next(iter(shapes.values()))[-1], stream(state)
-            drawn = {side: self.basis.fit(like, side, rank, old=None, seed=seed) for side in shapes}
-            return Subspace(left=drawn.get("left"), right=drawn.get("right"))
-        kept, code = cast(Any, state["basis"]), basis_code(self.basis_storage)
-        found = {side: read(kept[side], code, shape, like.dtype) for side, shape in shapes.items()}
-        return Subspace(left=found.get("left"), right=found.get("right"))
+        return self._present_each(like, [state])[0]
+
+    def _present_each(self, like: Tensor, states: list[State]) -> Subspaces:
+        """``_present`` for several matrices of the shape of ``like``."""
+        found: dict[Side, list[Tensor]] = {}
+        for side, shape in basis_shapes(tuple(like.shape), self.side, self.rank).items():
+            if self.basis.stored:
+                code = basis_code(self.basis_storage)
+                found[side] = [read(cast(Any, state["basis"])[side], code, shape, like.dtype) for state in states]
+            else:
+                found[side] = self.basis.draw_each(like, side, shape[-1], streams(states))
+        return Subspaces(left=found.get("left"), right=found.get("right"))
+
+    @property
+    def agrees(self) -> bool:  # type: ignore[override]
+        return self.one_basis
 
     def agreement(self, g: Tensor, state: State) -> Refresh | None:
         """To be run by ``refresh.together``; ``apply_`` runs it alone where nobody has."""

@@ -86,12 +86,28 @@ def is_due(clock: State) -> bool:
     return count(clock, "step") >= count(clock, "due")
 
 
+def are_due(clocks: list[State]) -> list[bool]:
+    """``is_due`` of many clocks, by one comparison."""
+    return [step >= due for step, due in zip(counts(clocks, "step"), counts(clocks, "due"), strict=True)]
+
+
+def counts(clocks: list[State], name: str) -> list[int]:
+    """``count`` of many clocks."""
+    return cast("list[int]", torch.stack([cast(Tensor, clock[name]) for clock in clocks]).tolist())
+
+
 def count(clock: State, name: str) -> int:
     return int(cast(Tensor, clock[name]))
 
 
 def advance_(clock: State, name: str, by: int = 1) -> None:
     cast(Tensor, clock[name]).add_(by)
+
+
+def advance_all_(clocks: list[State], name: str) -> None:
+    """``advance_`` of many clocks by 1."""
+    one = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made a tensor of for each of them
+    torch._foreach_add_([cast(Tensor, clock[name]) for clock in clocks], one)
 
 
 def schedule_next_(clock: State, interval: int, *, stagger: bool) -> None:
@@ -104,6 +120,11 @@ def schedule_next_(clock: State, interval: int, *, stagger: bool) -> None:
 def stream(clock: State) -> int:
     """The seed of everything random in the present basis of this parameter."""
     return stable_seed(count(clock, "index"), count(clock, "refreshes"))
+
+
+def streams(clocks: list[State]) -> list[int]:
+    """``stream`` of many clocks."""
+    return [stable_seed(*pair) for pair in zip(counts(clocks, "index"), counts(clocks, "refreshes"), strict=True)]
 
 
 def fit(

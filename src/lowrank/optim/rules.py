@@ -18,13 +18,13 @@ from __future__ import annotations
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator
 from dataclasses import dataclass, is_dataclass
-from typing import ClassVar, cast
+from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
-from torch.optim.adamw import adamw
 
 from lowrank.linalg.subspace import Subspace
+from lowrank.optim.stacks import alike, joined, joined_states
 from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
 
 State = dict[str, "Tensor | State"]
@@ -38,11 +38,15 @@ class Rule(ABC):
     What else a rule may give is below, with what holds for a rule that does not. ``element_wise`` is True where a
     number's step depends on that number's gradients alone, and all state but scalars is moments of the parameter's
     shape: such a rule may act on a shard of a parameter (``optim.sharded``), and gives ``transport_``. ``projects`` is
-    True where the rule keeps a subspace of its own. ``observes`` and ``transports`` follow from what is given.
+    True where the rule keeps a subspace of its own. ``stacks`` is True where ``update`` takes parameters of one shape
+    joined along a new first dimension, N of them, and their states likewise, scalars as (N, 1, ..., 1), and then
+    returns a gain that is a float or such a scalar (``optim.stacks``). ``observes`` and ``transports`` follow from what
+    is given.
     """
 
     element_wise: ClassVar[bool] = False
     projects: ClassVar[bool] = False
+    stacks: ClassVar[bool] = False
     observes: ClassVar[bool] = False  # whether it gives observe_
     transports: ClassVar[bool] = False  # whether it gives transport_
 
@@ -62,10 +66,28 @@ class Rule(ABC):
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
         """One step of float32 or float64 parameters in place, equal to ``update``'s up to rounding."""
+        if self.stacks and not self.observes:
+            for at in alike(grads):
+                ps, gs = [params[i] for i in at], joined([grads[i] for i in at])
+                direction, gain = self.update_joined(gs, [states[i] for i in at])
+                change = direction * (lr * gain) if direction is gs else direction.mul_(lr * gain)
+                if decay:
+                    torch._foreach_mul_(ps, 1 - lr * decay)
+                torch._foreach_sub_(ps, list(change.unbind()))
+            return
         for p, g, state in zip(params, grads, states, strict=True):
             self.observe_(p, state)
             direction, gain = self.update(g, state)
             p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
+
+    def update_joined(self, g: Tensor, states: list[State]) -> tuple[Tensor, Tensor | float]:
+        """``update`` of N parameters of one shape at once, from their gradients (N, ...): each as if it were alone."""
+        if not self.stacks:
+            assert len(states) == 1
+            direction, gain = self.update(g[0], states[0])
+            return direction[None], gain[None] if isinstance(gain, Tensor) and gain.dim() else gain
+        with joined_states(states, g.dim() - 1) as state:
+            return self.update(g, state)
 
     def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
         """The rule that a parameter like this one really follows; ``stacked``: whether its leading dimensions are a
@@ -107,6 +129,8 @@ class Rule(ABC):
         raise NotImplementedError
 
     # --- a basis that the matrices of a stack share, with who holds others of them ---
+
+    agrees: ClassVar[bool] = False  # whether it has agreements at all
 
     def agreement(self, g: Tensor, state: State) -> Refresh | None:
         """The refresh of a shared basis that is due, to be run before the step by all who hold a part of the stack."""
@@ -155,6 +179,7 @@ class AdamW(Rule):
     storage: Storage = "float32"
 
     element_wise = True
+    stacks = True
 
     def __post_init__(self) -> None:
         if len(self.betas) != 2 or not all(0.0 <= beta < 1.0 for beta in self.betas):
@@ -189,23 +214,30 @@ class AdamW(Rule):
     def apply_(
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
-        fused: list[tuple[Tensor, Tensor, State]] = []
-        for p, g, state in zip(params, grads, states, strict=True):
-            if self.storage == "float32" and _laid_out_alike(p, g, state["exp_avg"]):
-                fused.append((p, g, state))
+        by_kind: dict[Any, list[tuple[Tensor, Tensor, State]]] = {}
+        for each in zip(params, grads, states, strict=True):
+            p, g, state = each
+            fused = self.storage == "float32" and _laid_out_alike(p, g, cast(Tensor, state["exp_avg"]))
+            by_kind.setdefault((p.device, p.dtype) if fused else None, []).append(each)
+        for kind, every in by_kind.items():
+            if kind is None:
+                ps, gs, ss = (list(column) for column in zip(*every, strict=True))
+                super().apply_(ps, gs, ss, lr=lr, decay=decay)
             else:
-                direction, gain = self.update(g, state)
-                p.mul_(1 - lr * decay).sub_(direction.mul_(lr * gain))
-        if not fused:
-            return
-        adamw(
-            [p for p, _, _ in fused],
-            [g for _, g, _ in fused],
-            [state["exp_avg"] for _, _, state in fused],  # type: ignore[misc]
-            [state["exp_avg_sq"] for _, _, state in fused],  # type: ignore[misc]
+                self._fused_(every, lr, decay)
+
+    def _fused_(self, every: list[tuple[Tensor, Tensor, State]], lr: float, decay: float) -> None:
+        """The kernel of ``torch.optim.AdamW(fused=True)``, on parameters of one dtype and device."""
+        m, v, step = ([cast(Tensor, state[k]) for _, _, state in every] for k in ("exp_avg", "exp_avg_sq", "step"))
+        # On the CPU a number would become a tensor for each of them; elsewhere a tensor would be read back.
+        torch._foreach_add_(step, torch.ones(()) if step[0].is_cpu else 1)
+        torch._fused_adamw_(
+            [p for p, _, _ in every],
+            [g for _, g, _ in every],
+            m,
+            v,
             [],
-            [state["step"] for _, _, state in fused],  # type: ignore[misc]
-            fused=True,
+            step,
             amsgrad=False,
             beta1=self.betas[0],
             beta2=self.betas[1],
@@ -226,16 +258,12 @@ class AdamW(Rule):
         )
 
 
-def _laid_out_alike(p: Tensor, *others: object) -> bool:
+def _laid_out_alike(p: Tensor, g: Tensor, m: Tensor) -> bool:
     """Whether the fused kernel may be used, which walks all its tensors as if they had the strides of the first."""
+    if p.is_contiguous() and g.is_contiguous() and m.is_contiguous():
+        return True
     strides = p.stride()
-    for other in others:
-        assert isinstance(other, Tensor)
-        if other.stride() != strides and any(
-            n > 1 and a != b for n, a, b in zip(p.shape, strides, other.stride(), strict=True)
-        ):
-            return False
-    return True
+    return all(n == 1 or a == b == c for n, a, b, c in zip(p.shape, strides, g.stride(), m.stride(), strict=True))
 
 
 @dataclass(frozen=True)
@@ -256,6 +284,7 @@ class SGD(Rule):
     nesterov: bool = False
 
     element_wise = True
+    stacks = True
 
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:

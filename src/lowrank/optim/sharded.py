@@ -27,7 +27,7 @@ from typing import Any, cast
 from torch import Tensor
 
 from lowrank.distributed.shards import Shard, ShardSpec
-from lowrank.linalg.subspace import Subspace
+from lowrank.linalg.subspace import Subspace, Subspaces
 from lowrank.optim.geometry import inside_shape, sides_of
 from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.pairs import OneFactor
@@ -137,10 +137,11 @@ class ProjectedShard(Projected):
     def _like_inside(self, g: Tensor) -> Tensor:
         return g.new_empty(self.inside_shape_here())
 
-    def _present(self, like: Tensor, state: State) -> Subspace:
+    def _present_each(self, like: Tensor, states: list[State]) -> Subspaces:
         if tuple(like.shape) == self._whole_shape:
-            return super()._present(like, state)
-        return self._cut(super()._present(self._stand_in(like).reshape(self._whole_shape), state))
+            return super()._present_each(like, states)
+        whole = super()._present_each(self._stand_in(like).reshape(self._whole_shape), states)
+        return Subspaces.of([self._cut(whole[i]) for i in range(len(states))])
 
     def _refresh(self, g: Tensor, state: State) -> Subspace:
         """Of a basis that is drawn at random nothing need be gathered."""

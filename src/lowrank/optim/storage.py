@@ -15,6 +15,7 @@ Bytes for n numbers in b = ceil(n/256) blocks, n rounded up to a multiple of b f
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any, Literal, get_args
 
 import torch
@@ -31,6 +32,7 @@ FIRST = Code(power=2)  # a first moment: signed
 SECOND = Code(signed=False, power=4)  # a second moment: not negative, and never rounded to 0 beside a large one
 
 
+@cache
 def basis_code(storage: str) -> Code:
     """How a basis is coded: uniformly."""
     return Code(bits=4 if storage == "int4" else 8)
@@ -55,7 +57,7 @@ def allocate(like: Tensor, storage: str, code: Code) -> Stored:
 def read(stored: Stored, code: Code, shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """What is stored, in ``dtype``. A tensor kept in that dtype is returned itself: changes in place are kept."""
     if isinstance(stored, Tensor):
-        return stored.to(dtype)
+        return stored if stored.dtype is dtype else stored.to(dtype)
     return code.decode(stored, shape, dtype)
 
 
