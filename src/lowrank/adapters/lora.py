@@ -163,9 +163,13 @@ class LoRAAdapter(Additive, SplitAdapter):
 
         R = rank, or 2·rank where kept factors are subtracted.
         """
+        held: Any = self._parameters  # where Module.__getattr__ would look last
+        A, B = held["A"], held["B"]
         if not self.subtracts:
-            return self.A, self.B
-        A, B, kept_A, kept_B = self.A, self.B, self.kept_A, self.kept_B
+            return A, B
+        kept_A, kept_B = self._buffers["kept_A"], self._buffers["kept_B"]
+        assert kept_A is not None
+        assert kept_B is not None
         if kept_A.shape[0] != self.heads:
             kept_A, kept_B = kept_A[self._own], kept_B[self._own]
         return torch.cat([A, A - kept_A], dim=1), torch.cat([B - kept_B, kept_B], dim=2)

@@ -27,7 +27,7 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, size
     y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R), for one shard also without the G; ``sizes``
     are the G shard sizes, summing to batch. A small y may be left as it is, and the sum be returned.
     """
-    A, B, x = A.to(y.dtype), B.to(y.dtype), x.to(y.dtype)
+    A, B, x = (t if t.dtype is y.dtype else t.to(y.dtype) for t in (A, B, x))
     small = 0 < y.numel() <= SMALL and B.shape[-2] == y.shape[-1] and min(sizes) == max(sizes)
     if small and len(sizes) == 1:
         return _add_small(y, x, A.flatten(0, -2), B.flatten(0, -2), scale)
@@ -49,8 +49,9 @@ def _add_small(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tens
 
 def _add_small_shards(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """All of y changed, by shards of one size."""
-    z = torch.bmm(x.reshape(len(A), -1, x.shape[-1]), A.mT)
-    return torch.baddbmm(y.reshape(len(A), -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
+    shards = A.shape[0]
+    z = torch.bmm(x.reshape(shards, -1, x.shape[-1]), A.mT)
+    return torch.baddbmm(y.reshape(shards, -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
 
 
 def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:

@@ -18,7 +18,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.distributed.collectives import Group, buckets
-from lowrank.distributed.shards import Shard, is_sharded, to_local
+from lowrank.distributed.shards import Shard, to_local
 from lowrank.optim.refresh import together
 from lowrank.optim.rules import Refresh, Rule, wide
 
@@ -37,7 +37,7 @@ def dense(g: Tensor | None) -> Tensor:
     assert g is not None
     if g.is_sparse:
         raise RuntimeError("sparse gradients are not supported: make the embedding with sparse=False")
-    return to_local(g) if g.requires_grad or is_sharded(g) else g
+    return to_local(g) if type(g) is not Tensor or g.requires_grad else g
 
 
 def clipped(g: Tensor, limit: float, shard: Shard | None) -> Tensor:

@@ -131,6 +131,7 @@ class Optimizer(torch.optim.Optimizer):
         self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a shard
         self._agreeing: list[nn.Parameter] = []  # heads of which share a basis
         self._alone: set[nn.Parameter] = set()  # under a rule of their own, for a shard
+        self._any_shard = False
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
@@ -165,6 +166,7 @@ class Optimizer(torch.optim.Optimizer):
                 self._agreeing.append(p)
             if self._rules[p] is not group["rule"]:
                 self._alone.add(p)
+            self._any_shard |= self._shards[p] is not None
             self._rules[p].place_(self.state[p], index)
             if p in _HOOKS:  # of an earlier optimizer, which this one replaces
                 _HOOKS.pop(p).remove()
@@ -301,7 +303,7 @@ class Optimizer(torch.optim.Optimizer):
             self._step_one(p, group, dense(p.grad))
 
     def _step_together(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Step parameters that are whole; narrower ones are widened to float32 and rounded back."""
+        """Step parameters, all of them narrow or none: those are widened to float32 and rounded back."""
         grads, states = [dense(p.grad) for p in params], [self.state[p] for p in params]
         lr, decay = self._lr(group), group["decay"]
 
@@ -309,7 +311,9 @@ class Optimizer(torch.optim.Optimizer):
             gs = [g if g.dtype is p.dtype else g.to(p.dtype) for p, g in zip(targets, grads, strict=True)]
             group["rule"].apply_(targets, gs, states, lr=lr, decay=decay)
 
-        if params:
+        if params and params[0].dtype not in NARROW and not self._any_shard:
+            group["rule"].apply_(params, grads, states, lr=lr, decay=decay)
+        elif params:
             self._write(params, step_all)
 
     def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
