@@ -165,9 +165,9 @@ def test_laws_8_9_and_10_one_rule_each_bytes_as_told_and_the_loss_falls(name: st
 
 def test_a_fused_qkv_adapts_as_separate_layers_do() -> None:
     """The same factors on parts of one matrix and on three matrices: the same function and the same gradients."""
-    fused = vit()
+    fused = vit().double()  # the sums of a small layer and of a part are in different orders
     attention = fused.blocks[0].attn
-    apart = {part: nn.Linear(8, 8) for part in "qkv"}
+    apart = {part: nn.Linear(8, 8).double() for part in "qkv"}
     for i, layer in enumerate(apart.values()):
         layer.load_state_dict(
             {"weight": attention.qkv.weight[8 * i : 8 * i + 8], "bias": attention.qkv.bias[8 * i : 8 * i + 8]}
@@ -179,12 +179,12 @@ def test_a_fused_qkv_adapts_as_separate_layers_do() -> None:
     for part in "qv":
         ours, theirs = attention.qkv.adapters[part], separate[f"{part}_proj"].adapters["all"]
         for a, b in zip(ours.parameters(), theirs.parameters(), strict=True):
-            a.data = b.data = torch.randn(a.shape, generator=noise)
-    x = torch.randn(4, 5, 8)
+            a.data = b.data = torch.randn(a.shape, generator=noise, dtype=a.dtype)
+    x = torch.randn(4, 5, 8, dtype=torch.float64)
     y = attention.qkv(x)
     z = torch.cat([separate[f"{part}_proj"](x) for part in "qkv"], dim=-1)
     torch.testing.assert_close(y, z)
-    weight = torch.randn(y.shape)
+    weight = torch.randn(y.shape, dtype=y.dtype)
     (y * weight).sum().backward()
     (z * weight).sum().backward()
     for part in "qv":
