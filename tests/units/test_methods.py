@@ -15,7 +15,8 @@ from lowrank.methods import METHODS, Method
 METHODS_PROMISED = [
     *("full", "linear_probe", "lora", "rslora", "dora", "pissa", "lora_plus", "multihead_lora", "lte", "relora"),
     *("full_8bit", "muon", "scale"),
-    *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira", "lte_galore"),
+    *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira"),
+    *("galore_muon", "ldadam", "lte_galore"),
 ]
 
 

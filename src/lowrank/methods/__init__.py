@@ -31,7 +31,16 @@ from lowrank.infra.registry import Registry
 if TYPE_CHECKING:
     from lowrank.methods.combined import lte_galore
     from lowrank.methods.full_weights import full_8bit, muon, scale
-    from lowrank.methods.low_rank_gradients import apollo, apollo_mini, fira, galore, galore_8bit, galore_adafactor
+    from lowrank.methods.low_rank_gradients import (
+        apollo,
+        apollo_mini,
+        fira,
+        galore,
+        galore_8bit,
+        galore_adafactor,
+        galore_muon,
+        ldadam,
+    )
     from lowrank.methods.low_rank_weights import (
         dora,
         frozen,
@@ -81,6 +90,8 @@ __all__ = [
     "galore",
     "galore_8bit",
     "galore_adafactor",
+    "galore_muon",
+    "ldadam",
     "linear_probe",
     "lora",
     "lora_plus",

@@ -20,7 +20,8 @@ from lowrank.methods.groups import groups
 from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.lifts import Rescale, Residual
-from lowrank.optim.projected import Projected, ProjectedSide, Transport
+from lowrank.optim.muon import Muon
+from lowrank.optim.projected import ErrorFeedback, Projected, ProjectedSide, Transport
 from lowrank.optim.refresh import Lazy
 from lowrank.optim.rules import AdamW, Rule
 from lowrank.optim.storage import BasisStorage
@@ -195,6 +196,69 @@ def fira(
     """
     rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Residual())
     return _method("fira", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+@register("method", family="projected")
+@also(groups)
+def galore_muon(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    momentum: float = 0.95,
+    basis: BasisName = "power",
+    side: ProjectedSide = "short",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """Muon inside GaLore's subspace (Zhao et al., arXiv 2403.03507; Liu et al., arXiv 2502.16982).
+
+    The momentum is kept and orthogonalised as a matrix of ``rank`` rows, and rotated into each new basis. Steps are as
+    long as Muon's on a matrix of that size, and ``scale`` multiplies them.
+    """
+    rule = Projected(
+        inner=Muon(momentum=momentum),
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale,
+        basis=basis_named(basis),
+        side=side,
+        transport="keep" if basis == "gaussian" else "rotate",
+    )
+    return _method("galore_muon", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+@register("method", family="projected")
+@also(groups)
+def ldadam(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 16,
+    scale: float = 1.0,
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """LDAdam (Robert et al., arXiv 2410.16103): a new subspace at every step, moments carried over, error feedback.
+
+    The basis follows the gradient by one power iteration a step; what it leaves out is added to the next gradient.
+    Simpler than the paper's in three places: the subspace is fitted to the gradient alone (ρ = 0), the second moment
+    turns as a whole and not as variance and mean, and what moments lose in turning is not fed back.
+    """
+    rule = Projected(
+        inner=AdamW(betas=(0.908, 0.99)),
+        rank=rank,
+        refresh_every=1,
+        scale=scale,
+        basis=PowerIteration(iterations=1),
+        transport="rotate",
+        error_feedback=ErrorFeedback(),
+    )
+    return _method("ldadam", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
 def _method(

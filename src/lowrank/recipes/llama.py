@@ -17,7 +17,9 @@ _LORA: Settings = {"lr": 3e-3, "method.target_modules": "all-linear", "method.ra
 _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3},
     "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
-    "muon": {"lr": 1e-2},
+    "muon": {"lr": 2e-2},
+    "galore_muon": {"lr": 1e-2},
+    "ldadam": {"lr": 1e-2},
     "scale": {"lr": 1e-2},
     "apollo": {"lr": 1e-2},
     "apollo_mini": {"lr": 1e-2, "method.rank": 1},
