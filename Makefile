@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check gpu mutants clean
+.PHONY: demo test check gpu mutants torture clean
 
 demo: $(READY)  ## train gpt-mini with five methods, compare them, write the table, the curves and a sample
 	$(BIN)/python examples/demo.py
@@ -32,6 +32,9 @@ gpu: $(READY)  ## the tests that need a CUDA device, then what works there and h
 mutants: $(READY)  ## how many faults the suite notices: a fixed random sample of mutants, about an hour; in a clone of its own
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"
 	$(BIN)/python tests/mutants.py
+
+torture: $(READY)  ## every method killed, and its disk full, before each operation on a file; an hour
+	$(BIN)/python -m tests.hostile.torture
 
 $(READY): pyproject.toml constraints.txt
 	test -x $(BIN)/python || $(PYTHON) -m venv $(VENV)

@@ -308,7 +308,7 @@ elif moment == "best.json":
     written = checkpoint.write_json
     checkpoint.write_json = lambda path, *a, **o: kill() if path.name == "best.json" else written(path, *a, **o)
 else:
-    checkpoint._prune = kill
+    checkpoint.prune_ = kill
 checkpoint.save(root, 2, {{"x": torch.full((3,), 2.0)}}, {{}}, {{}}, keep=1, best=True)
 """
     killed = subprocess.run([sys.executable, "-c", code], capture_output=True, timeout=120)

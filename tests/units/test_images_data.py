@@ -108,7 +108,7 @@ WRONG_FILES = [
     ("x", {"train_labels": np.arange(3) % 2}, {}, "24 images and 3 labels"),
     ("x", {"train_images": np.zeros((24, 28, 28, 4), np.uint8)}, {}, "is wanted"),
     ("x", {"val_images": np.zeros((12, 0, 0), np.uint8)}, {}, "is wanted"),
-    ("x", {"train_labels": np.zeros((0, 1), int)}, {}, "labels 0, 1 in val that its training split lacks"),
+    ("x", {"train_labels": np.zeros((0, 1), int)}, {}, "no image to train on: train_images or train_labels"),
     ("x", {}, {"window": "full"}, r"data\.window has no effect on .*x\.npz, a file with splits"),
 ]
 

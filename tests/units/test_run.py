@@ -97,7 +97,7 @@ def test_unsound_json_is_refused_with_the_file(tmp_path, harm, says):
 
 def test_no_json_at_all(tmp_path):
     (tmp_path / "run.json").write_text("steps: 3")
-    with pytest.raises(ValueError, match=r"run\.json: "):
+    with pytest.raises(ValueError, match=r"run\.json is damaged, or no JSON: "):
         Run.read(tmp_path / "run.json")
     with pytest.raises(FileNotFoundError, match="there is no run at"):
         Run.read(tmp_path / "missing.json")

@@ -7,11 +7,15 @@ shows the traceback of either.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Sequence
+from contextlib import suppress
 from dataclasses import fields
+from typing import Any
 
 from lowrank import __version__
 from lowrank.cli import commands
@@ -237,6 +241,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 
 def _status(words: list[str]) -> int:
+    before, warnings.showwarning = warnings.showwarning, _warn
     try:
         status = _dispatch(words)
         sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends
@@ -251,10 +256,23 @@ def _status(words: list[str]) -> int:
         if os.environ.get("LOWRANK_DEBUG", "0") not in ("", "0"):
             raise
         message = _mendable(error)
-        print(f"lowrank: {printable(message or _reported(words, error))}", file=sys.stderr)
+        with suppress(OSError):
+            print(f"lowrank: {_short(printable(message or _reported(words, error)))}", file=sys.stderr)
         return 2 if message else 70
     finally:
+        warnings.showwarning = before
         own_files.trust_nothing()
+
+
+def _warn(message: Warning | str, category: type[Warning], filename: str, *where: Any, **more: Any) -> None:
+    """A warning in the look of our messages; whose line of code it was is nobody's business but ours."""
+    if sys.stderr is not None:
+        with suppress(OSError):
+            print(f"lowrank: warning: {_short(printable(str(message)))}", file=sys.stderr)
+
+
+def _short(text: str, most: int = 4000) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
 
 
 def _mendable(error: Exception) -> str | None:
@@ -269,7 +287,9 @@ def _mendable(error: Exception) -> str | None:
             f"out of memory ({text.splitlines()[0]}): use a smaller --batch-size with a larger --grad-accum, a shorter "
             "context, --precision bf16 or --per-layer; what was saved is whole, --resume goes on from there"
         )
-    if isinstance(error, (ValueError, OSError, ImportError, ArithmeticError)):
+    if isinstance(error, OSError):
+        return _of_the_system(error) or text
+    if isinstance(error, (ValueError, ImportError, ArithmeticError)):
         return text
     damaged = (EOFError, re.error, csv.Error, zipfile.BadZipFile, zlib.error)
     if isinstance(error, damaged) or type(error).__name__ == "SafetensorError":
@@ -277,6 +297,27 @@ def _mendable(error: Exception) -> str | None:
     from lowrank.infra.checkpoint import CheckpointError  # and torch with it
 
     return text if isinstance(error, CheckpointError) else None
+
+
+def _of_the_system(error: OSError) -> str | None:
+    """An error of the operating system, which has no words but its own, with the file and what helps."""
+    if type(error).__module__ != "builtins" or error.filename is None or str(error)[:7] != "[Errno ":
+        return None
+    name = os.fsdecode(error.filename)
+    remedies = {
+        errno.ENOSPC: "make room, or choose another disk",
+        errno.EDQUOT: "make room, or choose another disk",
+        errno.EACCES: "give yourself the right to it, or choose another",
+        errno.EROFS: "choose another place",
+        errno.ENOENT: "make the folder first, or look at the name",
+        errno.EEXIST: "choose another name",
+        errno.ENOTDIR: "a folder is wanted where a file is: choose another name",
+        errno.EISDIR: "a file is wanted, and this is a folder: choose another name",
+        errno.ENAMETOOLONG: "choose a shorter name",
+        errno.EMFILE: "raise the limit of open files (ulimit -n)",
+    }
+    remedy = remedies.get(error.errno or 0)
+    return f"{name if len(name) < 200 else name[:60] + '…'}: {error.strerror}" + (f"; {remedy}" if remedy else "")
 
 
 def _reported(words: Sequence[str], error: Exception) -> str:

@@ -73,7 +73,7 @@ def train(parsed: Parsed) -> int:
     how: dict[str, Any] = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
     summary = train_run(run, out, resume=resumed is not None, elastic=elastic, **starts, **how)
     if is_first():
-        print(_verdict(out, summary))
+        print(printable(_verdict(out, summary)))
     return 130 if summary.get("interrupted") else 0
 
 
@@ -113,6 +113,8 @@ def compare(parsed: Parsed) -> int:
         offer=offer,
     )
     out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
+    if out.exists() and not out.is_dir():
+        raise UsageError(f"--out {out} is a file: give the name of a folder that is to hold the runs")
     how: dict[str, Any] = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
     outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, **how))
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
@@ -304,18 +306,18 @@ def export(parsed: Parsed) -> int:
             return 0
         if form == "peft":
             step = export_peft(source, out, which=which)
-            print(f"{out}: the adapter of {source} at step {step}, for PEFT")
+            print(printable(f"{out}: the adapter of {source} at step {step}, for PEFT"))
             return 0
         info = export_adapter(source, out, which=which)
         size = short_bytes((out / "adapter.safetensors").stat().st_size)
-        print(f"{out}: the adapter and head of {info.origin}, {size}")
+        print(printable(f"{out}: the adapter and head of {info.origin}, {size}"))
         return 0
     if form == "nanogpt":
         step, note = export_nanogpt(source, outs[0], which=which)
         print(f"{outs[0]}/ckpt.pt: the merged model of {source} at step {step}" + (f"\n{note}" if note else ""))
         return 0
     step = export_run(source, outs[0], which=which)
-    print(f"{outs[0]}: the merged model of {source} at step {step}")
+    print(printable(f"{outs[0]}: the merged model of {source} at step {step}"))
     return 0
 
 
@@ -464,10 +466,13 @@ def _existing(source: str) -> str:
     """
     folder = Path(source).expanduser()
     parent = folder.parent
-    meant = source.startswith((".", "/", "~")) or (parent != Path(".") and parent.is_dir())
+    deep = len(folder.parts) > 2 or source.endswith(("/", ".json", ".txt"))
+    meant = source.startswith((".", "/", "~")) or deep or (parent != Path(".") and parent.is_dir())
     if meant and not folder.exists():
         beside = [str(other) for other in parent.iterdir()] if parent.is_dir() else []
         raise FileNotFoundError(f"there is no run or model {source}{nearest(source, beside)}")
+    if folder.is_file():
+        raise ValueError(f"{source} is a file: give the folder of a run or a model")
     return source
 
 

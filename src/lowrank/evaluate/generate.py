@@ -52,7 +52,9 @@ def generate(
     """
     if not prompt:
         raise ValueError("the prompt is empty; give at least one character, such as a new line")
-    check_sampling(tokens, temperature, top_k)
+    if not prompt.isascii() and prompt != prompt.encode("utf-8", "replace").decode():
+        raise ValueError(f"the prompt {prompt[:40]!r} is not UTF-8: give it in your terminal's encoding")
+    check_sampling(tokens, temperature, top_k, seed)
     model, own = open_model(source, device, tokenizer=tokenizer, base=base)
     ids = own.prompt(prompt)
     how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed, "ends": ends_of(model, own)}
@@ -144,11 +146,15 @@ def _whole_tokenizer(spec: str) -> Tokenizer:
     return saved_tokenizer(spec) or model_tokenizer(spec)
 
 
-def check_sampling(tokens: int, temperature: float, top_k: int | None) -> None:
+def check_sampling(tokens: int, temperature: float, top_k: int | None, seed: int = 0) -> None:
     """Raise ValueError for a number out of its range."""
     if tokens < 1:
         raise ValueError(f"tokens={tokens} must be at least 1")
-    if temperature < 0:
-        raise ValueError(f"temperature={temperature} must not be negative")
+    if tokens > 2**31 - 1:
+        raise ValueError(f"tokens={tokens}: at most {2**31 - 1} can be meant")
+    if not 0 <= seed < 2**63:
+        raise ValueError(f"seed={seed} must be at least 0 and below 2^63")
+    if temperature < 0 or 0 < temperature < 1e-6:
+        raise ValueError(f"temperature={temperature} must be 0, which takes the likeliest token, or at least 1e-6")
     if top_k is not None and top_k < 1:
         raise ValueError(f"top_k={top_k} must be at least 1, or none")

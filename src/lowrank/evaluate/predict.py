@@ -68,6 +68,7 @@ def predict(
         FloatingPointError: the model gives NaN.
     """
     paths = _files(images)
+    _check_out(out, paths)
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
     if adapter is not None:
@@ -118,7 +119,10 @@ def base_model(info: AdapterInfo, base: str | None = None) -> nn.Module:
     path = Path(base).expanduser() if base is not None else None
     if path is not None and (path / "run.json").is_file():
         root = run_folder(path)
-        call = Run.read(root / "run.json").model
+        run = Run.read(root / "run.json")
+        if run.task != info.task:
+            raise ValueError(f"--base {base} is a run on {run.task}, and the adapter is for {info.task}")
+        call = run.model
         weights = checkpoint.load(pick_checkpoint(root, "best")).tensors
     elif base is not None and (base == "hub" or (path is not None and path.exists())):
         call = Call(name=call.name, args={**call.args, "path" if call.name == "hf-vit" else "weights": base})
@@ -127,7 +131,12 @@ def base_model(info: AdapterInfo, base: str | None = None) -> nn.Module:
             raise ValueError(f"--base {base}: there is no such file or folder, and {call.name} has no models by name")
         call = Call(name="vit", args={**call.args, "name": base})
     torch.manual_seed(info.seed)  # a base that was drawn at random is drawn again
-    model = MODELS[call.name](info.data(), **call.args)
+    if call.name not in MODELS:
+        raise ValueError(f"the adapter's base is {call.name!r}, a model that is not known here: say where, --base RUN")
+    try:
+        model = MODELS[call.name](info.data(), **call.args)
+    except TypeError as error:
+        raise ValueError(f"the adapter's base, {call.name}, does not take what the adapter says: {error}") from error
     if weights is not None:
         ours = model.state_dict()
         missing = [n for n in info.base if n not in weights or n not in ours or weights[n].shape != ours[n].shape]
@@ -135,6 +144,18 @@ def base_model(info: AdapterInfo, base: str | None = None) -> nn.Module:
             raise ValueError(f"the run {base} is of another model than the adapter: it has no {', '.join(missing[:3])}")
         model.load_state_dict({n: weights[n] for n in info.base}, strict=False)
     return model
+
+
+def _check_out(out: str | None, images: Sequence[Path]) -> None:
+    """Refuse, before any work, a file that could not be written, or is one of the images."""
+    if out is None:
+        return
+    path = Path(out)
+    if path.is_dir() or not path.parent.is_dir():
+        why = "is a folder" if path.is_dir() else f"cannot be: there is no folder {path.parent}"
+        raise ValueError(f"--out {out} {why}; give the name of a file that is to be written")
+    if path.exists() and any(path.samefile(image) for image in images):
+        raise ValueError(f"--out {out} is one of the images, and would be overwritten: choose another name")
 
 
 def _files(images: Sequence[str]) -> list[Path]:

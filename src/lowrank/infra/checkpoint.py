@@ -171,7 +171,7 @@ def publish_(temporary: Path, root: Path, step: int, *, keep: int, best: bool) -
     finish_(temporary, folder)
     if best:
         write_json(root / "best.json", {"folder": folder.name, "step": step}, indent=None)
-    _prune(root, keep)
+    prune_(root, keep)
     return folder
 
 
@@ -192,9 +192,22 @@ def load(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
     refuse_newer(folder)
     if wrong := damage(folder):
         raise CheckpointError(f"checkpoint {folder} is damaged: {wrong}{_remedy(folder)}")
-    state = json.loads((folder / STATE).read_text())
+    state = _state(folder)
     refuse_newer(folder, state)
     return Checkpoint(folder=folder, state=state, device=device)
+
+
+def _state(folder: Path) -> dict[str, Any]:
+    """What `state.json` holds, which has everything that a checkpoint says."""
+    try:
+        state = json.loads((folder / STATE).read_text())
+        sound = all(isinstance(state[name], dict) for name in ("model", "nest", "tree")) and int(state["step"]) >= 0
+        sound = sound and {"optimizer", "meta"} <= state["tree"].keys()
+    except (ValueError, KeyError, TypeError):
+        sound = False
+    if not sound:
+        raise CheckpointError(f"checkpoint {folder} is damaged: {STATE} does not say what was saved{_remedy(folder)}")
+    return state
 
 
 def saved(root: Path) -> list[Path]:
@@ -364,9 +377,10 @@ def _remove_unfinished(root: Path) -> None:
         shutil.rmtree(folder)
 
 
-def _prune(root: Path, keep: int) -> None:
+def prune_(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` steps, and the best until the oldest of these, to which their best metric
     belongs; of one step only the newest revision stays."""
+    (root / ".best.json.writing").unlink(missing_ok=True)  # of a process that died
     newest = list({_age(folder)[0]: folder for folder in saved(root)}.values())
     until = [folder for folder in newest if _age(folder) <= _age(newest[-keep:][0]) and was_best(folder)]
     kept = {*newest[-keep:], until[-1] if until else best(root)}

@@ -63,9 +63,12 @@ def refuse_newer(folder: Path, description: Mapping[str, Any] | None = None) -> 
         CheckpointError: naming the version that wrote it.
     """
     described = _described(folder) if description is None else description
-    if described.get("format", FORMAT) > FORMAT:
+    written = described.get("format", FORMAT)
+    if not isinstance(written, int):
+        raise CheckpointError(f"checkpoint {folder} is damaged: it says that its format is {written!r}")
+    if written > FORMAT:
         raise CheckpointError(
-            f"checkpoint {folder} is of format {described['format']}, written by lowrank "
+            f"checkpoint {folder} is of format {written}, written by lowrank "
             f"{described.get('version', 'of a later version')}; this is lowrank {written_by()['version']}, which reads "
             f"up to format {FORMAT}: use the version that wrote it, or a newer one"
         )

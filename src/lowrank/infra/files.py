@@ -121,7 +121,7 @@ def locked(folder: Path) -> Iterator[None]:
     Raises:
         FolderInUseError: another process holds it.
     """
-    made = not folder.exists()
+    made = [each for each in (folder, *folder.parents) if not each.exists()]
     folder.mkdir(parents=True, exist_ok=True)
     path = folder / LOCK
     descriptor = _take(path)
@@ -137,8 +137,8 @@ def locked(folder: Path) -> Iterator[None]:
                 path.unlink()
         os.close(descriptor)
         with suppress(OSError):
-            if made:
-                folder.rmdir()
+            for each in made:  # as long as they are empty
+                each.rmdir()
 
 
 def _take(path: Path) -> int:

@@ -111,7 +111,10 @@ def read_log(path: Path) -> list[dict[str, Any]]:
     Raises:
         ValueError: a line before the last is not a record; the message names it.
     """
-    lines = path.read_text(encoding="utf-8").splitlines()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except UnicodeDecodeError as error:
+        raise ValueError(f"{path} is damaged: it is no text ({error})") from error
     records = []
     for number, line in enumerate(lines, start=1):
         try:
@@ -120,6 +123,8 @@ def read_log(path: Path) -> list[dict[str, Any]]:
             if number == len(lines):
                 break
             raise ValueError(f"{path}, line {number} is not a record: {line[:80]!r}") from error
+        if not isinstance(record, dict) or type(record.get("step")) is not int:
+            raise ValueError(f"{path}, line {number} is damaged: a record has the step that it belongs to")
         records.append(record)
     return records
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import sys
 import time
 from collections.abc import Callable
+from contextlib import suppress
 from typing import Any, TextIO
 
 from lowrank.infra.extras import import_extra
@@ -62,8 +63,11 @@ class Progress:
             parts.append(f"peak {short_bytes(peak_bytes)}")
         text = "  ".join([*parts, extra] if extra else parts)
         if self._bar is not None:
-            self._bar.set_description_str(text, refresh=False)
-            self._bar.update(step - self._bar.n)
+            try:
+                self._bar.set_description_str(text, refresh=False)
+                self._bar.update(step - self._bar.n)
+            except OSError:
+                self._bar = self._tqdm = None
         elif self._tqdm is not None and self._due(step):
             self._shown_at, self._shown_step = self._clock(), step
             look = {"initial": self._start, "prefix": text, "bar_format": self._line}
@@ -71,15 +75,19 @@ class Progress:
 
     def note(self, text: str) -> None:
         """Write a line that stays, above the live one."""
-        if self._bar is not None:
-            self._bar.write(text, file=self._stream)
-        elif self._tqdm is not None:
-            print(text, file=self._stream, flush=True)
+        try:
+            if self._bar is not None:
+                self._bar.write(text, file=self._stream)
+            elif self._tqdm is not None:
+                print(text, file=self._stream, flush=True)
+        except OSError:  # whoever read it has left, or its disk is full: no reason to stop training
+            self._bar = self._tqdm = None
 
     def close(self) -> None:
         """Leave the live line as it is and go to the next."""
         if self._bar is not None:
-            self._bar.close()
+            with suppress(OSError):
+                self._bar.close()
 
     def _due(self, step: int) -> bool:
         """Whether it is time for another plain line."""

@@ -17,12 +17,12 @@ A bank holds one base and any number of adapters:
 
 from __future__ import annotations
 
-import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
@@ -31,7 +31,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
 from lowrank.infra.convert import nearest
-from lowrank.infra.files import user_mode_, write_json
+from lowrank.infra.files import read_json, user_mode_, write_json
 from lowrank.infra.fingerprints import digest_of as digest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
@@ -84,6 +84,8 @@ class AdapterInfo:
     @staticmethod
     def from_json(content: Mapping[str, Any], where: object) -> AdapterInfo:
         known = AdapterInfo.__dataclass_fields__
+        if not isinstance(content, Mapping):
+            raise ValueError(f"an adapter is written as an object, got {content!r}")
         found = content.get("format")
         if isinstance(found, int) and found > FORMAT:
             raise ValueError(
@@ -95,7 +97,15 @@ class AdapterInfo:
             raise ValueError(f"{where} holds no adapter of format {FORMAT}: it says format {found!r}")
         given: dict[str, Any] = {name: value for name, value in content.items() if name in known}
         calls: dict[str, Any] = {name: Call.from_json(given.pop(name)) for name in ("method", "model")}
-        return AdapterInfo(**calls, **given | {"classes": tuple(content.get("classes", ()))})
+        for name, default in (("reading", {}), ("spec", {}), ("base", {}), ("metrics", {}), ("classes", [])):
+            if not isinstance(given.get(name, default), type(default)):
+                raise ValueError(f"{name} is written as {type(default).__name__}, got {given[name]!r}")
+        classes = tuple(content.get("classes", ()))
+        if len(set(classes)) != len(classes):
+            raise ValueError(f"classes are told apart by their names, got {', '.join(classes)}")
+        if type(given.get("seed", 0)) is not int or not 0 <= given.get("seed", 0) < 2**63:
+            raise ValueError(f"seed {given['seed']!r} must be a whole number of at least 0 and below 2^63")
+        return AdapterInfo(**calls, **given | {"classes": classes})
 
 
 def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterInfo:
@@ -169,10 +179,16 @@ def read_adapter(folder: Path) -> tuple[AdapterInfo, dict[str, Tensor]]:
             hint = "; lowrank export RUN --adapter OUT makes one of a run" if (folder / "run.json").is_file() else ""
             raise FileNotFoundError(f"{folder} is no adapter's folder: it has no {name}{hint}")
     try:
-        info = AdapterInfo.from_json(json.loads((folder / "adapter.json").read_text()), folder)
-        return info, load_file(folder / "adapter.safetensors")
-    except (json.JSONDecodeError, TypeError, KeyError) as error:
+        info = AdapterInfo.from_json(read_json(folder / "adapter.json"), folder)
+        if info.reading and info.spec:
+            info.data()  # says what does not fit
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise ValueError(f"{folder}/adapter.json cannot be read: {error}") from error
+    try:
+        tensors = load_file(folder / "adapter.safetensors")
+    except SafetensorError as error:
+        raise ValueError(f"{folder}/adapter.safetensors is damaged ({error}): get it again") from error
+    return info, tensors
 
 
 def trained_tensors(plan: Plan) -> dict[str, Tensor]:
@@ -263,7 +279,7 @@ class AdapterBank:
         """
         if name in self._known:
             raise ValueError(f"an adapter {name!r} is loaded already; give another name")
-        own = {n: nn.Parameter(t.clone(), requires_grad=False) for n, t in tensors.items() if ADAPTER not in n}
+        own = {n: self._own(name, n, t) for n, t in tensors.items() if ADAPTER not in n}
         self._check(name, info, own)
         before, flags = self.current, {n: p.requires_grad for n, p in self._base.items()}
         self.use(None)
@@ -312,13 +328,18 @@ class AdapterBank:
         wanted = {n: t for n, t in tensors.items() if ADAPTER in n}
         if not wanted:
             return {}
-        apply_(self.model, METHODS[info.method.name](**info.method.args), seed=info.seed)
+        try:
+            method = METHODS[info.method.name](**info.method.args)
+        except TypeError as error:
+            raise ValueError(f"the adapter {name!r}: its method does not take what it says: {error}") from error
+        apply_(self.model, method, seed=info.seed)
         layers = dict(adapted_layers(self.model))
         try:
             ours = {n: t for n, t in self.model.state_dict().items() if ADAPTER in n}
             wrong = [n for n in ours if n not in wanted or wanted[n].shape != ours[n].shape] + [
                 n for n in wanted if n not in ours
             ]
+            wrong += [n for n in ours if not wrong and ours[n].is_floating_point() != wanted[n].is_floating_point()]
             if wrong:
                 raise ValueError(f"the adapter {name!r} does not fit the base at {_some(wrong)}")
             self.model.load_state_dict(wanted, strict=False)
@@ -328,6 +349,13 @@ class AdapterBank:
         for layer in layers.values():
             layer.adapters.requires_grad_(False)
         return layers
+
+    def _own(self, name: str, key: str, t: Tensor) -> nn.Parameter:
+        """A parameter of the adapter's own, of the base's dtype."""
+        if not t.is_floating_point():
+            raise ValueError(f"the adapter {name!r} is damaged: {key} is {t.dtype}, and no weight is")
+        wanted = self._base[key].dtype if key in self._base else t.dtype
+        return nn.Parameter(t.to(wanted, copy=True), requires_grad=False)
 
     def _check(self, name: str, info: AdapterInfo, own: Mapping[str, Tensor]) -> None:
         missing = [n for n in (*info.base, *own) if n not in self._base]

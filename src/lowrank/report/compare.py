@@ -68,7 +68,10 @@ def parse_variant(text: str, offer: Catalogue | None = None) -> Variant:
         name, _, value = part.partition("=")
         name = name.replace("-", "_")
         of_the_run = "." in name or (name in options() and name not in known)
-        settings[name if of_the_run else f"method.{name}"] = value
+        option = name if of_the_run else f"method.{name}"
+        if option in settings:
+            raise ValueError(f"{text!r} gives {name} twice")
+        settings[option] = value
     if ":" in method and not is_own(method):
         raise ValueError(f"{text!r}: a colon is followed by name=value, as in lora:rank=16:lr=3e-3")
     return Variant(method=method, settings=settings)

@@ -212,9 +212,13 @@ class Run:
             FileNotFoundError, ValueError: there is none, or it does not hold a run; the message says what is wrong.
         """
         try:
-            return Run.from_json(json.loads(path.read_text(encoding="utf-8")))
+            content = json.loads(path.read_text(encoding="utf-8"))
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no run at {path}") from error
+        except ValueError as error:
+            raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+        try:
+            return Run.from_json(content)
         except (ValueError, TypeError) as error:
             raise ValueError(f"{path}: {error}") from error
 

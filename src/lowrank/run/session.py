@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import Any, Literal
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.images.source import FACTS, ImageData
@@ -31,7 +31,7 @@ from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import checkpoint_activations_
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
-from lowrank.run.overrides import catalogue
+from lowrank.run.overrides import catalogue, resolve
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run
 from lowrank.run.task import Task
@@ -151,7 +151,7 @@ def restore(
         ValueError: the checkpoint is of another model than the run.json describes.
     """
     root = run_folder(folder)
-    run = Run.read(root / "run.json")
+    run = _described(root)
     found = checkpoint_of(folder, which)
     saved = checkpoint.load(found)
     data = learnt_by_run(root, saved) if data is None else data
@@ -160,13 +160,40 @@ def restore(
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
     checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
-    try:
-        session.model.load_state_dict(saved.tensors)
-    except RuntimeError as error:
-        fault = str(error).splitlines()[-1].strip()
-        raise ValueError(f"{found} is not of the model that {root / 'run.json'} describes: {fault}") from error
+    load_fitting_(session.model, saved.tensors, found)
     session.model.eval()
     return session, saved.step
+
+
+def _described(root: Path) -> Run:
+    """The run that a folder's run.json describes, with every argument checked: somebody may have edited it."""
+    file = root / "run.json"
+    run = Run.read(file)
+    try:
+        run = resolve(run)
+        wanted = catalogue().facts("model", run.model.name).get("task")
+        if wanted not in (None, run.task) and not is_own(run.task):
+            raise ValueError(f"the model {run.model.name} is for {wanted}, and the task is {run.task}")
+        if not 0 <= run.seed < 2**63:
+            raise ValueError(f"seed {run.seed} must be at least 0 and below 2^63")
+    except ValueError as error:
+        raise ValueError(f"{file}: {error}") from error
+    return run
+
+
+def load_fitting_(model: nn.Module, state: Mapping[str, Tensor], found: Path) -> None:
+    """Load a checkpoint's tensors.
+
+    Raises:
+        ValueError: the checkpoint is of another model than the run.json describes.
+    """
+    try:
+        model.load_state_dict(state)
+    except RuntimeError as error:
+        fault = str(error).splitlines()[-1].strip()
+        raise ValueError(
+            f"{found} is not of the model that the run.json of its run describes: {fault}; was it edited?"
+        ) from error
 
 
 def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | UnreadText | None:

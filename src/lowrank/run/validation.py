@@ -53,7 +53,7 @@ def refuse_occupied(out: Path) -> None:
     Raises:
         FileExistsError: the folder holds a run; the message names the ways out.
     """
-    if (out / "run.json").exists() or (out / "log.jsonl").exists():
+    if any(any(out.glob(name)) for name in ("run.json", "log.jsonl", "checkpoints/step-*")):
         raise FileExistsError(
             f"{out} already holds a run: go on with it by --resume {out} (torchrun's restarts: --elastic), or "
             "choose another --out"
@@ -101,6 +101,9 @@ def _lengths(run: Run) -> Iterator[str]:
         yield f"--steps {run.steps}: at least 1 step is needed"
     if run.epochs is not None and run.epochs <= 0:
         yield f"--epochs {run.epochs:g} must be above 0"
+    for name in ("steps", "epochs", "stop_at"):
+        if (getattr(run, name) or 0) > _MOST:
+            yield f"--{name.replace('_', '-')} {getattr(run, name):g}: at most {_MOST} can be meant"
     if run.stop_at is not None and not 1 <= run.stop_at <= (run.steps or run.stop_at):
         beyond = f" and at most --steps {run.steps}" if run.steps else ""
         yield f"--stop-at {run.stop_at} must be at least 1{beyond}"

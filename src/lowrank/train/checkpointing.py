@@ -36,6 +36,7 @@ from lowrank.optim.sharded import consolidated_state, local_state, shard_specs
 from lowrank.optim.state import find_saved, leaves, mapped
 from lowrank.plan.plan import Plan
 from lowrank.run.run import Run
+from lowrank.run.session import load_fitting_
 from lowrank.train.folder import SaveRole, save_role
 
 if TYPE_CHECKING:
@@ -159,6 +160,7 @@ class Saver:
             self.coordinator.synchroniser.progress.since.update((saved.meta.get("work_of_ranks") or [{}] * ranks)[rank])
         if self.writer:
             checkpoint.discard_after(self.root, saved.step)
+            checkpoint.prune_(self.root, self.run.keep)  # a run killed right after it saved has not come to that
 
 
 # --- the model -------------------------------------------------------------------------------------------------------
@@ -207,7 +209,7 @@ def load_model_(plan: Plan, saved: Checkpoint) -> None:
     if not plan.shards or plan.intra_worker is None or plan.ranks is None:
         state = {name: own(name, tensor) for name, tensor in saved.tensors.items()}
         check_dtypes(held, state, saved)
-        plan.model.load_state_dict(state)
+        load_fitting_(plan.model, state, saved.folder)
         return
     plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
     shards = {name: shard for name, p in held.items() if (shard := shard_of(p, plan.intra_worker, name)) is not None}

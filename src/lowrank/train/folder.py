@@ -18,6 +18,7 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank.distributed.process_group import ProcessGroup, first_on_node
+from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.files import FolderInUseError, locked, read_json, write_json
 from lowrank.plan.plan import Plan
@@ -98,7 +99,7 @@ def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: boo
 
 
 def refuse_occupied(out: Path, *, new: bool) -> None:
-    if new and (out / "run.json").exists():
+    if new and ((out / "run.json").exists() or checkpoint.saved(out / "checkpoints")):
         raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
 
 

@@ -281,6 +281,10 @@ def _splits(entries: Sequence[Entry], labels: np.ndarray, options: Options, root
     val = (0.0 if "val" in given else 0.15) if options.val_fraction is None else options.val_fraction
     test = (0.0 if given else 0.15) if options.test_fraction is None else options.test_fraction
     open_ones = [i for i, entry in enumerate(entries) if entry.split in (None, "train")]
+    if not open_ones:
+        raise ValueError(
+            f"{root} leaves no image to train on: all are in the splits {', '.join(sorted(filter(None, given)))}"
+        )
     made = split_by_patient(labels[open_ones], [entries[i].patient for i in open_ones], val, test)
     places = [entry.split or "train" for entry in entries]
     for i, place in zip(open_ones, made, strict=True):

@@ -89,6 +89,8 @@ def read_npz(path: Path, options: Options) -> ImageSet:
         )
     arrays, digest = _arrays(path, options.unpack_large)
     labels = {split: _labels(arrays[f"{split}_labels"], path, split) for split in SPLITS}
+    if not len(labels["train"]):
+        raise ValueError(f"{path} has no image to train on: train_images or train_labels is empty")
     notes: tuple[str, ...] = ()
     if name is not None:
         kind, classes = _task(name)

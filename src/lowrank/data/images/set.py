@@ -39,6 +39,8 @@ class ImageSpec:
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
 
     def __post_init__(self) -> None:
+        if len(self.mean) != 3 or len(self.std) != 3:
+            raise ValueError(f"a mean and a deviation of each of three channels are needed, got {self}")
         if self.size < 1 or min(self.std) <= 0:
             raise ValueError(f"an image size of at least 1 and deviations above 0 are needed, got {self}")
 

@@ -58,6 +58,8 @@ def open_files(path: Path, *, column: str | None, delimiter: str | None = None, 
         raise ValueError(f"delimiter={delimiter!r}: it is one character that stands between the cells of CSV files")
     if separator == "" or (separator is not None and not kinds & set(PLAIN)):
         raise ValueError(f"{path} is a table, whose rows are its documents: leave separator={separator!r} out")
+    if separator is not None:
+        _mark(separator)
     for file in files:
         if kind_of(file) in TABLES:
             check_columns(file, column, delimiter)
@@ -186,7 +188,7 @@ def _read_all(
 def separated(pieces: Iterable[Piece], separator: str) -> Iterator[Piece]:
     """What stands between separators as documents of their own, each in pieces; ``separator`` may be written with
     escapes, as in ``\\n`` for one document a line."""
-    mark = separator.encode().decode("unicode_escape") if separator.isascii() else separator
+    mark = _mark(separator)
     rest = ""
     for text, ends in pieces:
         *whole, rest = (rest + text).split(mark)
@@ -198,6 +200,20 @@ def separated(pieces: Iterable[Piece], separator: str) -> Iterator[Piece]:
             cut = len(rest) - len(mark) + 1
             yield Piece(rest[:cut], False)
             rest = rest[cut:]
+
+
+def _mark(separator: str) -> str:
+    """A separator as it stands in the text.
+
+    Raises:
+        ValueError: a backslash in it begins no escape.
+    """
+    try:
+        return separator.encode().decode("unicode_escape") if separator.isascii() else separator
+    except UnicodeDecodeError as error:
+        raise ValueError(
+            f"separator={separator!r}: {error.reason}; a backslash is written twice, a new line \\n"
+        ) from error
 
 
 def files_of(folder: Path) -> list[Path]:

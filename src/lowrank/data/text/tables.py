@@ -91,6 +91,8 @@ def layout(file: Path, column: str | None, delimiter: str | None) -> tuple[str, 
             if candidate == candidates[-1] and not found:
                 raise
             continue
+        if delimiter and len(header) == 1 and any(other in header[0] for other in DELIMITERS):
+            raise ValueError(f"{file}: the header {header[0]!r} has no {delimiter!r} in it: is delimiter= another?")
         found.append((candidate, header))
         if column in header or (column is None and {name.lower() for name in header} & set(TEXT_COLUMNS)):
             return found[-1]

@@ -19,6 +19,7 @@ that spells ``<|endoftext|>`` does not end a document. Documents are ended by th
 import contextlib
 import hashlib
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -29,11 +30,13 @@ from typing import Any
 
 import numpy as np
 
+from lowrank.infra.convert import nearest
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SAVED = "lowrank_tokenizer.json"
+_HUB_NAME = re.compile(r"[\w.-]+(/[\w.-]+)?", re.ASCII)
 # Tokens that end a document in known vocabularies, for a tokenizer.json without a configuration beside it.
 USUAL_ENDS = (END_OF_DOCUMENT, "</s>", "<|end_of_text|>", "<eos>", "<|eos|>", "[SEP]")
 
@@ -270,6 +273,11 @@ def pretrained_tokenizer(spec: str) -> Tokenizer:
     file = path / "tokenizer.json" if path.is_dir() else path
     if file.is_file():
         return _from_file(file, spec)
+    if not path.is_dir() and (not _HUB_NAME.fullmatch(spec) or spec.endswith(".json")):
+        raise ValueError(
+            f"tokenizer {spec!r} is neither bytes, chars or bpe:N, nor a folder or file that is here, nor can it be a "
+            f"name on the hub{nearest(spec, ('bytes', 'chars', 'bpe:4096'))}"
+        )
     loader = import_extra("transformers", "text").AutoTokenizer
     try:
         backend = loader.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
