@@ -46,6 +46,7 @@ from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
 from lowrank.train.elastic import newest
 from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder, refuse_occupied
+from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
 
 __all__ = ["NotFinite", "train"]
@@ -176,6 +177,7 @@ class _Loop:
         parts = (run, session.plan, self.optimizer, self.scaler, self.coordinator, root)
         self.saver = Saver(*parts, writer=writer, learnt=session.data.to_json())
         self.clock = StepClock()
+        self.memory = RunMemory(session, self.optimizer, alone=self.coordinator.ranks is None)
 
     def _check_merge(self) -> None:
         merge = self.session.plan.method.merge
@@ -199,7 +201,8 @@ class _Loop:
         self.clock = StepClock()
         stop = stopping.is_set() and not self.coordinator.ranks
         while self.step < end and not stop:
-            record = self._one_step()
+            with self.memory.watching(self.memory.kind_of_step(self.step)):
+                record = self._one_step()
             self.step += 1
             record["loss"], stop = self.coordinator.after_step(record, stopping.is_set(), self.step)
             self._log(record)
@@ -280,7 +283,7 @@ class _Loop:
             self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in [*self.session.data.notes, *self.coordinator.notes(), *notes]:
+        for note in [*self.memory.notes(), *self.session.data.notes, *self.coordinator.notes(), *notes]:
             self.progress.note(note)
         try:
             yield
@@ -340,7 +343,8 @@ class _Loop:
             "ranks": self.coordinator.ranks,
         }
         where["sharing"] = self.coordinator.sharing
-        metrics = evaluate(session.model, batches, session.task, **where)
+        with self.memory.watching("evaluation"):
+            metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})
         if shown := [f"val {name} {metrics[name]:.4f}" for name in session.task.shown]:
@@ -416,6 +420,7 @@ class _Loop:
             "step_seconds": seconds,
             rate_name: statistics.median(r[rate_name] for r in records) if records else None,
             "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
+            **self.memory.to_json(),
             "seconds": _seconds(records),
             **self.coordinator.summary(records),
         }
