@@ -227,7 +227,7 @@ def test_a_run_killed_between_its_last_checkpoint_and_its_summary_is_finished(
 
 def test_what_is_not_finite_is_never_the_best(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     values = iter([math.nan, 2.0, -math.inf, 1.0, math.nan, 3.0, math.nan, math.nan])
-    monkeypatch.setattr("lowrank.train.loop.evaluate", lambda *_, **__: {"loss": next(values)})
+    monkeypatch.setattr("lowrank.train.loop.evaluate", lambda *_, **__: {"loss": next(values), "perplexity": 1.0})
     summary = train(tiny("full", eval_every=1), tmp_path / "run", quiet=True)
     assert summary["best_val_loss"] == 1.0
     assert checkpoint.best(tmp_path / "run" / "checkpoints") == tmp_path / "run" / "checkpoints" / "step-00000004"

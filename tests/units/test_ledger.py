@@ -21,6 +21,7 @@ from lowrank.run.estimate import estimate
 from lowrank.run.fit import _at_most, fitted
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
+from lowrank.train import memory
 
 SMALL: dict[str, dict[str, Any]] = {
     "gpt-mini": {"model.n_layer": 4, "model.n_embd": 32, "model.n_head": 2, "data.context": 32, "batch_size": 4},
@@ -275,3 +276,22 @@ def test_what_cannot_be_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
 def test_between_traces_batches_are_on_lines() -> None:
     points = [(1, 100), (8, 800), (64, 8000)]
     assert [_at_most(points, size) for size in (99, 100, 450, 800, 4400, 16000)] == [0, 1, 4, 8, 36, 126]
+
+
+# --- runs ------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_records_its_peaks_and_says_beforehand_that_it_will_not_fit(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 20)
+    lte = ["--method", "lte", "--method.rank", "2", "--method.merge_every", "3", "--steps", "4"]
+    words = ["train", "gpt-mini", *SHAPE, *lte, "--eval-batches", "1", "--max-grad-norm", "none", "--device", "cpu"]
+    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    said = capsys.readouterr()
+    assert "this run is predicted not to fit: it needs " in said.err + said.out
+    found = json.loads((tmp_path / "run" / memory.MEMORY).read_text())
+    assert set(found["measured_peak_bytes"]) == {"first", "ordinary", "merge", "evaluation"}
+    predicted = found["predicted"]["by_step"]
+    for step in ("first", "ordinary"):
+        assert found["measured_peak_bytes"][step] == pytest.approx(predicted[step], rel=0.03)

@@ -47,6 +47,7 @@ from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
 from lowrank.train.elastic import newest
 from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder, refuse_occupied
+from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
 
 __all__ = ["NotFinite", "train"]
@@ -140,6 +141,7 @@ def _train(
     interrupted = stopping.is_set() and loop.step < loop.end
     summary = loop.summary(interrupted=interrupted)
     if writer:
+        loop.memory.write(out)
         write_json(out / SUMMARY, summary)
     if stopping.is_set():
         loop.coordinator.wait()  # the launcher ends all ranks when the first leaves with an exit status
@@ -187,6 +189,7 @@ class _Loop:
         parts = (run, session.plan, self.optimizer, self.scaler, self.coordinator, root)
         self.saver = Saver(*parts, writer=writer, data=session.data)
         self.clock = StepClock()
+        self.memory = RunMemory(session, self.optimizer, alone=self.coordinator.ranks is None)
 
     def _eval_every(self) -> int:
         """Steps between evaluations; 0: never, as asked for or as there is nothing to evaluate on."""
@@ -223,7 +226,8 @@ class _Loop:
         self.clock = StepClock()
         stop = stopping.is_set() and not self.coordinator.ranks
         while self.step < end and not stop:
-            record = self._one_step()
+            with self.memory.watching(self.memory.kind_of_step(self.step)):
+                record = self._one_step()
             self.step += 1
             record["loss"], stop = self.coordinator.after_step(record, stopping.is_set(), self.step)
             self._log(record)
@@ -304,7 +308,7 @@ class _Loop:
             self.writers = open_writers(self.out, run.to_json(), **others, after=after)
         unit = self.session.task.unit
         self.progress = Progress(self.end, start=self.step, quiet=self.quiet, unit=unit)
-        for note in [*self.session.data.notes, *self.notes(), *notes]:
+        for note in [*self.memory.notes(), *self.session.data.notes, *self.notes(), *notes]:
             self.progress.note(note)
         try:
             yield
@@ -360,7 +364,8 @@ class _Loop:
             "ranks": self.coordinator.ranks,
         }
         where["sharing"] = self.coordinator.sharing
-        metrics = evaluate(session.model, batches, session.task, **where)
+        with self.memory.watching("evaluation"):
+            metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
         self._write({"step": self.step, **self.latest_metrics})
         if shown := [f"val {name} {metrics[name]:.4f}" for name in session.task.shown]:
