@@ -86,7 +86,8 @@ class Sheet:
         return found
 
     def __str__(self) -> str:
-        return "\n".join([self.title, self.answer(), "", *self._table(), "", *self._steps(), *self._closing()])
+        answer = self.answer().split("; ")  # two lines, for narrow terminals
+        return "\n".join([self.title, *answer, "", *self._table(), "", *self._steps(), *self._closing()])
 
     def answer(self) -> str:
         """The answer in one sentence."""
@@ -103,7 +104,8 @@ class Sheet:
         cards = [card for card in CARDS if self.total <= card << 30]
         if not cards:
             return f"{text}; fits no card of {CARDS[-1]} GB"
-        return f"{text}; fits a {cards[0]} GB card with {gib((cards[0] << 30) - self.total)} to spare"
+        a = "an" if cards[0] in (8, 80) else "a"
+        return f"{text}; fits {a} {cards[0]} GB card with {gib((cards[0] << 30) - self.total)} to spare"
 
     def _table(self) -> list[str]:
         rows = [(kind, self.peak.parts.get(kind, 0), "") for kind in KINDS]
