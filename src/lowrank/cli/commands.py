@@ -190,7 +190,7 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
     print(text_table(header, body))
     print("\npeak of one step, CUDA's context of 512 MiB assumed; then the largest micro-batch that fits a card")
     for name, (sheet, _) in found.items():
-        print(f"{name}: {sheet.answer()}")
+        print(f"{name}: " + sheet.answer().replace("; ", "\n    "))
     if "out" in parsed.options:
         from lowrank.report.memory import draw
 
