@@ -471,8 +471,8 @@ def _existing(source: str) -> str:
     if meant and not folder.exists():
         beside = [str(other) for other in parent.iterdir()] if parent.is_dir() else []
         raise FileNotFoundError(f"there is no run or model {source}{nearest(source, beside)}")
-    if folder.is_file():
-        raise ValueError(f"{source} is a file: give the folder of a run or a model")
+    if folder.is_file() and folder.suffix not in (".pt", ".pth"):  # nanoGPT's ckpt.pt is a model
+        raise ValueError(f"{source} is a file: give the folder of a run or a model, or nanoGPT's ckpt.pt")
     return source
 
 
