@@ -202,6 +202,24 @@ def test_a_script_s_step_is_predicted_and_measured(kind: str) -> None:
     assert sheet.total == pytest.approx(both.predicted.total, rel=0.01)
 
 
+@pytest.mark.parametrize("padded", [False, True])
+def test_masks_are_taken_as_they_are(padded: bool) -> None:
+    """A model that sees that nothing is padded makes no mask; one that must mask holds it in every layer."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    shape = {"hidden_size": 32, "intermediate_size": 64, "num_attention_heads": 2, "num_hidden_layers": 3}
+    model = LlamaForCausalLM(LlamaConfig(**shape, vocab_size=100, max_position_embeddings=256))
+    ids = torch.randint(0, 100, (2, 256))
+    batch = {"input_ids": ids, "labels": ids, "attention_mask": torch.ones_like(ids)}
+    if padded:
+        batch["attention_mask"][0, 200:] = 0
+    optimizer = torch.optim.AdamW(model.parameters())
+    with lowrank.ledger(model, optimizer, batch) as both:
+        took(model, optimizer, batch)
+    first = max(p.total for (step, _), p in both.predicted.counts.peaks.items() if step == "first")
+    assert both.measured == pytest.approx(first, rel=0.01)
+
+
 def test_peft_models_and_a_trainer_s_arguments(tmp_path: Path) -> None:
     peft = pytest.importorskip("peft")
     from transformers import TrainingArguments

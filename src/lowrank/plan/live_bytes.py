@@ -12,12 +12,11 @@ Kinds are words of ``KINDS``. A place is (the kind of step, where in it), such a
 from __future__ import annotations
 
 import gc
-import importlib
 import warnings
 import weakref
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -26,7 +25,6 @@ from torch import Tensor
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
-from torch.utils.flop_counter import flop_registry
 
 WEIGHTS, FACTORS, KEPT = "weights", "factors", "kept copies"
 MOMENTS, BASIS, OTHER_STATE = "moments", "basis", "other state"
@@ -54,14 +52,6 @@ class _Held:
 
 
 @dataclass
-class Work:
-    """What was computed at one place."""
-
-    flops: int = 0
-    moved: int = 0  # bytes read and written by operations
-
-
-@dataclass
 class Counts:
     """What a mode has seen."""
 
@@ -69,7 +59,6 @@ class Counts:
     rounding: int = 0
     parts: Counter[str] = field(default_factory=Counter)
     peaks: dict[Place, Peak] = field(default_factory=dict)
-    work: dict[Place, Work] = field(default_factory=dict)
 
 
 class LiveBytes(TorchDispatchMode):
@@ -79,7 +68,11 @@ class LiveBytes(TorchDispatchMode):
         super().__init__()
         self.counts, self._held = Counts(), dict[int, _Held]()
         self.kind, self.step, self.where = ACTIVATIONS, "first", "forward"
-        self.working = False  # whether to count operations as well
+
+    @property
+    def peak(self) -> int:
+        """The most bytes that were held at any place."""
+        return max(peak.total for peak in self.counts.peaks.values())
 
     def at(self, where: str, kind: str | None = None, *, step: str | None = None) -> None:
         """From now on this is the place, and what is created is of ``kind``."""
@@ -130,21 +123,10 @@ class LiveBytes(TorchDispatchMode):
                     added = True
         if added:
             self._note()
-        if self.working:
-            self._count_work(func, args, kwargs or {}, out)
         return out
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)
-
-    def _count_work(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        work = self.counts.work.setdefault((self.step, self.where), Work())
-        packet = func._overloadpacket
-        if packet in flop_registry:
-            work.flops += flop_registry[packet](*args, **kwargs, out_val=out)
-        if not func.is_view:
-            seen = {t.data_ptr() if not isinstance(t, FakeTensor) else id(t): t for t in _tensors((args, kwargs, out))}
-            work.moved += sum(t.numel() * t.element_size() for t in seen.values())
 
 
 class FakeLiveBytes(LiveBytes):
@@ -186,23 +168,14 @@ def _tensors(values: Any) -> Iterator[Tensor]:
 
 
 @contextmanager
-def without_guesses() -> Iterator[None]:
-    """transformers takes fake tensors for a graph that is being recorded, and would make masks that a step does not:
-    here it is told that nothing is recorded, as is true. The collector of cycles has nothing to do."""
+def undisturbed() -> Iterator[None]:
+    """While steps are traced: without the collector of cycles, which has nothing to do, and warnings of fakes."""
     collecting = gc.isenabled()
     gc.disable()
-    masking: Any = None
-    with suppress(ImportError):
-        masking = importlib.import_module("transformers.masking_utils")
-    before = getattr(masking, "iswithout_guesses", None)
     try:
-        if before is not None:
-            masking.iswithout_guesses = lambda *args, **kwargs: False
         with warnings.catch_warnings():
             warnings.filterwarnings("ignore", "Accessing the data pointer of FakeTensor")
             yield
     finally:
-        if before is not None:
-            masking.iswithout_guesses = before
         if collecting:
             gc.enable()

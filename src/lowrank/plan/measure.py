@@ -4,8 +4,9 @@
     with lowrank.ledger(model, optimizer, batch) as sheet: …one step…  the same, and what that step really took
     print(sheet)
 
-For the prediction the model's parameters and buffers, and the batch, are for a moment replaced by tensors that have
-shapes and no numbers; steps of every kind but merges are taken on those (``plan.trace``), and all is put back.
+For the prediction the model's parameters and buffers, and the batch's floating-point tensors, are for a moment replaced
+by tensors that have shapes and no numbers; steps of every kind but merges are taken on those (``plan.trace``), and all
+is put back. The batch's ids and masks stay as they are, since by them a model chooses how it attends.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ from torch.utils._pytree import tree_map_only
 
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
-from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, FakeLiveBytes, LiveBytes, Peak, without_guesses
+from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, FakeLiveBytes, LiveBytes, Peak, undisturbed
 from lowrank.plan.plan import Plan
 from lowrank.plan.sheet import Sheet
 from lowrank.plan.trace import Setup, Steps, hold_static
@@ -67,7 +68,7 @@ class Ledgered:
             self.measured = torch.cuda.max_memory_allocated(self._device)
             return
         self._live.__exit__(*error)
-        self.measured = max(peak.total for peak in self._live.counts.peaks.values())
+        self.measured = self._live.peak
         self._live = None
 
     @property
@@ -82,7 +83,7 @@ def ledger(model: nn.Module, optimizer_or_plan: Any, batch: Any, loss: Loss | No
         model: any module, PEFT's included, as it is about to be trained. It is left as it was.
         optimizer_or_plan: an optimizer of torch or of this library, a plan (``lowrank.apply_``), or the
             ``TrainingArguments`` of a transformers ``Trainer``.
-        batch: what ``loss`` takes, of tensors in any nest; only shapes and dtypes count.
+        batch: what ``loss`` takes, of tensors in any nest; of floating-point ones only shapes and dtypes count.
         loss: ``loss(model, batch)`` gives the scalar to go backward from; by default ``model(**batch).loss``.
 
     Raises:
@@ -122,10 +123,10 @@ def ledger(model: nn.Module, optimizer_or_plan: Any, batch: Any, loss: Loss | No
 
 def _traced(live: FakeLiveBytes, model: nn.Module, given: Any, batch: Any, loss: Loss) -> dict[str, int]:
     """Go through steps of every kind but merges, which would change what adapters count; gives the static bytes."""
-    with without_guesses(), _arguments(model, given) as (accumulate, autocast), _faked(live, model) as fake, live:
+    with undisturbed(), _arguments(model, given) as (accumulate, autocast), _faked(live, model) as fake, live:
         live.kind = ACTIVATIONS
         optimizer = _optimizer(model, given, fake)
-        data = tree_map_only(Tensor, live.fake.from_tensor, batch)
+        data = tree_map_only(Tensor, lambda t: live.fake.from_tensor(t) if t.is_floating_point() else t, batch)
         live.hold(_leaves(data), ACTIVATIONS)
         hold_static(live, model, optimizer)
         static = {kind: live.counts.parts[kind] for kind in STATIC}

@@ -6,7 +6,7 @@
     kept        copies that adapters hold beside their factors (LTE's merged factors), the outer optimizer's momentum,
                 and over several ranks the local rest as it last was everywhere, where its changes travel rounded
 
-Of a sharded model (``sharding.shard_``) everything is what this rank holds. Activations depend on batch and context
+Of a sharded model (``plan.fsdp.shard_``) everything is what this rank holds. Activations depend on batch and context
 and are not in it, nor is the one block whose weights are whole while it is computed; a run's log has the measured peak.
 """
 
@@ -60,7 +60,7 @@ def ledger(plan: Plan) -> Ledger:
     return Ledger(
         weights=sum(map(_bytes, plain)) + sum(b.numel() * b.element_size() for b in buffers),
         factors=sum(map(_bytes, factor)),
-        kept=sum(b.numel() * b.element_size() for b in kept.values()) + _anchor_bytes(plan),
+        kept=sum(b.numel() * b.element_size() for b in kept.values()) + _reference_bytes(plan),
         gradients=sum(gradients),
         largest_gradient=max(gradients, default=0),
         state=sum(state_bytes(row.rule, row.shape, row.dtype) for row in rows if row.rule is not None),
@@ -76,7 +76,7 @@ def _held(row: Row, plan: Plan) -> Row:
     return replace(row, shape=part.local_shape, rule=rule)
 
 
-def _anchor_bytes(plan: Plan) -> int:
+def _reference_bytes(plan: Plan) -> int:
     merge = plan.method.merge
     if plan.ranks is None or merge is None or merge.exchange == "float32":
         return 0

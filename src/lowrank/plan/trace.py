@@ -36,7 +36,6 @@ from lowrank.plan.live_bytes import (
     Counts,
     LiveBytes,
     Peak,
-    Work,
 )
 from lowrank.plan.plan import Plan, merge_
 
@@ -251,7 +250,4 @@ def extrapolated(few: Counts, more: Counts, blocks: tuple[int, int, int]) -> Cou
         parts = {name: line(before.parts.get(name, 0), peak.parts.get(name, 0)) for name in names}
         total, rounding = line(before.total, peak.total), line(before.rounding, peak.rounding)
         found.peaks[place] = Peak(total, parts, rounding)
-    for place in dict.fromkeys((*few.work, *more.work)):
-        x, y = few.work.get(place, Work()), more.work.get(place, Work())
-        found.work[place] = Work(line(x.flops, y.flops), line(x.moved, y.moved))
     return found

@@ -24,7 +24,7 @@ from lowrank.data.images.source import ImageData
 from lowrank.data.text.finetuning import default_context
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import blocks_of
-from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, without_guesses
+from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed
 from lowrank.plan.plan import Plan
 from lowrank.plan.sheet import STARTING, Sheet
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
@@ -60,7 +60,7 @@ def estimate(run: Run, *, on_card: bool = True) -> Sheet:
 
 def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
     """On fake tensors, or on real ones where a model has to have them."""
-    with without_guesses():
+    with undisturbed():
         whole, notes, session, optimizer = _made(run, kind)
         static = {kind: whole.counts.parts[kind] for kind in STATIC if whole.counts.parts[kind]}
         blocks, plan, layers = blocks_of(session.model), session.plan, str(session.plan)
@@ -92,7 +92,6 @@ def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
 def _made(run: Run, kind: type[LiveBytes], blocks: int | None = None) -> tuple[LiveBytes, list[str], Session, Setup]:
     """(what counts, what was assumed, the session, what takes its steps), all made and counted."""
     live = kind()
-    live.working = blocks is not None
     with live:
         live.at("making the model", WEIGHTS, step=STARTING)
         session, notes = fake_session(run, blocks)

@@ -71,7 +71,7 @@ class RunMemory:
             hold_static(live, self.session.model, self.optimizer)
             with live:
                 yield
-            self.measured[kind] = max(peak.total for peak in live.counts.peaks.values())
+            self.measured[kind] = live.peak
 
     def write(self, folder: Path) -> None:
         """``memory.json``: by kind of step what was measured, the kinds of earlier starts of the run included, and what
