@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator
 from typing import Any, Literal
 
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer
-from lowrank.evaluate.generate import check_sampling, continuation, ends_of, open_model
+from lowrank.evaluate.generate import check_sampling, context_of, continuation, ends_of, open_model
 
 
 def chat(
@@ -57,10 +57,10 @@ def chat(
     said: list[dict[str, str]] = []
     for number, question in enumerate(text for text in questions if text.strip()):
         said.append({"role": "user", "content": question})
-        ids, dropped = _within(tokenizer, told, said, _positions(model) - 1)
+        ids, dropped = _within(tokenizer, told, said, context_of(model) - 1)
         if dropped:
             note(f"the model's context is full: {dropped} of the oldest turns are left out")
-        room = max(1, min(tokens, _positions(model) - len(ids)))
+        room = max(1, min(tokens, context_of(model) - len(ids)))
         how: dict[str, Any] = {"temperature": temperature, "top_k": top_k, "seed": seed + number, "ends": ends}
         answer = tokenizer.decode(continuation(model, ids, room, **how)).strip()
         said.append({"role": "assistant", "content": answer})
@@ -82,7 +82,3 @@ def _within(
             )
         del said[:2]
         dropped += 2
-
-
-def _positions(model: Any) -> int:
-    return getattr(model.config, "max_position_embeddings", None) or model.config.n_positions

@@ -6,6 +6,7 @@ outgrows the model's context, it goes on from the last half of it.
 
 from __future__ import annotations
 
+import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any, Literal
@@ -13,6 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowrank.data.text.fit import positions_of
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, saved_tokenizer
 from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
@@ -63,6 +65,11 @@ def generate(
     return prompt + (whole[len(before) :] if whole.startswith(before) else own.decode(made))
 
 
+def context_of(model: Any) -> int:
+    """How many tokens the model can see; no bound where it names none."""
+    return positions_of(model) or sys.maxsize
+
+
 def continuation(
     model: Any,
     ids: list[int],
@@ -80,7 +87,7 @@ def continuation(
     """
     from transformers import GenerationConfig
 
-    context = getattr(model.config, "max_position_embeddings", None) or model.config.n_positions
+    context = context_of(model)
     sampling = {"temperature": temperature, "top_k": top_k or 0} if temperature else {}
     model.generation_config = GenerationConfig(
         do_sample=temperature > 0, eos_token_id=list(ends) or None, pad_token_id=ends[0] if ends else 0, **sampling

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.data.text.corpora import Corpus
+from lowrank.data.text.fit import positions_of
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.models.nanogpt import is_nanogpt, read_nanogpt
@@ -241,7 +242,7 @@ def _cross_entropy(logits: Tensor, labels: Tensor) -> Tensor:
 def _checked(model: nn.Module, data: Corpus, path: str) -> nn.Module:
     config: Any = model.config
     data.check_vocabulary(config.vocab_size)
-    positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    positions = positions_of(model)
     if positions and (data.context or 0) > positions:
         raise ValueError(f"data.context={data.context} is beyond the {positions} positions of {path}")
     return model

@@ -26,7 +26,7 @@ from lowrank.data.text.batches import (
     Windows,
     evaluation_batches,
 )
-from lowrank.data.text.fit import check_fits
+from lowrank.data.text.fit import check_fits, positions_of
 from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
@@ -57,16 +57,40 @@ class Corpus(Protocol):
     def check_vocabulary(self, vocab_size: int) -> None: ...
 
 
-class _Text(Data):
-    """What all text has in common for a model."""
+class ReadText(Data):
+    """What all text that was read by a tokenizer has in common for a model and a run."""
 
-    context: int
+    context: Any  # tokens in a sequence; None until the model is known
     tokenizer: Any
+    origin: str  # the full path of a local source; empty for a name
+
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.vocab_size)
+
+    @property
+    def end_of_document(self) -> int | None:
+        end: int | None = self.tokenizer.end_of_document
+        return end
+
+    def learnt_by(self, run: Any, *, whole: bool = False) -> Self:
+        """Raise ValueError unless the run's tokenizer is the one that has read this."""
+        if self.tokenizer.fingerprint != run.tokenizer.fingerprint:
+            raise ValueError(
+                f"this text was read by tokenizer {self.tokenizer.spec!r} and the run was trained with another "
+                f"({run.tokenizer.spec!r}, {run.vocab_size:,} ids): give the text itself, or tokens that the run's made"
+            )
+        return self
+
+    def to_json(self) -> dict[str, Any]:
+        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
+
+    def write_facts(self, folder: Path) -> None:
+        save_run_tokenizer(self.tokenizer, folder)
 
     def for_model(self, model: nn.Module) -> Self:
         """Raise ValueError where a sequence is longer than the positions that the model has."""
-        config = getattr(model, "config", None)
-        positions = getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+        positions = positions_of(model)
         if positions and self.context > positions:
             raise ValueError(f"data.context={self.context} is beyond the {positions} positions of the model")
         if (tokenizer := self._known_tokenizer()) is not None:
@@ -82,7 +106,7 @@ class _Text(Data):
 
 
 @dataclass(frozen=True)
-class TextData(_Text):
+class TextData(ReadText):
     """Tokenised text."""
 
     tokens: Tokens
@@ -103,17 +127,10 @@ class TextData(_Text):
         learnt = spec == "chars" or spec.startswith("bpe:")
         return {**args, "tokenizer": str(self.tokens.folder) if learnt else spec}
 
-    def learnt_by(self, run: Any, *, whole: bool = False) -> TextData:
-        """Raise ValueError unless the run's tokenizer has made these tokens."""
-        return made_by_the_tokenizer_of(self, run)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
-
     def write_facts(self, folder: Path) -> None:
         """The tokenizer; of nanoGPT's folders it may not be known."""
         with contextlib.suppress(ValueError):
-            save_run_tokenizer(self.tokenizer, folder)
+            super().write_facts(folder)
 
     @property
     def vocab_size(self) -> int:
@@ -150,7 +167,7 @@ class TextData(_Text):
 
 
 @dataclass
-class StreamedText(_Text):
+class StreamedText(ReadText):
     """Text that is tokenised as it is read; its length is not known, so runs say ``steps`` and ``eval_batches``."""
 
     source: Source
@@ -159,14 +176,6 @@ class StreamedText(_Text):
     packing: Packing = "documents"
     origin: str = ""
     _vocabulary: int | None = field(default=None, init=False)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def end_of_document(self) -> int | None:
-        return self.tokenizer.end_of_document
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Ids are checked against this vocabulary as they come: T5's 32,100 hold sentinels that no text has."""
@@ -180,16 +189,6 @@ class StreamedText(_Text):
 
     def has(self, split: str) -> bool:
         return split in self.source.splits
-
-    def learnt_by(self, run: Any, *, whole: bool = False) -> StreamedText:
-        """Raise ValueError unless the run's tokenizer is this one's."""
-        return made_by_the_tokenizer_of(self, run)
-
-    def to_json(self) -> dict[str, Any]:
-        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
-
-    def write_facts(self, folder: Path) -> None:
-        save_run_tokenizer(self.tokenizer, folder)
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches, shuffled within a buffer."""
@@ -287,20 +286,6 @@ def open_run_tokenizer(folder: Path) -> Tokenizer | None:
     """
     final = folder / RUN_TOKENIZER
     return load_tokenizer(final) if final.is_dir() else None
-
-
-def made_by_the_tokenizer_of(data: Any, run: Any) -> Any:
-    """``data``, if the tokenizer of a ``run`` has read it.
-
-    Raises:
-        ValueError: another one has.
-    """
-    if data.tokenizer.fingerprint != run.tokenizer.fingerprint:
-        raise ValueError(
-            f"this text was read by tokenizer {data.tokenizer.spec!r} and the run was trained with another "
-            f"({run.tokenizer.spec!r}, {run.vocab_size:,} ids): give the text itself, or tokens that the run's made"
-        )
-    return data
 
 
 def place_of(source: str) -> str:

@@ -10,14 +10,13 @@ from typing import TYPE_CHECKING, Any, Literal
 
 import torch
 
-from lowrank.data.catalogue import Data
 from lowrank.data.split_names import SPLITS
 from lowrank.data.text.batches import Batch, BatchSource, EvaluationRows, ShuffledRows
-from lowrank.data.text.corpora import made_by_the_tokenizer_of, place_of, save_run_tokenizer
+from lowrank.data.text.corpora import ReadText, place_of
 from lowrank.data.text.encode import Encoder, Loss
 from lowrank.data.text.example_rows import Row, divided_rows, open_rows
 from lowrank.data.text.examples import Example, Form, recognise
-from lowrank.data.text.fit import check_fits
+from lowrank.data.text.fit import check_fits, positions_of
 from lowrank.data.text.packing import Encoded, ExampleRows, packed
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
 from lowrank.infra.registry import register
@@ -29,7 +28,7 @@ MOST_CONTEXT = 2048  # tokens in a row, where nobody says otherwise: the attenti
 
 
 @dataclass(frozen=True, kw_only=True)
-class Examples(Data):
+class Examples(ReadText):
     """Examples for a causal language model.
 
     Attributes:
@@ -53,14 +52,6 @@ class Examples(Data):
     origin: str = ""
     notes: Sequence[str] = ()
     _rows: dict[str, ExampleRows] = field(default_factory=dict, repr=False, compare=False)
-
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def end_of_document(self) -> int | None:
-        return self.tokenizer.end_of_document
 
     def check_vocabulary(self, vocab_size: int) -> None:
         """Raise ValueError if an id is beyond a model's vocabulary."""
@@ -110,7 +101,7 @@ class Examples(Data):
         return [f"{', '.join(parts)}; {total}", f"{how}, of at most {self.context:,} tokens{cannot}"]
 
     def _context_in(self, model: nn.Module) -> tuple[int, list[str]]:
-        positions = _positions(model)
+        positions = positions_of(model)
         if self.context is not None:
             if positions and self.context > positions:
                 raise ValueError(f"--data.context {self.context} is beyond the {positions} positions of the model")
@@ -165,10 +156,6 @@ class Examples(Data):
     def arguments(self, args: Mapping[str, Any]) -> dict[str, Any]:
         return {**args, "tokenizer": self.tokenizer.spec}
 
-    def learnt_by(self, run: Any, *, whole: bool = False) -> Examples:
-        """Raise ValueError unless the run's tokenizer has read these."""
-        return made_by_the_tokenizer_of(self, run)
-
     @property
     def fingerprint(self) -> str:
         """A digest of ids and answers."""
@@ -177,12 +164,6 @@ class Examples(Data):
             for example in self.encoded.get(split, ()):
                 found.update(split.encode() + example.ids.tobytes() + example.count.tobytes())
         return found.hexdigest()
-
-    def to_json(self) -> dict[str, Any]:
-        return {"context": self.context, "fingerprint": self.fingerprint, "origin": self.origin}
-
-    def write_facts(self, folder: Path) -> None:
-        save_run_tokenizer(self.tokenizer, folder)
 
 
 _NAMES = {"train": "examples", "val": "to validate", "test": "to test"}
@@ -213,12 +194,7 @@ def keeps_apart(model: nn.Module) -> bool:
 
 def default_context(model: nn.Module) -> int:
     """Tokens in a row where nobody says: the model's positions, up to ``MOST_CONTEXT``."""
-    return min(_positions(model) or MOST_CONTEXT, MOST_CONTEXT)
-
-
-def _positions(model: nn.Module) -> int | None:
-    config = getattr(model, "config", None)
-    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
+    return min(positions_of(model) or MOST_CONTEXT, MOST_CONTEXT)
 
 
 def _cut_notes(cut: int, lost: int, context: int, *, plain: bool) -> list[str]:

@@ -1,4 +1,4 @@
-"""Whether a tokenizer is the one that a pre-trained model knows: another's ids would train on the wrong words."""
+"""Whether text fits a model: its positions, and the tokenizer that it knows (another's ids would mislead it)."""
 
 from __future__ import annotations
 
@@ -10,6 +10,12 @@ from typing import Any
 from lowrank.data.text.tokenizers import Tokenizer, pretrained_tokenizer, tokenizer_files
 
 STRANGERS = 0.01  # the share of ids that may stand for other tokens: reserved ones that were given a meaning
+
+
+def positions_of(model: Any) -> int | None:
+    """How many positions a language model of transformers has; None where its configuration does not say."""
+    config = getattr(model, "config", None)
+    return getattr(config, "max_position_embeddings", None) or getattr(config, "n_positions", None)
 
 
 def check_fits(tokenizer: Tokenizer, model: Any, *, size: bool = True) -> None:
