@@ -11,6 +11,7 @@ import pytest
 from matplotlib.figure import Figure
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
+from lowrank.infra.text import one_line
 from lowrank.report import html
 from lowrank.report.compare import execute, parse_variant, planned
 from lowrank.report.table import (
@@ -20,7 +21,6 @@ from lowrank.report.table import (
     find_results,
     groups,
     is_finished,
-    printable,
     printed,
     rows,
     text_table,
@@ -248,7 +248,7 @@ def test_strange_names_change_nothing(runs, tmp_path, monkeypatch, name):
     result = runs("full", base=a_run(recipe=name))[0]
     found = [replace(result, settings={**result.settings, "method": name}), result]
     html.write(found, tmp_path / "out")
-    seen = printable(name)
+    seen = one_line(name)
     assert seen.isprintable()
     assert seen in printed(found, 100)
     page, markdown = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))

@@ -7,9 +7,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
-from lowrank.infra.text import printable
+from lowrank.infra.pages import filled
 
 PICTURES = {
     "confusion": "Which answers the images of each class got",
@@ -30,19 +29,10 @@ def write_page(
         overall: figures over all classes, as text.
         table: a header, and a row a class, as text.
     """
-    jinja2 = import_extra("jinja2", "report")
-    how = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined, "finalize": _harmless}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
     there = {name: folder / f"{name}.png" for name in PICTURES}
     pictures = {
         PICTURES[name]: base64.b64encode(file.read_bytes()).decode() for name, file in there.items() if file.is_file()
     }
-    page = environment.get_template("clinic.html.jinja").render(
-        figures=figures, overall=overall, header=table[0], rows=table[1:], pictures=pictures
-    )
+    template = Path(__file__).with_name("clinic.html.jinja")
+    page = filled(template, figures=figures, overall=overall, header=table[0], rows=table[1:], pictures=pictures)
     write_text_atomically(folder / "report.html", page)
-
-
-def _harmless(value: Any) -> Any:
-    """Text without control characters; jinja2's own markup as it is."""
-    return printable(value) if type(value) is str else value

@@ -15,5 +15,14 @@ def printable(text: str, keep: str = "\n\t") -> str:
     return "".join(c if c in keep or unicodedata.category(c) not in hidden else _escaped(c) for c in text)
 
 
+def one_line(text: str) -> str:
+    r"""``text`` for a cell or a label: all that is no visible character or plain space is written out.
+
+    >>> one_line("a\x1b[31m b\n")
+    'a\\x1b[31m b\\n'
+    """
+    return "".join(c if c.isprintable() else _escaped(c) for c in text)
+
+
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")

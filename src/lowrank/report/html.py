@@ -11,6 +11,8 @@ from typing import Any, TypeAlias
 
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
+from lowrank.infra.pages import filled
+from lowrank.infra.text import one_line
 from lowrank.report.table import (
     Result,
     Row,
@@ -21,7 +23,6 @@ from lowrank.report.table import (
     differences,
     groups,
     markdown_table,
-    printable,
     rows,
     said,
 )
@@ -50,7 +51,7 @@ def write(results: Sequence[Result], out: Path) -> None:
         draw_curves(chosen, picture)
         tried = cells(every) if len(every) > len(chosen) else None
         sections.append(_section(group.title, chosen, tried, picture))
-        markdown += [f"## {printable(group.title)}"] if group.title else []
+        markdown += [f"## {one_line(group.title)}"] if group.title else []
         markdown += [markdown_table(*cells(chosen)), f"![loss curves]({picture.name})"]
         markdown += ["Every learning rate tried:", markdown_table(*tried)] if tried else []
     write_text_atomically(out / "report.md", "\n\n".join(markdown) + "\n")
@@ -74,7 +75,7 @@ def draw_curves(chosen: Sequence[Row], path: Path) -> None:
             look = {"color": _COLOURS[index % len(_COLOURS)], "linestyle": dashes}
             seen = _curve(validation, [_series(each, "val_loss") for each in row.results], look | {"marker": "o"})
             line = _curve(training, [_smooth(_series(each, "loss")) for each in row.results], look) or seen
-            handles |= {printable(row.label): line} if line else {}
+            handles |= {one_line(row.label): line} if line else {}
         for axes, title in ((training, "training loss, smoothed"), (validation, "validation loss")):
             axes.set_title(title, loc="left", fontsize=13)
             axes.set_xlabel("optimizer step", fontsize=12)
@@ -130,11 +131,9 @@ def _unit(chosen: Sequence[Row]) -> str:
 
 def _page(results: Sequence[Result], sections: Sequence[Mapping[str, Any]], apart: str) -> str:
     """The page ``report.html.jinja``, filled."""
-    jinja2 = import_extra("jinja2", "report")
-    how = {"autoescape": True, "trim_blocks": True, "undefined": jinja2.StrictUndefined, "finalize": _harmless}
-    environment = jinja2.Environment(loader=jinja2.FileSystemLoader(Path(__file__).parent), **how)
     shared, differ = differences(results)
-    return environment.get_template("report.html.jinja").render(
+    return filled(
+        Path(__file__).with_name("report.html.jinja"),
         recipes=", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in results)),
         methods=len({line[0] for section in sections for line in section["table"][1]}),
         apart=apart,
@@ -151,11 +150,6 @@ def _section(title: str, chosen: Sequence[Row], tried: Table | None, picture: Pa
     best = ranks.index(min(ranks)) if min(ranks) < math.inf else None
     image = base64.b64encode(picture.read_bytes()).decode()
     return {"title": title, "table": cells(chosen), "best": best, "tried": tried, "picture": image}
-
-
-def _harmless(value: Any) -> Any:
-    """What the page shows of a value: text without control characters; jinja2's own markup as it is."""
-    return printable(value) if type(value) is str else value
 
 
 def _runs(results: Sequence[Result]) -> Table:

@@ -21,6 +21,7 @@ from typing import Any, TypeAlias
 
 from lowrank.infra.log import read_log
 from lowrank.infra.progress import short_bytes, short_count
+from lowrank.infra.text import one_line
 from lowrank.run.run import flat, names_that
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]  # header and rows
@@ -97,7 +98,7 @@ class Group:
 
 
 def to_stderr(text: str) -> None:
-    print(printable(text), file=sys.stderr)
+    print(one_line(text), file=sys.stderr)
 
 
 def find_results(paths: Iterable[Path], *, say: Callable[[str], None] = to_stderr) -> list[Result]:
@@ -287,7 +288,7 @@ def printed(results: Sequence[Result], width: int) -> str:
     found = groups(results)
     parts = [apart(found)] if len(found) > 1 else []
     for group in found:
-        parts += [f"{printable(group.title)}:"] if group.title else []
+        parts += [f"{one_line(group.title)}:"] if group.title else []
         header, body = cells(best_rates(rows(group.results)))
         parts.append(fitted_table(header, body, width))
     return "\n\n".join(parts)
@@ -296,7 +297,7 @@ def printed(results: Sequence[Result], width: int) -> str:
 def fitted_table(header: Sequence[str], body: Sequence[Sequence[str]], width: int) -> str:
     """A table of at most ``width`` columns: names are folded, and what does not fit beside them goes below."""
     fold = textwrap.TextWrapper(max(20, width // 3), subsequent_indent="  ", break_on_hyphens=False).wrap
-    names = [fold(printable(line[0])) for line in body]
+    names = [fold(one_line(line[0])) for line in body]
     sizes = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     left = max(len(header[0]), *(len(part) for name in names for part in name))
     blocks: list[list[int]] = [[]]
@@ -316,7 +317,7 @@ def fitted_table(header: Sequence[str], body: Sequence[Sequence[str]], width: in
 
 def text_table(header: Sequence[str], body: Sequence[Sequence[str]], *, left: Sequence[int] = (0,)) -> str:
     """Aligned columns: those in `left` to the left, figures to the right."""
-    body = [[printable(cell) for cell in line] for line in body]
+    body = [[one_line(cell) for cell in line] for line in body]
     widths = [max(map(len, column)) for column in zip(header, *body, strict=True)]
     lines = [header, ["─" * width for width in widths], *body]
     return "\n".join(
@@ -331,17 +332,8 @@ def text_table(header: Sequence[str], body: Sequence[Sequence[str]], *, left: Se
 def markdown_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     """GitHub's tables; what would be markup inside a cell is escaped."""
     lines = [header, ["---", *["---:"] * (len(header) - 1)]]
-    lines += [[re.sub(r"([\\`*<|$]|(?<=\])\()", r"\\\1", printable(cell)) for cell in line] for line in body]
+    lines += [[re.sub(r"([\\`*<|$]|(?<=\])\()", r"\\\1", one_line(cell)) for cell in line] for line in body]
     return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
-def printable(text: str) -> str:
-    """The text with characters that cannot be seen, or that would steer a terminal, as their escapes.
-
-    >>> print(printable("a\\x1b[31mb"))
-    a\\x1b[31mb
-    """
-    return "".join(c if c.isprintable() else c.encode("unicode_escape").decode() for c in text)
 
 
 def said(value: Any) -> str:

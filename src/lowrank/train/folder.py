@@ -18,11 +18,11 @@ from pathlib import Path
 from typing import Literal
 
 from lowrank.distributed.process_group import ProcessGroup, first_on_node
-from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.files import FolderInUseError, locked, read_json, write_json
 from lowrank.plan.plan import Plan
 from lowrank.run.session import Session
+from lowrank.run.validation import refuse_occupied
 
 SUMMARY = "summary.json"
 
@@ -85,7 +85,8 @@ def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: boo
         try:
             if writer:
                 held.enter_context(locked(out))
-                refuse_occupied(out, new=new)
+                if new:
+                    refuse_occupied(out)
         except (FolderInUseError, FileExistsError) as error:
             refused = error
         if refused is not None and ranks is None:
@@ -96,11 +97,6 @@ def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: boo
                 in_use, text = each
                 raise (FolderInUseError if in_use else FileExistsError)(text)
         yield
-
-
-def refuse_occupied(out: Path, *, new: bool) -> None:
-    if new and ((out / "run.json").exists() or checkpoint.saved(out / "checkpoints")):
-        raise FileExistsError(f"{out} already holds a run: resume it with --resume {out}, or choose another --out")
 
 
 def describe(session: Session, out: Path) -> None:

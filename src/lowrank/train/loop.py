@@ -42,11 +42,12 @@ from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
 from lowrank.run.session import Session, learnt_by_run, open_session, pick_device, without_tokenizer
 from lowrank.run.task import Batch, to_device
+from lowrank.run.validation import refuse_occupied
 from lowrank.train.changed_data import check_data
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
 from lowrank.train.elastic import newest
-from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder, refuse_occupied
+from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder
 from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
 
@@ -86,7 +87,8 @@ def train(
         ChangedDataError: the run was trained on other data.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
-    refuse_occupied(out, new=not (resume or elastic))
+    if not (resume or elastic):
+        refuse_occupied(out)
     with joined(pick_device(run.device)) as ranks:
         writer = is_writer(out, ranks)
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
