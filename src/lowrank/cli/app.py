@@ -18,8 +18,8 @@ from dataclasses import fields
 from typing import Any
 
 from lowrank import __version__
-from lowrank.cli import commands
-from lowrank.cli.arguments import Command, Option, Parsed, explain, options_of, overview, parse, placeholder
+from lowrank.cli import commands, planning
+from lowrank.cli.arguments import Command, Option, Parsed, explain, options_of, overview, parse, placeholder, switch
 from lowrank.cli.streams import ready_streams
 from lowrank.infra.convert import nearest
 from lowrank.infra.text import printable
@@ -356,7 +356,7 @@ def _dispatch(words: list[str]) -> int:
         print(explain(known[name]))
         return 0
     parsed = parse(rest, known[name])
-    if commands.switch(parsed, "trust_files"):
+    if switch(parsed, "trust_files"):
         own_files.trust_every_file()
     return known[name].call(Parsed(positions=parsed.positions, options=parsed.without(("trust_files",))))
 
@@ -413,7 +413,7 @@ def every_command() -> list[Command]:
             _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
         _command(_REPORT, commands.report, (written,), positions=(1, None)),
-        _command(_PLAN, commands.plan, (*planned, *linked, *run), dotted),
+        _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted),
         _command(_EVAL, commands.evaluate, (*score, trust)),
         _command(_GENERATE, commands.generate, (*generate, trust)),
         _command(_CHAT, commands.chat, (*chat, trust)),

@@ -11,7 +11,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from lowrank.infra.convert import nearest
+from lowrank.infra.convert import convert, nearest
 from lowrank.infra.signatures import Signature
 
 WIDTH = 80  # of everything that explains
@@ -214,3 +214,33 @@ def row(left: str, text: str) -> str:
     fold = textwrap.TextWrapper(WIDTH, initial_indent=first, subsequent_indent=indent, break_on_hyphens=False)
     told = fold.fill(text).rstrip()
     return (told or left) if beside else f"{left}\n{told}"
+
+
+# --- values ----------------------------------------------------------------------------------------------------------
+
+
+def switch(parsed: Parsed, name: str) -> bool:
+    """Whether an option without a value is given."""
+    return bool(convert(parsed.options.get(name, "false"), bool, f"--{name}"))
+
+
+def several(parsed: Parsed, name: str, default: Sequence[str] = ()) -> list[str]:
+    """The values of an option that takes several."""
+    if name not in parsed.options:
+        return list(default)
+    words = [word.strip() for word in parsed.options[name].split(",") if word.strip()]
+    if not words:
+        raise UsageError(f"--{name} {parsed.options[name]!r} names nothing: give one or more, or leave it out")
+    return words
+
+
+def whole(text: str, name: str) -> int:
+    """The value of an option that takes a whole number."""
+    value: Any = convert(text, int, name)
+    return int(value)
+
+
+def number(text: str, name: str) -> float:
+    """The value of an option that takes a number."""
+    value: Any = convert(text, float, name)
+    return float(value)

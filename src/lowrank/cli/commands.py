@@ -14,11 +14,11 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from lowrank.cli.arguments import WIDTH, Parsed, UsageError, argument_help, fitted, row
+from lowrank.cli.arguments import WIDTH, Parsed, UsageError, argument_help, fitted, number, row, several, switch, whole
 from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.signatures import Signature, module_file, read
@@ -28,9 +28,7 @@ from lowrank.recipes import RECIPES, find
 from lowrank.run import own_files
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
-from lowrank.run.validation import refuse_changed, refuse_occupied, validate
-
-_LINK = ("ranks", "link", "latency", "step_seconds")
+from lowrank.run.validation import refuse_changed, refuse_occupied, validated
 
 
 def train(parsed: Parsed) -> int:
@@ -43,7 +41,7 @@ def train(parsed: Parsed) -> int:
     if resumed is None:
         if len(parsed.positions) != 1:
             raise UsageError("what is to be trained? usage: lowrank train RECIPE [options]; see: lowrank recipes")
-        run = _checked(override(find(parsed.positions[0]), changes))
+        run = validated(override(find(parsed.positions[0]), changes))
         out = Path(parsed.options["out"]) if "out" in parsed.options else _free_folder(run)
         if not elastic:
             refuse_occupied(out)
@@ -57,7 +55,7 @@ def train(parsed: Parsed) -> int:
             )
         out = Path(resumed)
         before = Run.read(out / "run.json")
-        run = _checked(override(before, {"stop_at": None, **changes}))
+        run = validated(override(before, {"stop_at": None, **changes}))
         refuse_changed(resolve(before), run)
     if switch(parsed, "dry_run"):
         from lowrank.run.estimate import estimate, on_card
@@ -89,7 +87,7 @@ def evaluate(parsed: Parsed) -> int:
 def compare(parsed: Parsed) -> int:
     """Many runs, the missing ones executed, and their report."""
     base, offer = find(parsed.positions[0]), catalogue()
-    texts = _list(parsed, "methods", [base.method.name])
+    texts = several(parsed, "methods", [base.method.name])
     for name in (re.split(r":(?=[\w.-]+=)", text)[0] for text in texts):
         offer.check("method", name)
         if own_files.is_own(name) and "methods" in parsed.options:
@@ -107,8 +105,8 @@ def compare(parsed: Parsed) -> int:
     runs = planned(
         base,
         variants,
-        seeds=[_whole(text, "--seeds") for text in _list(parsed, "seeds")],
-        rates=[_number(text, "--lrs") for text in _list(parsed, "lrs")],
+        seeds=[whole(text, "--seeds") for text in several(parsed, "seeds")],
+        rates=[number(text, "--lrs") for text in several(parsed, "lrs")],
         changes=parsed.without(("methods", "seeds", "lrs", "out", "allow_changed_data", "quiet")),
         offer=offer,
     )
@@ -134,119 +132,6 @@ def report(parsed: Parsed) -> int:
     default = folders[0] if len(folders) == 1 else Path("report")
     _show_report(find_results(folders), Path(parsed.options.get("out", default)))
     return 0
-
-
-def plan(parsed: Parsed) -> int:
-    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks and
-    --link, what the link makes of it."""
-    given = parsed.only(_LINK)
-    changes = parsed.without((*_LINK, "layers", "methods", "fit", "out"))
-    if "methods" in parsed.options or "fit" in parsed.options:
-        return _side_by_side(parsed, changes) if "methods" in parsed.options else _fit(parsed, changes)
-    if "out" in parsed.options:
-        raise UsageError("--out names the picture of --methods, or the run that --fit writes: give one of these")
-    run = _checked(override(find(parsed.positions[0]), changes))
-    if given and not {"ranks", "link"} <= given.keys():
-        raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
-    show = _outlook(run, given) if given else None
-    from lowrank.run.estimate import estimate
-
-    sheet = estimate(run)
-    print(printable(str(sheet)))
-    if switch(parsed, "layers"):
-        print(f"\n{printable(sheet.layers)}")
-    if show is not None:
-        from lowrank.evaluate.score import planned_session
-
-        print(f"\n{show(planned_session(run))}")
-    return 0
-
-
-def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
-    """A row a method: what it needs, and which batch fits which card."""
-    if parsed.only(("fit", "layers", *_LINK)):
-        raise UsageError("--methods shows methods side by side: leave --fit, --layers, --ranks and --link out")
-    offer = catalogue()
-    names = _list(parsed, "methods")
-    for name in names:
-        offer.check("method", name.partition(":")[0])
-    from lowrank.plan.sheet import CARDS, gib
-    from lowrank.report.compare import parse_variant, planned
-    from lowrank.report.table import text_table
-    from lowrank.run.fit import largest_batches
-
-    variants = [parse_variant(name, offer) for name in names]
-    base = find(parsed.positions[0])
-    found = {}
-    for name, variant in zip(names, variants, strict=True):
-        (one,) = planned(base, [variant], changes=_per_layer_allowed(changes), offer=offer)
-        found[name] = largest_batches(_checked(one.run))
-    header = ["method", "peak", "bytes/param", "trained", *(f"{card} GB" for card in CARDS)]
-    body = [
-        [name, gib(sheet.total), f"{sheet.bytes_per_parameter:.2f}", f"{sheet.trained / 1e6:.1f} M"]
-        + [str(batches[card]) if batches[card] else "–" for card in CARDS]
-        for name, (sheet, batches) in found.items()
-    ]
-    print(text_table(header, body))
-    print("\npeak of one step, CUDA's context of 512 MiB assumed; then the largest micro-batch that fits a card")
-    for name, (sheet, _) in found.items():
-        print(f"{name}: " + sheet.answer().replace("; ", "\n    "))
-    if "out" in parsed.options:
-        from lowrank.report.memory import draw
-
-        draw({name: sheet for name, (sheet, _) in found.items()}, Path(parsed.options["out"]))
-        print(f"\n{parsed.options['out']}")
-    return 0
-
-
-def _per_layer_allowed(changes: Mapping[str, str]) -> dict[str, str]:
-    """With --per-layer the recipe's clipping of the global norm is left out, which could not be had."""
-    asked = convert(changes.get("per_layer", "false"), bool, "--per-layer")
-    return {**({"max_grad_norm": "none"} if asked and "max_grad_norm" not in changes else {}), **changes}
-
-
-def _fit(parsed: Parsed, changes: Mapping[str, str]) -> int:
-    """The run with the least changes that fits a budget, said and written."""
-    from lowrank.plan.sheet import parse_size
-    from lowrank.run.fit import fitted
-
-    if parsed.only(("layers", *_LINK)):
-        raise UsageError("--fit looks for a run that fits: leave --layers, --ranks and --link out")
-    size = parse_size(parsed.options["fit"], "--fit")
-    run = _checked(override(find(parsed.positions[0]), changes))
-    found = fitted(run, size)
-    print(printable(str(found.sheet)))
-    print("\ngiven up, the least lossy first:" if found.gave_up else "\nit fits as it is: nothing is given up")
-    for what in found.gave_up:
-        print(f"  {what}")
-    if "out" in parsed.options:
-        out = Path(parsed.options["out"])
-        found.run.write(out)
-        print(f"\n{out}: train it with: lowrank train {out}")
-    return 0
-
-
-def _outlook(run: Run, given: Mapping[str, str]) -> Callable[[Any], str]:
-    """The text about a session over a link; what was given is checked at once."""
-    from lowrank.evaluate.score import planned_session
-    from lowrank.plan import network
-    from lowrank.train import step_time
-
-    ranks = _whole(given["ranks"], "--ranks")
-    link = network.parse_link(given["link"], given.get("latency", "0"))
-    alone = step_time.rank_of(run, ranks)
-    if "step_seconds" in given:
-        compute = network.parse_seconds(given["step_seconds"], "--step-seconds")
-        if not compute:
-            raise ValueError("--step-seconds 0: a step takes time; leave it out to have it measured here")
-        return lambda session: network.table(step_time.outlook(session, ranks, link, compute), "as given")
-
-    def show(session: Any) -> str:
-        compute = step_time.measured(planned_session(alone))
-        rows = f"{alone.batch_size} row{'s' if alone.batch_size > 1 else ''}"
-        return network.table(step_time.outlook(session, ranks, link, compute), f"measured here, {rows} a rank")
-
-    return show
 
 
 def generate(parsed: Parsed) -> int:
@@ -299,8 +184,8 @@ def export(parsed: Parsed) -> int:
     if not outs:
         out = Path(parsed.options["adapter"])
         if cut:
-            rank = _whole(cut["rank"], "--rank") if "rank" in cut else None
-            energy = _number(cut["energy"], "--energy") if "energy" in cut else None
+            rank = whole(cut["rank"], "--rank") if "rank" in cut else None
+            energy = number(cut["energy"], "--energy") if "energy" in cut else None
             step, kept = export_difference(source, out, which=which, rank=rank, energy=energy)
             print(filled(f"{out}: what {source} changed by step {step}, for PEFT: {kept}"))
             return 0
@@ -388,12 +273,6 @@ def recipes(parsed: Parsed) -> int:
         print(f"{name}\n\n{inspect.getdoc(RECIPES[name])}\n")
     print(json.dumps(run.to_json(), indent=2))
     return 0
-
-
-def _checked(run: Run) -> Run:
-    run = resolve(run)
-    validate(run)
-    return run
 
 
 def _free_folder(run: Run) -> Path:
@@ -504,28 +383,3 @@ def _written(default: object) -> str:
     if isinstance(default, (list, tuple)):
         return ",".join(map(str, default)) or "[]"
     return "none" if default is None else str(default).lower() if isinstance(default, bool) else str(default)
-
-
-def switch(parsed: Parsed, name: str) -> bool:
-    """Whether an option without a value is given."""
-    return bool(convert(parsed.options.get(name, "false"), bool, f"--{name}"))
-
-
-def _list(parsed: Parsed, name: str, default: Sequence[str] = ()) -> list[str]:
-    """The values of an option that takes several."""
-    if name not in parsed.options:
-        return list(default)
-    words = [word.strip() for word in parsed.options[name].split(",") if word.strip()]
-    if not words:
-        raise UsageError(f"--{name} {parsed.options[name]!r} names nothing: give one or more, or leave it out")
-    return words
-
-
-def _whole(text: str, name: str) -> int:
-    value: Any = convert(text, int, name)
-    return int(value)
-
-
-def _number(text: str, name: str) -> float:
-    value: Any = convert(text, float, name)
-    return float(value)

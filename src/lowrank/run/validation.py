@@ -47,6 +47,17 @@ def validate(run: Run, offer: Catalogue | None = None) -> None:
         raise ValueError("\n".join(objections))
 
 
+def validated(run: Run) -> Run:
+    """The run with every setting written out, if it could do what it says.
+
+    Raises:
+        ValueError: as ``validate``.
+    """
+    run = resolve(run)
+    validate(run)
+    return run
+
+
 def refuse_occupied(out: Path) -> None:
     """Refuse to write a new run where one already is.
 

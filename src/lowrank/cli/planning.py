@@ -1,0 +1,130 @@
+"""The command ``plan``: will it fit, side by side, backwards from a budget, and over a link."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any
+
+from lowrank.cli.arguments import Parsed, UsageError, several, switch, whole
+from lowrank.infra.convert import convert
+from lowrank.infra.text import printable
+from lowrank.recipes import find
+from lowrank.run.overrides import catalogue, override
+from lowrank.run.run import Run
+from lowrank.run.validation import validated
+
+_LINK = ("ranks", "link", "latency", "step_seconds")
+
+
+def plan(parsed: Parsed) -> int:
+    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks and
+    --link, what the link makes of it."""
+    given = parsed.only(_LINK)
+    changes = parsed.without((*_LINK, "layers", "methods", "fit", "out"))
+    if "methods" in parsed.options or "fit" in parsed.options:
+        return _side_by_side(parsed, changes) if "methods" in parsed.options else _fit(parsed, changes)
+    if "out" in parsed.options:
+        raise UsageError("--out names the picture of --methods, or the run that --fit writes: give one of these")
+    run = validated(override(find(parsed.positions[0]), changes))
+    if given and not {"ranks", "link"} <= given.keys():
+        raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
+    show = _outlook(run, given) if given else None
+    from lowrank.run.estimate import estimate
+
+    sheet = estimate(run)
+    print(printable(str(sheet)))
+    if switch(parsed, "layers"):
+        print(f"\n{printable(sheet.layers)}")
+    if show is not None:
+        from lowrank.evaluate.score import planned_session
+
+        print(f"\n{show(planned_session(run))}")
+    return 0
+
+
+def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
+    """A row a method: what it needs, and which batch fits which card."""
+    if parsed.only(("fit", "layers", *_LINK)):
+        raise UsageError("--methods shows methods side by side: leave --fit, --layers, --ranks and --link out")
+    offer = catalogue()
+    names = several(parsed, "methods")
+    for name in names:
+        offer.check("method", name.partition(":")[0])
+    from lowrank.plan.sheet import CARDS, gib
+    from lowrank.report.compare import parse_variant, planned
+    from lowrank.report.table import text_table
+    from lowrank.run.fit import largest_batches
+
+    variants = [parse_variant(name, offer) for name in names]
+    base = find(parsed.positions[0])
+    found = {}
+    for name, variant in zip(names, variants, strict=True):
+        (one,) = planned(base, [variant], changes=_per_layer_allowed(changes), offer=offer)
+        found[name] = largest_batches(validated(one.run))
+    header = ["method", "peak", "bytes/param", "trained", *(f"{card} GB" for card in CARDS)]
+    body = [
+        [name, gib(sheet.total), f"{sheet.bytes_per_parameter:.2f}", f"{sheet.trained / 1e6:.1f} M"]
+        + [str(batches[card]) if batches[card] else "–" for card in CARDS]
+        for name, (sheet, batches) in found.items()
+    ]
+    print(text_table(header, body))
+    print("\npeak of one step, CUDA's context of 512 MiB assumed; then the largest micro-batch that fits a card")
+    for name, (sheet, _) in found.items():
+        print(f"{name}: " + sheet.answer().replace("; ", "\n    "))
+    if "out" in parsed.options:
+        from lowrank.report.memory import draw
+
+        draw({name: sheet for name, (sheet, _) in found.items()}, Path(parsed.options["out"]))
+        print(f"\n{parsed.options['out']}")
+    return 0
+
+
+def _per_layer_allowed(changes: Mapping[str, str]) -> dict[str, str]:
+    """With --per-layer the recipe's clipping of the global norm is left out, which could not be had."""
+    asked = convert(changes.get("per_layer", "false"), bool, "--per-layer")
+    return {**({"max_grad_norm": "none"} if asked and "max_grad_norm" not in changes else {}), **changes}
+
+
+def _fit(parsed: Parsed, changes: Mapping[str, str]) -> int:
+    """The run with the least changes that fits a budget, said and written."""
+    from lowrank.plan.sheet import parse_size
+    from lowrank.run.fit import fitted
+
+    if parsed.only(("layers", *_LINK)):
+        raise UsageError("--fit looks for a run that fits: leave --layers, --ranks and --link out")
+    size = parse_size(parsed.options["fit"], "--fit")
+    run = validated(override(find(parsed.positions[0]), changes))
+    found = fitted(run, size)
+    print(printable(str(found.sheet)))
+    print("\ngiven up, the least lossy first:" if found.gave_up else "\nit fits as it is: nothing is given up")
+    for what in found.gave_up:
+        print(f"  {what}")
+    if "out" in parsed.options:
+        out = Path(parsed.options["out"])
+        found.run.write(out)
+        print(f"\n{out}: train it with: lowrank train {out}")
+    return 0
+
+
+def _outlook(run: Run, given: Mapping[str, str]) -> Callable[[Any], str]:
+    """The text about a session over a link; what was given is checked at once."""
+    from lowrank.evaluate.score import planned_session
+    from lowrank.plan import network
+    from lowrank.train import step_time
+
+    ranks = whole(given["ranks"], "--ranks")
+    link = network.parse_link(given["link"], given.get("latency", "0"))
+    alone = step_time.rank_of(run, ranks)
+    if "step_seconds" in given:
+        compute = network.parse_seconds(given["step_seconds"], "--step-seconds")
+        if not compute:
+            raise ValueError("--step-seconds 0: a step takes time; leave it out to have it measured here")
+        return lambda session: network.table(step_time.outlook(session, ranks, link, compute), "as given")
+
+    def show(session: Any) -> str:
+        compute = step_time.measured(planned_session(alone))
+        rows = f"{alone.batch_size} row{'s' if alone.batch_size > 1 else ''}"
+        return network.table(step_time.outlook(session, ranks, link, compute), f"measured here, {rows} a rank")
+
+    return show
