@@ -19,13 +19,16 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import Self, cast
+from typing import TYPE_CHECKING, cast
 
 import torch
 from torch import Tensor
 
 from lowrank.optim.rules import AdamW, Move, Rule, State
 from lowrank.optim.storage import wide
+
+if TYPE_CHECKING:
+    from typing_extensions import Self
 
 
 @dataclass(frozen=True, kw_only=True)
