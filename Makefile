@@ -14,13 +14,13 @@ test: $(READY)  ## everything: lint, types and the whole suite
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 --dist worksteal
 
 check: $(READY)  ## the fast tier, under two minutes: lint, types, arrows, laws
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
-	$(BIN)/python -m pytest -m "not slow" tests/test_arrows.py tests/laws
+	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" tests/test_arrows.py tests/laws
 
 gpu: $(READY)  ## the tests that need a CUDA device, then what works there and how fast: ten minutes, into gpu-results/
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \

@@ -1,11 +1,14 @@
 """Fixtures for every test: one thread, a cache of its own, and real data where the checkout has some beside it."""
 
+import os
 from collections.abc import Callable
 from pathlib import Path
 
 import hypothesis
 import pytest
 import torch
+
+os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
 
 # The same examples every time, and no limit on an example's time: a busy machine is no failure.
 hypothesis.settings.register_profile("lowrank", deadline=None, derandomize=True)

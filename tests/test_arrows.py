@@ -37,7 +37,7 @@ ROOMS = [
     ("train",),
     ("evaluate",),
     ("report", "interop", "recipes"),
-    ("run",),
+    ("run", "doctor"),
     ("plan",),
     ("methods",),
     ("optim", "adapters", "models"),

@@ -17,6 +17,7 @@ from lowrank.infra.lazy import attributes
 if TYPE_CHECKING:
     from lowrank import adapters, methods, optim
     from lowrank.adapters import merge_and_unload
+    from lowrank.doctor.check import check
     from lowrank.infra.loaded import mark_loaded_
     from lowrank.methods import METHODS, Adapt, Method, Use
     from lowrank.optim.optimizer import Optimizer
@@ -38,6 +39,7 @@ __all__ = [
     "Use",
     "adapters",
     "apply_",
+    "check",
     "ledger",
     "mark_loaded_",
     "merge_",

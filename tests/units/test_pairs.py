@@ -130,7 +130,15 @@ def test_the_optimizer_wants_pairs() -> None:
             Optimizer([{"params": params, "rule": Scaled()}])
 
 
-@pytest.mark.parametrize("rule", [None, AdamW, type("Mine", (), {"init": 0, "update": 0})(), "adamw"], ids=str)
+NO_RULES = {
+    "none": None,
+    "a class": AdamW,
+    "no subclass": type("Mine", (), {"init": 0, "update": 0})(),
+    "a word": "adamw",
+}
+
+
+@pytest.mark.parametrize("rule", NO_RULES.values(), ids=NO_RULES)
 def test_what_is_no_rule(rule: object) -> None:
     for make in (
         lambda: Use("*", rule),  # type: ignore[arg-type]

@@ -143,6 +143,24 @@ Examples:
   lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
 """
 
+_DOCTOR = """
+doctor SCRIPT.py [options] [-- ARGUMENTS]
+what is silently wrong in a training script, anybody's
+
+Runs a script that trains with torch, as it is, in a process of its own, until its first optimizer step is over; then
+stops it and says in plain words what cannot be meant, and the line to change: a scale of 0, adapters without gradient,
+a frozen head, parameters in no group or in two, projections that compress nothing, DistributedDataParallel before the
+adapters, clipping without effect, a step a micro-batch, steps that bfloat16 rounds away, layers passed over, decay on
+factors, state that cannot be saved. What the script writes before its first step is written. For a model at hand there
+is lowrank.check(model, optimizer, batch).
+
+Exit status: 1 with faults, 0 without, 2 where the script did not get there.
+
+Examples:
+  lowrank doctor train.py
+  lowrank doctor finetune.py --seconds 300 -- --model gpt2 --lr 1e-4
+"""
+
 _GENERATE = """
 generate RUN|MODEL --prompt TEXT [options]
 text from a run or a model
@@ -405,6 +423,7 @@ def every_command() -> list[Command]:
         Option(name="rank", value="N", help="for PEFT: what changed in the weights, as a LoRA of this rank"),
         Option(name="energy", value="X", help="or of the ranks that keep this share of it, such as 0.9"),
     )
+    patience = (Option(name="seconds", value="S", help="how long its first step may take; default 60"),)
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
     score, generate, chat, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
@@ -414,6 +433,7 @@ def every_command() -> list[Command]:
         ),
         _command(_REPORT, commands.report, (written,), positions=(1, None)),
         _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted),
+        _command(_DOCTOR, commands.doctor, patience, positions=(1, None)),
         _command(_EVAL, commands.evaluate, (*score, trust)),
         _command(_GENERATE, commands.generate, (*generate, trust)),
         _command(_CHAT, commands.chat, (*chat, trust)),

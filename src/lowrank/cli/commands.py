@@ -134,6 +134,20 @@ def report(parsed: Parsed) -> int:
     return 0
 
 
+def doctor(parsed: Parsed) -> int:
+    """What is silently wrong in a training script; 1 with faults, 0 without, 2 where its first step was not reached."""
+    seconds = number(parsed.options.get("seconds", "60"), "--seconds")
+    from lowrank.doctor.script import examine_script
+
+    found = examine_script(Path(parsed.positions[0]), parsed.positions[1:], seconds=seconds)
+    if found.why is not None:
+        output = f"; the end of what it printed:\n{found.output}" if found.output else ""
+        raise ValueError(f"{parsed.positions[0]}: {found.why}{output}")
+    faults = sum(not each.note for each in found.faults)
+    print(printable("\n\n".join(map(str, found.faults)) or "its first step shows nothing wrong"))
+    return 1 if faults else 0
+
+
 def generate(parsed: Parsed) -> int:
     """Text from a run or a model."""
     options = arguments("generate", parsed.options)

@@ -6,6 +6,7 @@ import os
 import platform
 import subprocess
 import sys
+from contextlib import suppress
 from datetime import datetime, timezone
 from importlib import metadata
 from pathlib import Path
@@ -42,6 +43,16 @@ def environment() -> dict[str, Any]:
         "cuda": torch.version.cuda,
         "commit": _commit(Path(__file__).resolve().parent),
     }
+
+
+def available_memory(device: torch.device) -> int | None:
+    """Bytes that are free on ``device``; None where it cannot be told."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    with suppress(OSError, ValueError, IndexError):
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
+    return None
 
 
 def _version(package: str) -> str | None:

@@ -45,7 +45,7 @@ def origin(model: nn.Module, output_layers: Iterable[nn.Module] = ()) -> Origin:
     used = next((name for name, module in layers if not _is_fresh(module)), None)
     if used is None:
         return Origin(frozenset(), "all its normalisation layers are as initialised")
-    new = {id(p) for layer in output_layers if _looks_new(layer) for p in layer.parameters()}
+    new = {id(p) for layer in output_layers if looks_new(layer) for p in layer.parameters()}
     return Origin(frozenset(map(id, parameters)) - new, f"the normalisation layer {used} is not as initialised")
 
 
@@ -66,7 +66,7 @@ def _is_fresh(module: nn.Module) -> bool:
 
 
 @torch.no_grad()
-def _looks_new(layer: nn.Module) -> bool:
+def looks_new(layer: nn.Module) -> bool:
     """Whether an output layer has a bias of zeros, or numbers that just fill ``nn.Linear``'s own ±1/√in."""
     weight, bias = layer._parameters["weight"], layer._parameters.get("bias")
     assert weight is not None

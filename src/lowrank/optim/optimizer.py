@@ -30,6 +30,7 @@ shapes and dtypes agree.
 
 from __future__ import annotations
 
+import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from typing import Any
@@ -135,6 +136,14 @@ class Optimizer(torch.optim.Optimizer):
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
+        """All of it; torch's own copies forget what is not in ``__getstate__``. Copy the model with it, in one call."""
+        if self.per_layer:
+            raise ValueError("an optimizer that steps by hooks on its parameters cannot be copied: make a second one")
+        memo[id(self)] = new = type(self).__new__(type(self))
+        new.__dict__.update(copy.deepcopy(self.__dict__, memo))
+        return new
 
     def add_param_group(self, param_group: dict[str, Any]) -> None:
         """Add a group, as in torch; it needs a ``rule``, and joins at the step that the others are at.
