@@ -1,0 +1,64 @@
+"""The file of an experiment's results: written, read again, refused where it is something else."""
+
+import json
+
+import pytest
+
+from lowrank.report.results import FILE, Results, Row, Trial, find_experiments, read_results
+
+
+def made(**changes):
+    """Three methods, two horizons, three seeds; one run has failed."""
+    rows = [
+        Row(method=m, seed=s, steps=steps, figures={"test_loss": 2.0 - 0.1 * i + 0.01 * s + 1 / steps})
+        for i, m in enumerate(("full", "muon"))
+        for steps in (10, 20)
+        for s in (1, 2, 3)
+    ]
+    rows += [Row(method="lora", seed=s, steps=20, error="ValueError: it went wrong") for s in (1, 2, 3)]
+    about = {"experiment": "arena", "size": "small", "preset": "as-meant", "question": "Which?", "caveat": "Tiny."}
+    about |= {"command": "lowrank compare arena", "baseline": "full", "metric": "test_loss", "lower": True}
+    about |= {"unit": "nats a byte", "equal": "tokens", "seeds": [1, 2, 3], "tuning_seeds": [1001]}
+    about |= {"environment": {}, "settings": {"batch_size": 8}, "seconds": 1.5, "space": {"full": {"lr": [1, 2]}}}
+    trials = [Trial(method="full", rung=0, steps=5, seed=1001, settings={"lr": 1}, value=2.5)]
+    return Results(**{**about, "trials": trials, "rows": rows, **changes})
+
+
+def test_written_and_read_again(tmp_path):
+    written = made().write(tmp_path / "results" / "arena" / "here_2026")
+    assert read_results(written) == made()
+    assert find_experiments([tmp_path]) == find_experiments([written]) == {written: made()}
+    assert find_experiments([tmp_path / "results" / "other"]) == {}
+
+
+def test_the_main_figures_are_those_of_the_longest_horizon():
+    found = made()
+    assert found.horizons == [10, 20]
+    assert found.figures()["muon"] == {s: pytest.approx(1.95 + 0.01 * s) for s in (1, 2, 3)}
+    assert found.mean("full", horizon=0) == pytest.approx(2.12)
+    assert found.mean("lora") is None
+    assert {each.method: each.verdict for each in found.differences()} == {"muon": "better", "lora": "no test"}
+
+
+@pytest.mark.parametrize(
+    ("content", "says"),
+    [
+        ("{", "is damaged, or no JSON"),
+        ("[]", "holds no results of an experiment"),
+        ('{"schema": 9}', "holds no results of an experiment"),
+        ('{"schema": 1, "rows": []}', "holds no results of an experiment: 'trials'"),
+        ('{"schema": 1, "rows": [3], "trials": []}', "holds no results of an experiment"),
+    ],
+)
+def test_another_file_is_refused_by_name(tmp_path, content, says):
+    file = tmp_path / FILE
+    file.write_text(content)
+    with pytest.raises(ValueError, match=f"{file} {says}"):
+        read_results(file)
+
+
+def test_a_baseline_without_a_row_is_refused(tmp_path):
+    file = made().write(tmp_path)
+    file.write_text(json.dumps(json.loads(file.read_text()) | {"baseline": "sgd"}))
+    with pytest.raises(ValueError, match="its baseline 'sgd' is none of its methods, full, muon, lora"):
+        read_results(file)
