@@ -16,7 +16,13 @@ if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Self
 
-DATA = Registry("data", "lowrank.data.text.corpora", "lowrank.data.text.finetuning", "lowrank.data.images.source")
+DATA = Registry(
+    "data",
+    "lowrank.data.text.corpora",
+    "lowrank.data.text.finetuning",
+    "lowrank.data.text.glue",
+    "lowrank.data.images.source",
+)
 
 
 class Data(ABC):

@@ -1,6 +1,6 @@
-"""The final test of a run on images, and its report: figures by class with intervals, curves and the worst mistakes.
+"""The report of a run's final test on images: figures by class with intervals, curves and the worst mistakes.
 
-:func:`judge` scores a run's best checkpoint on the test split, once; :func:`write_report` fills a folder beside it:
+:func:`write_report` fills a folder beside the run's checkpoints:
 
     metrics.json      every figure, overall and by class, with its 95 % bootstrap interval (patients are resampled whole
                       where they are known)
@@ -31,18 +31,19 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from lowrank.data.images.set import Kind
-from lowrank.evaluate.evaluator import tallied
 from lowrank.evaluate.image_findings import findings
 from lowrank.evaluate.image_metrics import calibration_error, image_metrics, one_hot, predicted
 from lowrank.evaluate.image_page import write_page
-from lowrank.infra import checkpoint
 from lowrank.infra.files import write_json, write_text_atomically
-from lowrank.run.session import Session, pick_checkpoint
+
+if TYPE_CHECKING:
+    from lowrank.data.images.source import ImageData
+    from lowrank.evaluate.image_task import ImageTally
 
 RESAMPLES, SPECIFICITY = 1000, 0.9
 CHUNK = 1 << 23  # numbers in one (resamples, n) array
@@ -66,21 +67,12 @@ class Judged:
     patients: Sequence[str] = ()
 
 
-def judge(session: Session, folder: Path, *, split: str = "test") -> dict[str, float]:
-    """Metrics of a run's best checkpoint on ``split``; the report is written to ``folder/clinic``.
-
-    The session's model gets the checkpoint's weights. Empty where the data has no such split.
-    """
-    part = session.data.set.splits.get(split, ())
-    if not len(part):
-        return {}
-    saved = checkpoint.load(pick_checkpoint(folder, "best"))
-    session.model.load_state_dict(saved.tensors)
-    batches = session.data.evaluation(split, session.run.batch_size)
-    tally: Any = tallied(session.model, batches, session.task, device=session.device, autocast=session.autocast)
+def report(data: ImageData, tally: ImageTally, folder: Path, split: str) -> list[str]:
+    """Write what a run's best checkpoint made of ``split`` to ``folder/clinic``; gives what is worth saying of it."""
+    part = data.set.splits[split]
     judged = Judged(
-        kind=session.data.kind,
-        classes=session.data.classes,
+        kind=data.kind,
+        classes=data.classes,
         labels=tally.labels,
         scores=tally.scores,
         images=part.images,
@@ -88,8 +80,7 @@ def judge(session: Session, folder: Path, *, split: str = "test") -> dict[str, f
         patients=part.patients,
     )
     write_report(folder / "clinic", judged)
-    result: dict[str, float] = tally.result()
-    return result
+    return [f"report: {folder / 'clinic' / 'report.html'}", *findings(judged)]
 
 
 def write_report(

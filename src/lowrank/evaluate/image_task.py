@@ -8,7 +8,8 @@ The validation metric that decides which checkpoint is best is AUC.
 
 from __future__ import annotations
 
-from typing import Any
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import torch
@@ -20,6 +21,9 @@ from lowrank.evaluate.image_metrics import image_metrics
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Batch
+
+if TYPE_CHECKING:
+    from lowrank.data.images.source import ImageData
 
 
 @register("task", "images")
@@ -41,6 +45,11 @@ class ImageTask:
 
     def tally(self) -> ImageTally:
         return ImageTally()
+
+    def report(self, data: ImageData, tally: ImageTally, folder: Path, split: str) -> list[str]:
+        from lowrank.evaluate.image_report import report  # and the libraries that draw
+
+        return report(data, tally, folder, split)
 
 
 class ImageTally:

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from pathlib import Path
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -30,6 +32,9 @@ class TextTask:
 
     def tally(self) -> TextTally:
         return TextTally(self)
+
+    def report(self, data: Any, tally: TextTally, folder: Path, split: str) -> list[str]:
+        return []
 
 
 class TextTally:

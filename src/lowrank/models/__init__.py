@@ -5,6 +5,6 @@
 
 from lowrank.infra.registry import Registry
 
-MODELS = Registry("model", "lowrank.models.text", "lowrank.models.vision")
+MODELS = Registry("model", "lowrank.models.text", "lowrank.models.sequences", "lowrank.models.vision")
 
 __all__ = ["MODELS"]

@@ -14,7 +14,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 
 from lowrank.infra.convert import nearest
-from lowrank.recipes import finetune, gpt, llama, vit
+from lowrank.recipes import finetune, glue, gpt, llama, vit
 from lowrank.run import own_files
 from lowrank.run.run import Run
 
@@ -24,6 +24,8 @@ _ALL = (
     *(gpt.gpt_mini, gpt.shakespeare_char, gpt.babygpt, gpt.gpt2_pretrain, gpt.gpt2_slow_link, gpt.gpt2_finetune),
     finetune.finetune,
     *(llama.llama_mini, llama.llama_60m, llama.llama_130m, llama.llama_350m, llama.llama_1b, llama.llama_7b),
+    *(glue.glue_cola, glue.glue_sst2, glue.glue_mrpc, glue.glue_stsb, glue.glue_qqp),
+    *(glue.glue_mnli, glue.glue_qnli, glue.glue_rte, glue.glue_wnli),
     *(vit.vit_mini, vit.vit_finetune, vit.vit_pretrain),
 )
 RECIPES: Mapping[str, Recipe] = {recipe.__name__.replace("_", "-"): recipe for recipe in _ALL}

@@ -22,6 +22,7 @@ from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.data.text.finetuning import default_context
+from lowrank.data.text.glue import TABLES
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import blocks_of
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed
@@ -144,6 +145,8 @@ def _from_configuration(run: Run, data: Any) -> nn.Module:
         model: Any = _hf_vit(str(args.get("path", "")), len(data.classes))
         model.image_spec = ImageSpec(size=model.config.image_size)
         return _marked(model, ("classifier",))
+    if run.task == "sequences":
+        return _sequence_classifier(str(args.get("path", "")), data.outputs, str(args.get("dtype", "float32")))
     if run.task == "images" and args.get("weights") is not None:
         bare = replace(run, model=Call(name=name, args={**args, "weights": None}))
         return _marked(catalogue().make("model", bare, data), ("head",))
@@ -165,6 +168,21 @@ def _pretrained(path: str, dtype: str) -> nn.Module:
         config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
     )
     return _marked(made, ())
+
+
+def _sequence_classifier(path: str, outputs: int, dtype: str) -> nn.Module:
+    import transformers
+
+    from lowrank.models.text import weights_dtype
+
+    config = _configuration(path)
+    config.num_labels = outputs
+    auto: Any = transformers.AutoModelForSequenceClassification
+    own = getattr(config, "dtype", None) or torch.float32
+    made: nn.Module = auto.from_config(
+        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
+    )
+    return _marked(made, ("classifier", "score"))
 
 
 def _hf_vit(path: str, classes: int) -> nn.Module:
@@ -213,6 +231,7 @@ class Unread:
 
     context: int | None
     vocab_size: int = 0
+    outputs: int = 1  # of a model of sequences
     end_of_document: int | None = None
 
     def check_vocabulary(self, vocab_size: int) -> None:
@@ -227,6 +246,10 @@ def stand_in(run: Run) -> tuple[Any, list[str]]:
     args = run.data.args
     if run.task == "images":
         return _no_images(args)
+    if run.task == "sequences":
+        longest, name = str(args.get("context", "auto")), str(args.get("name", "auto"))
+        outputs = len(TABLES[name].classes) or 1 if name in TABLES else 2
+        return Unread(512 if longest == "auto" else int(longest), outputs=outputs), []
     told = args.get("context") or 1024
     context = None if told == "auto" else int(str(told))
     given = run.model.args.get("vocab_size")
@@ -266,6 +289,10 @@ def _no_images(args: Mapping[str, Any]) -> tuple[ImageData, list[str]]:
 def _any_batch(session: Session) -> dict[str, Tensor]:
     """A batch of the run's shape."""
     run, data = session.run, session.data
+    if run.task == "sequences":
+        ids, labels = torch.zeros(run.batch_size, data.context, dtype=torch.int64), torch.zeros(run.batch_size)
+        labels = labels if data.outputs == 1 else labels.long()
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if run.task != "images":
         ids = torch.zeros(run.batch_size, data.context, dtype=torch.int64)
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}

@@ -5,6 +5,7 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import torch
@@ -59,6 +60,11 @@ class Task(Protocol):
         ...
 
     def tally(self) -> Tally: ...
+
+    def report(self, data: Any, tally: Any, folder: Path, split: str) -> list[str]:
+        """Where it is ``judged``: write into a run's ``folder`` what the ``tally`` of a split shows beyond its metrics;
+        gives what is worth saying."""
+        ...
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -32,7 +32,7 @@ from lowrank import __version__
 from lowrank.distributed.process_group import ProcessGroup, joined
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra import checkpoint
-from lowrank.infra.files import finite, read_json, write_json
+from lowrank.infra.files import finite, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
 from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
@@ -392,7 +392,7 @@ class _Loop:
         task = self.session.task
         if not task.judged or self.step < self.end:
             return
-        from lowrank.evaluate.image_report import judge
+        from lowrank.evaluate.judge import judge
 
         with consolidated_model(self.session.plan, self.optimizer):
             if not self.coordinator.first:
@@ -400,14 +400,14 @@ class _Loop:
             session = self.session
             if session.plan.shards:  # the others do not score, so rank 0 takes a whole model
                 session = open_session(session.run, data=session.data)
-            metrics = judge(session, self.out)
+            metrics, said = judge(session, self.out)
         self.test_metrics = {f"test_{name}": value for name, value in metrics.items()}
         record = {"step": self.step, **self.test_metrics}
         if metrics and finite(record) not in self._records():  # a killed run that is finished may have it already
             self._write(record)
             shown = "  ".join(f"test {name} {metrics[name]:.4f}" for name in task.shown)
-            self.progress.note(f"best checkpoint  {shown}  (report: {self.out / 'clinic' / 'report.html'})")
-            for sentence in read_json(self.out / "clinic" / "metrics.json").get("findings", ()):
+            self.progress.note(f"best checkpoint  {shown}")
+            for sentence in said:
                 self.progress.note(sentence)
 
     def _save(self, *, best: bool) -> None:
