@@ -24,6 +24,7 @@ from lowrank.optim import (
     Adafactor,
     AdamW,
     ColumnNormalised,
+    Dion,
     ErrorFeedback,
     Gaussian,
     Lazy,
@@ -34,6 +35,7 @@ from lowrank.optim import (
     Rescale,
     Residual,
     Rule,
+    Soap,
 )
 from lowrank.optim.sharded import on_shard
 from lowrank.optim.state import leaves
@@ -53,6 +55,8 @@ RULES: dict[str, Rule] = {
     "muon-keller": Muon(scale="keller", nesterov=False, iterations=3, momentum=0.8),
     "column-normalised": ColumnNormalised(),
     "column-normalised-momentum": ColumnNormalised(momentum=0.9),
+    "soap": Soap(refresh_every=3, largest=10),
+    "dion": Dion(rank=3),
     "tucker": Tucker(rank=3, refresh_every=4, scale=1.0),
     "galore": Projected(**FOUR),
     "galore-svd-rotate": Projected(**FOUR, basis=SVD(), transport="rotate"),
@@ -84,6 +88,8 @@ RULES: dict[str, Rule] = {
 }
 REFUSES_SHARDS = {"adafactor": "Adafactor", "tucker": "Tucker", "galore-adafactor": "Adafactor"}
 REFUSES_SHARDS |= {
+    "soap": "Soap on the weight needs the whole gradient",
+    "dion": "Dion on the weight needs the whole gradient",
     "ldadam": "error_feedback=None",
     "nested": "one that does not project",
     "galore-muon": "or normalise",

@@ -13,8 +13,21 @@ from lowrank.adapters import DoRA, LoRA
 from lowrank.methods import METHODS, Method
 
 METHODS_PROMISED = [
-    *("full", "linear_probe", "lora", "rslora", "dora", "pissa", "lora_plus", "multihead_lora", "lte", "relora"),
-    *("full_8bit", "muon", "scale"),
+    *(
+        "full",
+        "linear_probe",
+        "lora",
+        "rslora",
+        "dora",
+        "pissa",
+        "lora_plus",
+        "lora_rite",
+        "lora_muon",
+        "multihead_lora",
+        "lte",
+        "relora",
+    ),
+    *("full_8bit", "muon", "scale", "soap", "dion", "adafactor"),
     *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira"),
     *("galore_muon", "ldadam", "lte_galore"),
 ]

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 
 import lowrank
 from lowrank.methods import Adapt, Method, Use
-from lowrank.optim import SGD, AdamW, Optimizer, PairRule, Rule, State
+from lowrank.optim import SGD, AdamW, LoraMuon, LoraRite, Optimizer, PairRule, Rule, State
 from lowrank.optim.pairs import Pair
 
 FACTORS = ("*.adapters.*.A", "*.adapters.*.B")
@@ -62,19 +62,20 @@ def train(model: nn.Module, opt: Optimizer, begin: int, end: int) -> None:
         opt.zero_grad()
 
 
-def test_a_step_on_the_product_does_not_depend_on_how_it_is_split() -> None:
+@pytest.mark.parametrize("rule", [Scaled(), LoraRite(), LoraMuon()], ids=repr)
+def test_a_step_on_the_product_does_not_depend_on_how_it_is_split(rule: PairRule) -> None:
     A, B, T = (torch.randn(2, *shape, dtype=torch.float64) for shape in ((3, 7), (5, 3), (5, 7)))
     C = torch.randn(2, 3, 3, dtype=torch.float64)
     products = []
     for a, b in ((A, B), (C @ A, B @ torch.linalg.inv(C))):
         factors = [nn.Parameter(a.clone()), nn.Parameter(b.clone())]
-        opt = Optimizer([{"params": factors, "rule": Scaled(), "lr": 0.3}])
+        opt = Optimizer([{"params": factors, "rule": rule, "lr": 0.3}])
         for _ in range(4):
             (factors[1] @ factors[0] - T).square().sum().backward()
             opt.step()
             opt.zero_grad()
         products.append((factors[1] @ factors[0]).detach())
-    torch.testing.assert_close(*products)
+    torch.testing.assert_close(*products, rtol=1e-5, atol=1e-5)
     assert (products[0] - B @ A).abs().max() > 0.1
 
 
@@ -109,12 +110,26 @@ def test_it_resumes_bitwise_and_begins_anew() -> None:
     assert not resumed.state[A]["B"]["exp_avg"].any()
 
 
+@pytest.mark.parametrize("missing", [None, "A", "B"])
+def test_per_layer_is_the_ordinary_step(missing: str | None) -> None:
+    """Bitwise, also where one factor has no gradient and its partner waits for it to the end."""
+    models = []
+    for per_layer in (False, True):
+        model, _, opt = bound(Each(), per_layer=per_layer)
+        for step in range(4):
+            for name, p in model.named_parameters():
+                if missing and name.endswith(missing):
+                    p.requires_grad_(step % 2 == 0)
+            train(model, opt, step, step + 1)
+        models.append(model)
+    assert all(torch.equal(p, q) for p, q in zip(models[0].parameters(), models[1].parameters(), strict=True))
+
+
 @pytest.mark.parametrize(
     ("rules", "options", "words"),
     [
         ((Use("*", Scaled()),), {}, r"fc1.bias is none of them: name both factors"),
         ((Use(FACTORS[0], Scaled()), Use("*", AdamW())), {}, "must follow one Use"),
-        ((Use(FACTORS, Scaled()), Use("*", AdamW())), {"per_layer": True}, "use per_layer=False"),
     ],
 )
 def test_refusals(rules: tuple[Use, ...], options: dict[str, bool], words: str) -> None:

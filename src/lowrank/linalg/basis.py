@@ -156,7 +156,7 @@ class PowerIteration(JointBasis):
         for _ in range(self.iterations):
             y = (oriented @ (oriented.mT @ new)).sum(dim=0)
             yield y
-            new, _ = orthonormalise(y.addcmul_(new, _largest(y) * 1e-7))  # the old vectors decide where G is zero
+            new = _kept(y, new)
         return align_signs(new, old) if self.align and old is not None else new
 
     def joint_numbers(self, size: int, rank: int) -> int:
@@ -221,6 +221,16 @@ def random_basis(size: int, rank: int, like: Tensor, seed: int) -> Tensor:
     """An orthonormal basis (size, rank) that depends on nothing but the seed."""
     noise = generator(like.device, "random basis", seed)
     return orthonormalise(torch.randn(size, rank, generator=noise, device=like.device, dtype=like.dtype))[0]
+
+
+def iterated(gram: Tensor, q: Tensor) -> Tensor:
+    """One step of orthogonal iteration: the Q of QR(gram·q), for symmetric ``gram`` (..., side, side)."""
+    return _kept(gram @ q, q)
+
+
+def _kept(y: Tensor, old: Tensor) -> Tensor:
+    """QR of ``y`` (in place), where the old vectors decide what is zero in it."""
+    return orthonormalise(y.addcmul_(old, _largest(y) * 1e-7))[0]
 
 
 def _every(g: Tensor, stride: int) -> Tensor:

@@ -30,7 +30,7 @@ from lowrank.infra.registry import Registry
 
 if TYPE_CHECKING:
     from lowrank.methods.combined import lte_galore
-    from lowrank.methods.full_weights import full_8bit, muon, scale
+    from lowrank.methods.full_weights import adafactor, dion, full_8bit, muon, scale, soap
     from lowrank.methods.low_rank_gradients import (
         apollo,
         apollo_mini,
@@ -47,7 +47,9 @@ if TYPE_CHECKING:
         full,
         linear_probe,
         lora,
+        lora_muon,
         lora_plus,
+        lora_rite,
         lte,
         multihead_lora,
         pissa,
@@ -80,8 +82,10 @@ __all__ = [
     "Groups",
     "Method",
     "Use",
+    "adafactor",
     "apollo",
     "apollo_mini",
+    "dion",
     "dora",
     "fira",
     "frozen",
@@ -94,7 +98,9 @@ __all__ = [
     "ldadam",
     "linear_probe",
     "lora",
+    "lora_muon",
     "lora_plus",
+    "lora_rite",
     "lte",
     "lte_galore",
     "multihead_lora",
@@ -103,5 +109,6 @@ __all__ = [
     "relora",
     "rslora",
     "scale",
+    "soap",
     "summary",
 ]

@@ -12,9 +12,12 @@ from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
 from lowrank.methods.groups import groups
 from lowrank.methods.method import Method, Rest, Use
+from lowrank.optim.adafactor import Adafactor
+from lowrank.optim.dion import Dion
 from lowrank.optim.muon import Muon, MuonScale, Precision
 from lowrank.optim.normalised import ColumnNormalised
 from lowrank.optim.rules import AdamW
+from lowrank.optim.soap import Soap
 from lowrank.optim.storage import Storage
 
 
@@ -62,3 +65,74 @@ def scale(*, momentum: float = 0.9, rest: Rest = "train", freeze: Targets = ()) 
     """
     rules = (Use("head", ColumnNormalised(momentum=momentum)), Use("*", ColumnNormalised()))
     return Method(name="scale", rules=rules, rest=rest, freeze=freeze)
+
+
+@register("method", family="none")
+@also(groups)
+def soap(
+    target_modules: Targets = "all-linear",
+    *,
+    refresh_every: int = 10,
+    largest: int = 10_000,
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """SOAP (Vyas et al., arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioners, AdamW elsewhere.
+
+    The bases are refreshed every ``refresh_every`` steps by one power iteration and QR; a side longer than ``largest``
+    has none. ``betas`` and ``eps``, where given, are also of AdamW; else SOAP's betas are the paper's, 0.95 and 0.95.
+    """
+    rule = Soap(refresh_every=refresh_every, largest=largest)
+    rules = (Use(target_modules, rule, exclude_modules=exclude_modules), Use("*", AdamW()))
+    return Method(name="soap", rules=rules, rest=rest, freeze=freeze)
+
+
+@register("method", family="none")
+@also(groups)
+def dion(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    momentum: float = 0.95,
+    scale: MuonScale = "spectral",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """Dion (Ahn et al., arXiv 2504.05295): orthonormal steps of low rank with error feedback, AdamW elsewhere.
+
+    What a step leaves out stays in the momentum, which is whole: this saves time and communication, not memory. Steps
+    are scaled by shape as in ``muon``, by default with the paper's √(out/in). Fused q, k, v are stepped one by one.
+    """
+    rule = Dion(rank=rank, momentum=momentum, scale=scale)
+    rules = (Use(target_modules, rule, exclude_modules=exclude_modules), Use("*", AdamW()))
+    return Method(name="dion", rules=rules, rest=rest, freeze=freeze)
+
+
+@register("method", family="none")
+@also(groups)
+def adafactor(
+    *,
+    beta1: float | None = None,
+    clip_threshold: float = 1.0,
+    decay_rate: float = -0.8,
+    scale_parameter: bool = False,
+    relative_step: bool = False,
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """Adafactor (Shazeer and Stern, arXiv 1804.04235) on every parameter: row and column means for second moments.
+
+    Its state is a few numbers a row and column, with ``beta1`` also a first moment. ``scale_parameter`` multiplies each
+    step by the parameter's RMS and ``relative_step`` by min(0.01, 1/√t), as in the paper; both are off by default, so
+    that the run's learning rate means what it means for other methods.
+    """
+    rule = Adafactor(
+        beta1=beta1,
+        clip_threshold=clip_threshold,
+        decay_rate=decay_rate,
+        scale_parameter=scale_parameter,
+        relative_step=relative_step,
+    )
+    return Method(name="adafactor", rules=(Use("*", rule),), rest=rest, freeze=freeze)

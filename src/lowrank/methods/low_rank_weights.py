@@ -11,16 +11,22 @@ from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
 from lowrank.methods.groups import groups
-from lowrank.methods.method import FACTOR_B, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.method import FACTOR_B, FACTORS, Adapt, Method, Rest, Ties, Use
 from lowrank.methods.schedule import Rewarm
+from lowrank.optim.muon import MuonScale
+from lowrank.optim.products import LoraMuon, LoraRite
 from lowrank.optim.rules import AdamW
+from lowrank.optim.storage import Storage
 
 
 @register("method", family="none")
 @also(groups)
-def full(*, rest: Rest = "train", freeze: Targets = ()) -> Method:
-    """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101)."""
-    return Method(name="full", rest=rest, freeze=freeze)
+def full(*, storage: Storage = "float32", rest: Rest = "train", freeze: Targets = ()) -> Method:
+    """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101).
+
+    ``storage="bfloat16"`` keeps its moments in half the bytes; ``full_8bit`` in a quarter.
+    """
+    return Method(name="full", rules=(Use("*", AdamW(storage=storage)),), rest=rest, freeze=freeze)
 
 
 @register("method", family="none")
@@ -151,6 +157,54 @@ def lora_plus(
         ties=ties,
         freeze=freeze,
     )
+
+
+@register("method", family="adapter")
+@also(groups)
+def lora_rite(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA-RITE (Yen et al., arXiv 2410.20625): LoRA whose steps on BA do not depend on how BA is split.
+
+    Adam with matrices for second moments, in coordinates that turn with the factors; AdamW elsewhere. The scale is 1 by
+    default (``alpha`` None means alpha = rank).
+    """
+    rules = (Use(FACTORS, LoraRite(), decay=False), Use("*", AdamW()))
+    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),)
+    return Method(name="lora_rite", adapt=adapt, rules=rules, rest=rest, ties=ties, freeze=freeze)
+
+
+@register("method", family="adapter")
+@also(groups)
+def lora_muon(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 16,
+    alpha: float | None = None,
+    momentum: float = 0.95,
+    scale: MuonScale = "rms",
+    dropout: float = 0.0,
+    exclude_modules: Targets = (),
+    rest: Rest = "auto",
+    ties: Ties = "adapt",
+    freeze: Targets = (),
+) -> Method:
+    """LoRA-Muon (Cesista et al., arXiv 2606.12921): Muon's step on BA, half by each factor; AdamW elsewhere.
+
+    ``scale`` is by the shape of BA, as in ``muon`` (the paper's is ``none``). BA itself counts once by default
+    (``alpha`` None means alpha = rank).
+    """
+    rules = (Use(FACTORS, LoraMuon(momentum=momentum, scale=scale), decay=False), Use("*", AdamW()))
+    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),)
+    return Method(name="lora_muon", adapt=adapt, rules=rules, rest=rest, ties=ties, freeze=freeze)
 
 
 @register("method", family="adapter")

@@ -7,15 +7,18 @@ from lowrank.infra.lazy import attributes
 if TYPE_CHECKING:
     from lowrank.linalg.basis import SVD, Basis, Gaussian, JointBasis, PowerIteration
     from lowrank.optim.adafactor import Adafactor
+    from lowrank.optim.dion import Dion
     from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
     from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
     from lowrank.optim.muon import Muon
     from lowrank.optim.normalised import ColumnNormalised
     from lowrank.optim.optimizer import Optimizer
     from lowrank.optim.pairs import PairRule
+    from lowrank.optim.products import LoraMuon, LoraRite
     from lowrank.optim.projected import ErrorFeedback, Projected
     from lowrank.optim.refresh import Lazy
     from lowrank.optim.rules import SGD, AdamW, Rule, State
+    from lowrank.optim.soap import Soap
 
 __getattr__ = attributes(__name__, __file__)
 
@@ -26,6 +29,7 @@ __all__ = [
     "AdamW",
     "Basis",
     "ColumnNormalised",
+    "Dion",
     "ErrorFeedback",
     "GaLore",
     "GaLoreAdafactor",
@@ -35,6 +39,8 @@ __all__ = [
     "JointBasis",
     "Lazy",
     "Lift",
+    "LoraMuon",
+    "LoraRite",
     "Muon",
     "Optimizer",
     "PairRule",
@@ -43,5 +49,6 @@ __all__ = [
     "Rescale",
     "Residual",
     "Rule",
+    "Soap",
     "State",
 ]

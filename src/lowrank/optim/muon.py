@@ -20,12 +20,13 @@ arithmetic here is never narrower; bfloat16 is faster on GPUs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor
 
 from lowrank.optim.normalised import NormalisedMomentum
+from lowrank.optim.storage import check_storage
 
 MuonScale = Literal["rms", "keller", "spectral", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -60,21 +61,25 @@ class Muon(NormalisedMomentum):
         super().__post_init__()
         if self.iterations < 1:
             raise ValueError(f"iterations={self.iterations} must be at least 1")
-        for name, allowed in (("scale", get_args(MuonScale)), ("precision", get_args(Precision))):
-            if getattr(self, name) not in allowed:
-                raise ValueError(f"{name}={getattr(self, name)!r} is unknown; it is one of {', '.join(allowed)}")
+        check_storage("scale", self.scale, MuonScale)
+        check_storage("precision", self.precision, Precision)
 
     def gain(self, out_features: int, in_features: int) -> float:
-        return {
-            "rms": 0.2 * max(out_features, in_features) ** 0.5,
-            "keller": max(1.0, out_features / in_features) ** 0.5,
-            "spectral": (out_features / in_features) ** 0.5,
-            "none": 1.0,
-        }[self.scale]
+        return gain_by_shape(self.scale, out_features, in_features)
 
     def direction(self, m: Tensor) -> Tensor:
         x = m.to(torch.bfloat16) if self.precision == "bfloat16" else m
         return orthogonalised(x, self.iterations, self.coefficients, self.eps).to(m.dtype)
+
+
+def gain_by_shape(scale: MuonScale, out_features: int, in_features: int) -> float:
+    """What an orthogonal step on a matrix of this size is multiplied by (module docstring)."""
+    return {
+        "rms": 0.2 * max(out_features, in_features) ** 0.5,
+        "keller": max(1.0, out_features / in_features) ** 0.5,
+        "spectral": (out_features / in_features) ** 0.5,
+        "none": 1.0,
+    }[scale]
 
 
 def orthogonalised(

@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from abc import abstractmethod
 from dataclasses import dataclass, field, replace
-from typing import TYPE_CHECKING, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor
@@ -31,18 +31,62 @@ if TYPE_CHECKING:
     from typing_extensions import Self
 
 
+class MatrixRule(Rule):
+    """A rule whose steps are made a whole matrix at a time. Subclasses are frozen dataclasses with two fields more.
+
+    Args:
+        vectors: the rule of parameters with fewer than two dimensions.
+        stack: whether leading dimensions are a stack of matrices; else a tensor (out, ...) is one matrix (out, −1).
+    """
+
+    vectors: Rule
+    stack: bool
+
+    def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
+        if like.dim() < 2 or (like.dim() > 2 and sum(size > 1 for size in like.shape) <= 1):
+            return self.vectors
+        stacked = stacked or len(like) == 1  # such as the positions (1, patches, width) of a vision transformer
+        return self if self.stack == stacked or like.dim() == 2 else replace(cast(Any, self), stack=stacked)
+
+    def as_matrices(self, g: Tensor) -> Tensor:
+        """A gradient, or what is like one, as (..., rows, cols), at least float32 wide."""
+        return (g if self.stack else g.reshape(g.shape[0], -1)).to(wide(g.dtype))
+
+
+class LayerRule(MatrixRule):
+    """A rule that knows how a layer stores its matrices: these fields and those of ``MatrixRule``.
+
+    Args:
+        transposed: whether matrices are stored as (in, out), as in transformers' ``Conv1D`` and in embeddings.
+        parts: how many matrices of equal size lie beside each other along out (3 for fused q, k, v).
+    """
+
+    transposed: bool
+    parts: int
+
+    def on_layer(self, *, transposed: bool, parts: int) -> Self:
+        return replace(cast(Any, self), transposed=transposed, parts=parts)
+
+    def taken_apart(self, m: Tensor) -> Tensor:
+        """A parameter's tensor as (..., out, in), fused matrices along one more dimension (..., parts, out, in)."""
+        matrices = self.as_matrices(m)
+        matrices = matrices.mT if self.transposed else matrices
+        return matrices.unflatten(-2, (self.parts, -1)) if self.parts > 1 else matrices
+
+    def put_together(self, apart: Tensor, shape: tuple[int, ...]) -> Tensor:
+        """``taken_apart`` undone."""
+        u = apart.flatten(-3, -2) if self.parts > 1 else apart
+        return (u.mT if self.transposed else u).reshape(shape)
+
+
 @dataclass(frozen=True, kw_only=True)
-class NormalisedMomentum(Rule):
+class NormalisedMomentum(LayerRule):
     """What these rules share.
 
     Args:
         momentum: decay of the mean of gradients, in [0, 1); 0 keeps none.
         nesterov: look ahead along the present gradient.
-        vectors: the rule of parameters with fewer than two dimensions.
-        stack: whether leading dimensions are a stack of matrices; else a tensor (out, ...) is one matrix (out, −1).
-        transposed: whether matrices are stored as (in, out), as in transformers' ``Conv1D`` and in embeddings.
-        parts: how many matrices of equal size lie beside each other along out (3 for fused q, k, v); each is normalised
-            by itself.
+        vectors, stack, transposed, parts: as in ``LayerRule``; fused matrices are normalised one by one.
 
     Raises:
         ValueError: a momentum out of its range, or ``nesterov`` without one.
@@ -69,15 +113,6 @@ class NormalisedMomentum(Rule):
         """What the step of a matrix of this size is multiplied by."""
         return 1.0
 
-    def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
-        if like.dim() < 2 or (like.dim() > 2 and sum(size > 1 for size in like.shape) <= 1):
-            return self.vectors
-        stacked = stacked or len(like) == 1  # such as the positions (1, patches, width) of a vision transformer
-        return self if self.stack == stacked or like.dim() == 2 else replace(self, stack=stacked)
-
-    def on_layer(self, *, transposed: bool, parts: int) -> Self:
-        return replace(self, transposed=transposed, parts=parts)
-
     def init(self, like: Tensor) -> State:
         if like.dim() < 2:
             return self.vectors.init(like)
@@ -96,12 +131,8 @@ class NormalisedMomentum(Rule):
 
     def normalised(self, m: Tensor) -> tuple[Tensor, float]:
         """(direction, gain) from N of a whole parameter."""
-        matrices = m if self.stack else m.reshape(m.shape[0], -1)
-        matrices = matrices.mT if self.transposed else matrices
-        apart = matrices.unflatten(-2, (self.parts, -1)) if self.parts > 1 else matrices
-        u = self.direction(apart)
-        u = u.flatten(-3, -2) if self.parts > 1 else u
-        return (u.mT if self.transposed else u).reshape(m.shape), self.gain(*apart.shape[-2:])
+        apart = self.taken_apart(m)
+        return self.put_together(self.direction(apart), m.shape), self.gain(*apart.shape[-2:])
 
     def transport_(self, state: State, like: Tensor, move: Move) -> None:
         if like.dim() < 2:

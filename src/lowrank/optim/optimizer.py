@@ -11,7 +11,7 @@ Per layer (``per_layer=True``) the same step runs in a hook as soon as a paramet
 freed: only one layer's gradient exists at a time (LOMO, arXiv 2306.09782; GaLore, arXiv 2403.03507, section 4.3). The
 result equals the ordinary step's, bitwise. With ``accumulate=K`` the hook waits for the K-th micro-batch; a rule whose
 coming step needs only R = QᵀG (``accumulates_projected``) keeps that between micro-batches, every other ``p.grad``.
-Rules that see both factors of an adapter (``optim.pairs``) step at the end alone.
+A rule that sees both factors of an adapter (``optim.pairs``) steps them when the second gradient has come.
 
 Over several ranks gradients are summed before the step (each rank divides its loss by the global batch, so that the sum
 is the mean's gradient), each over the ranks that ``summed`` gives for its parameter: plain sums of our own gradients
@@ -125,6 +125,7 @@ class Optimizer(torch.optim.Optimizer):
         self._micro: dict[nn.Parameter, int] = {}
         self._projected: dict[nn.Parameter, Tensor] = {}
         self._stepped: set[nn.Parameter] = set()
+        self._waiting: dict[nn.Parameter, dict[nn.Parameter, Tensor]] = {}  # A -> the one gradient of its pair
         self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._intra_worker = intra_worker
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
@@ -155,7 +156,7 @@ class Optimizer(torch.optim.Optimizer):
         super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
         group = self.param_groups[-1]
         try:
-            each = rule_of_each(group["rule"], group["params"], per_layer=self.per_layer)
+            each = rule_of_each(group["rule"], group["params"])
             for i, (p, rule) in enumerate(zip(group["params"], each, strict=True)):
                 if not p.requires_grad:
                     raise ValueError("a frozen parameter (requires_grad=False) was given to the optimizer")
@@ -293,8 +294,8 @@ class Optimizer(torch.optim.Optimizer):
         rule = group["rule"]
         if isinstance(rule, PairRule):
             for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-                if A.grad is not None or B.grad is not None:
-                    self._step_pair(A, B, group)
+                if grads := {p: dense(p.grad) for p in (A, B) if p.grad is not None}:
+                    self._step_pair(A, B, group, grads)
             return
         for p in [p for p in group["params"] if p in self._projected] if self._projected else ():
             self._step_projected(p, group, self._projected.pop(p))
@@ -332,10 +333,12 @@ class Optimizer(torch.optim.Optimizer):
         rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
         self._write([p], lambda targets: rule.apply_(targets, [g.to(targets[0].dtype)], [state], lr=lr, decay=decay))
 
-    def _step_pair(self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any]) -> None:
+    def _step_pair(
+        self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any], grads: dict[nn.Parameter, Tensor]
+    ) -> None:
         """Step the factors of one adapter together; a gradient that is missing counts as zero."""
         rule, state, lr, decay = group["rule"], self.state[A], self._lr(group), group["decay"]
-        g, h = (torch.zeros_like(p) if p.grad is None else dense(p.grad) for p in (A, B))
+        g, h = (grads[p] if p in grads else torch.zeros_like(p) for p in (A, B))
         if self.clip_per_layer is not None:
             g, h = (clipped(each, self.clip_per_layer, None) for each in (g, h))
 
@@ -412,12 +415,24 @@ class Optimizer(torch.optim.Optimizer):
             self._summed[p].sum_([g])
         if projected:
             self._step_projected(p, group, g)
+        elif isinstance(group["rule"], PairRule):
+            A, B = self._pair_of(p, group)
+            grads = self._waiting.setdefault(A, {})
+            grads[p] = g
+            if len(grads) == 2:
+                self._step_pair(A, B, group, self._waiting.pop(A))
         else:
             if self._shards[p] is None:  # of a sharded parameter no basis is shared by heads
                 p.grad = g
                 agree_bases_([p], self._rules, self.state, self._agreed)
                 p.grad = None
             self._step_one(p, group, g)
+
+    @staticmethod
+    def _pair_of(p: nn.Parameter, group: dict[str, Any]) -> tuple[nn.Parameter, nn.Parameter]:
+        """(A, B) of which ``p`` is one."""
+        at = next(i for i, q in enumerate(group["params"]) if q is p) // 2 * 2
+        return group["params"][at], group["params"][at + 1]
 
     def _step_projected(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
         rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
@@ -427,6 +442,10 @@ class Optimizer(torch.optim.Optimizer):
         if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them
             for p in list(self._micro):
                 self._complete(p)
+            for A, grads in self._waiting.items():  # whose other factor got no gradient
+                group = self._place[A][1]
+                self._step_pair(*self._pair_of(A, group), group, grads)
+            self._waiting.clear()
         if self._micro:
             waiting = self.name_of(next(iter(self._micro)))
             raise RuntimeError(
@@ -445,6 +464,7 @@ class Optimizer(torch.optim.Optimizer):
             self._overlapped.drop()
         super().zero_grad(set_to_none)
         self._micro.clear()
+        self._waiting.clear()
         self._projected.clear()
         self._synchronised = False
 

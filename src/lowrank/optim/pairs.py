@@ -6,7 +6,8 @@ For optimizers on the product BA, whose steps on the two factors depend on each 
 2402.02347; LoRA-RITE, 2410.20625). Unlike a :class:`Rule`, a rule for pairs sees the parameters: what it does to BA may
 then be the same however BA is split into factors.
 
-A method names it as any other rule, for both factors: ``Use(("*.A", "*.B"), rule)``. The state lies with A.
+A method names it as any other rule, for both factors: ``Use(("*.A", "*.B"), rule)``. The state lies with A. Per layer
+both are stepped when the second of their gradients has come.
 
 Shape legend: A, ∂A, U_A (..., rank, in);  B, ∂B, U_B (..., out, rank);  heads are a stack of pairs.
 """
@@ -63,19 +64,14 @@ class OneFactor(Rule):
         raise RuntimeError(f"{self.pair!r} steps A and B of an adapter together, and was asked to step {self.factor}")
 
 
-def rule_of_each(rule: Rule | PairRule, params: Sequence[Tensor], *, per_layer: bool) -> list[Rule]:
+def rule_of_each(rule: Rule | PairRule, params: Sequence[Tensor]) -> list[Rule]:
     """The rule that each parameter of a group follows by itself.
 
     Raises:
-        ValueError: the parameters of a rule for pairs are not A, B, A, B, …, or are to be stepped one by one.
+        ValueError: the parameters of a rule for pairs are not A, B, A, B, ….
     """
     if isinstance(rule, Rule):
         return [rule] * len(params)
-    if per_layer:
-        raise ValueError(
-            f"per_layer=True steps each parameter as soon as its gradient is there, and {rule!r} steps A and B of an "
-            "adapter together: use per_layer=False (the gradients of factors are small)"
-        )
     each: list[Rule] = []
     for first in range(0, len(params), 2):
         shapes = [p.shape for p in params[first : first + 2]]
