@@ -35,6 +35,7 @@ from lowrank.optim import (
     Rescale,
     Residual,
     Rule,
+    Signed,
     Soap,
 )
 from lowrank.optim.sharded import on_shard
@@ -74,9 +75,12 @@ RULES: dict[str, Rule] = {
         rank=3,
         refresh_every=1,
         basis=PowerIteration(iterations=1),
-        transport="rotate",
-        error_feedback=ErrorFeedback(),
+        transport="statistics",
+        error_feedback=ErrorFeedback(moments=True),
+        follow=0.9,
     ),
+    "error-feedback": Projected(**FOUR, transport="rotate", error_feedback=ErrorFeedback(share=0.5)),
+    "frugal": Projected(**FOUR, lift=Signed(), transport="reset", scale=1.0),
     "apollo": Projected(**FOUR, basis=Gaussian(), lift=Rescale(), scale=1.0),
     "apollo-svd": Projected(**FOUR, basis=SVD(), lift=Rescale(limiter=None), transport="reset"),
     "apollo-mini": Projected(rank=1, refresh_every=4, basis=Gaussian(), lift=Rescale(scope="tensor"), scale=128**0.5),
@@ -91,6 +95,7 @@ REFUSES_SHARDS |= {
     "soap": "Soap on the weight needs the whole gradient",
     "dion": "Dion on the weight needs the whole gradient",
     "ldadam": "error_feedback=None",
+    "error-feedback": "error_feedback=None",
     "nested": "one that does not project",
     "galore-muon": "or normalise",
 }

@@ -160,3 +160,41 @@ def lora_rite(A: Array, B: Array, gradients: list[Array], lr: float) -> tuple[Ar
         of_a, of_b = step("A", (B.T @ g).T, B, t), step("B", g @ A.T, A.T, t)
         A, B = A - lr * of_a.T, B - lr * of_b
     return A, B
+
+
+def ldadam(
+    weight: Array, gradients: list[Array], lr: float, decay: float, *, P: Array, rho: float = 0.908
+) -> tuple[Array, Array]:
+    """LDAdam, arXiv 2410.16103, algorithm 1, left projection, betas (0.908, 0.99), from the first basis ``P`` (out,
+    rank). Returns the weight and the error."""
+    b1, b2 = 0.908, 0.99
+    m = v = np.zeros((P.shape[1], weight.shape[1]))
+    error, w = np.zeros_like(weight), weight.copy()
+    for t, g in enumerate(gradients):
+        a = g + error
+        new, before = P, P @ m
+        if t:
+            c1, c2 = 1 - b1**t, 1 - b2**t
+            b = rho * P @ m / c1 + (1 - rho) * a
+            new = np.linalg.qr(b @ b.T @ P)[0]
+            turn = new.T @ P
+            v = c2 * np.abs(turn**2 @ (v / c2 - (m / c1) ** 2) + (turn @ m / c1) ** 2)
+            m = turn @ m
+        error = a - new @ new.T @ a + b1 / (1 - b1) * (before - new @ m)
+        m, v, P = b1 * m + (1 - b1) * new.T @ a, b2 * v + (1 - b2) * (new.T @ a) ** 2, new
+        step = m / (1 - b1 ** (t + 1)) / (np.sqrt(v / (1 - b2 ** (t + 1))) + 1e-8)
+        w = w * (1 - lr * decay) - lr * P @ step
+    return w, error
+
+
+def frugal(weight: Array, gradients: list[Array], lr: float, decay: float, *, every: int, rank: int) -> Array:
+    """FRUGAL, arXiv 2411.07837, algorithm 1, by SVD on the left, betas (0.9, 0.999); state begins anew with a basis."""
+    w = weight.copy()
+    for t, g in enumerate(gradients):
+        if t % every == 0:
+            P, k, m, v = np.linalg.svd(g)[0][:, :rank], 0, 0.0, 0.0
+        k, r = k + 1, P.T @ g
+        m, v = 0.9 * m + 0.1 * r, 0.999 * v + 0.001 * r**2
+        inside = P @ (m / (1 - 0.9**k) / (np.sqrt(v / (1 - 0.999**k)) + 1e-8))
+        w = w * (1 - lr * decay) - lr * (inside + np.sign(g - P @ r))
+    return w

@@ -15,7 +15,19 @@ from torch import Tensor
 
 import lowrank
 from lowrank.linalg.basis import random_basis
-from lowrank.optim import Adafactor, AdamW, ColumnNormalised, Dion, LoraMuon, LoraRite, Muon, PairRule, Rule, Soap
+from lowrank.optim import (
+    Adafactor,
+    AdamW,
+    ColumnNormalised,
+    Dion,
+    LoraMuon,
+    LoraRite,
+    Muon,
+    PairRule,
+    Projected,
+    Rule,
+    Soap,
+)
 from lowrank.optim.state import leaves
 
 SHAPES = [(6, 9), (9, 6), (7, 7)]
@@ -85,6 +97,33 @@ def test_papers_formulas_on_a_product(name: str, shape: tuple[int, int]) -> None
         rule.apply_((A, B), (B.mT @ g, g @ A.mT), state, lr=0.02, decay=0.0)
     torch.testing.assert_close((A, B), tuple(map(torch.from_numpy, expected)), rtol=1e-9, atol=1e-11)
     assert {t.dtype for _, t in leaves(rule.init((A.float(), B.bfloat16())))} == {torch.float32, torch.int64}
+
+
+def test_ldadam_is_the_papers() -> None:
+    """Moments that turn, the basis that follows them and the error of both, from the library's first basis."""
+    p, gs = weight((6, 9)), gradients((6, 9))
+    (use, *_) = lowrank.methods.ldadam(rank=2).rules
+    rule, start = use.rule, weight((6, 9)).numpy()
+    assert isinstance(rule, Projected)
+    state = rule.init(p)
+    rule.place_(state, 0)
+    for g in gs:
+        rule.apply_([p], [g], [state], lr=0.02, decay=0.1)
+        if int(state["step"]) == 1:  # type: ignore[arg-type]
+            P = state["basis"]["left"].numpy().copy()  # type: ignore[index, union-attr]
+    expected, error = baselines.ldadam(start, [g.numpy() for g in gs], 0.02, 0.1, P=P)
+    torch.testing.assert_close(p, torch.from_numpy(expected), rtol=1e-5, atol=1e-6)  # QR of bbᵀP + 1e-7·P
+    torch.testing.assert_close(state["error"], torch.from_numpy(error), rtol=1e-4, atol=1e-5)
+
+
+def test_frugal_is_the_papers() -> None:
+    (use, *_) = lowrank.methods.frugal(rank=2, refresh_every=4, basis="svd").rules
+    assert isinstance(use.rule, Projected)
+    rule = replace(use.rule, stagger=False)
+    expected = baselines.frugal(
+        weight((6, 9)).numpy(), [g.numpy() for g in gradients((6, 9))], 0.02, 0.1, every=4, rank=2
+    )
+    torch.testing.assert_close(stepped(rule, weight((6, 9)), gradients((6, 9))), torch.from_numpy(expected))
 
 
 # --- Muon ------------------------------------------------------------------------------------------------------------
@@ -171,6 +210,9 @@ def test_steps_have_the_length_that_the_scale_says() -> None:
         (lambda: lowrank.methods.muon(precision="half"), "precision='half' is unknown"),
         (lambda: Soap(refresh_every=0), "refresh_every=0 must be at least 1"),
         (lambda: Soap(betas=(0.9, 1.0)), r"betas=\(0.9, 1.0\) must be two numbers"),
+        (lambda: Projected(follow=0.5), "use inner=AdamW.., transport='rotate' or 'statistics'"),
+        (lambda: lowrank.methods.ldadam(follow=1.0), r"follow=1.0 must lie in \[0, 1\)"),
+        (lambda: lowrank.methods.frugal(outside=0.0), "outside=0.0 must be above 0"),
         (lambda: Dion(rank=0), "rank=0 must be at least 1"),
         (lambda: lowrank.methods.dion(scale="rm"), "scale='rm' is unknown; it is one of rms, keller"),
         (lambda: lowrank.methods.full_8bit(storage="int4"), "storage='int4' is unknown"),

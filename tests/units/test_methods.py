@@ -29,7 +29,7 @@ METHODS_PROMISED = [
     ),
     *("full_8bit", "muon", "scale", "soap", "dion", "adafactor"),
     *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira"),
-    *("galore_muon", "ldadam", "lte_galore"),
+    *("galore_muon", "ldadam", "frugal", "lte_galore"),
 ]
 
 

@@ -19,7 +19,7 @@ from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
 from lowrank.methods.groups import groups
 from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
-from lowrank.optim.lifts import Rescale, Residual
+from lowrank.optim.lifts import Rescale, Residual, Signed
 from lowrank.optim.muon import Muon
 from lowrank.optim.projected import ErrorFeedback, Projected, ProjectedSide, Transport
 from lowrank.optim.refresh import Lazy
@@ -238,6 +238,7 @@ def ldadam(
     *,
     rank: int = 16,
     scale: float = 1.0,
+    follow: float = 0.908,
     embeddings: Embeddings = "adamw",
     exclude_modules: Targets = (),
     rest: Rest = "train",
@@ -245,9 +246,9 @@ def ldadam(
 ) -> Method:
     """LDAdam (Robert et al., arXiv 2410.16103): a new subspace at every step, moments carried over, error feedback.
 
-    The basis follows the gradient by one power iteration a step; what it leaves out is added to the next gradient.
-    Simpler than the paper's in three places: the subspace is fitted to the gradient alone (ρ = 0), the second moment
-    turns as a whole and not as variance and mean, and what moments lose in turning is not fed back.
+    The basis follows a mean of gradient and momentum (ρ = ``follow``) by one power iteration a step; what it leaves
+    out, and what the momentum loses as the basis turns, is added to the next gradient. As in the paper's algorithm 1,
+    but for the first basis, from a random sketch of the gradient and not its SVD.
     """
     rule = Projected(
         inner=AdamW(betas=(0.908, 0.99)),
@@ -255,10 +256,43 @@ def ldadam(
         refresh_every=1,
         scale=scale,
         basis=PowerIteration(iterations=1),
-        transport="rotate",
-        error_feedback=ErrorFeedback(),
+        transport="statistics",
+        error_feedback=ErrorFeedback(moments=True),
+        follow=follow,
     )
     return _method("ldadam", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+
+
+@register("method", family="projected")
+@also(groups)
+def frugal(
+    target_modules: Targets = "all-linear",
+    *,
+    rank: int = 128,
+    refresh_every: int = 200,
+    scale: float = 1.0,
+    outside: float = 1.0,
+    basis: BasisName = "power",
+    embeddings: Embeddings = "adamw",
+    exclude_modules: Targets = (),
+    rest: Rest = "train",
+    freeze: Targets = (),
+) -> Method:
+    """FRUGAL (Zmushko et al., arXiv 2411.07837): AdamW inside the subspace, sign descent outside, which has no state.
+
+    The steps outside are ``outside`` learning rates long. Moments begin anew at each refresh, as in the paper, whose
+    main runs take whole blocks of the model in turn for the subspace; here, as in its variant by SVD, each matrix has
+    one.
+    """
+    rule = Projected(
+        rank=rank,
+        refresh_every=refresh_every,
+        scale=scale,
+        basis=basis_named(basis),
+        lift=Signed(outside=outside),
+        transport="reset",
+    )
+    return _method("frugal", rule, target_modules, exclude_modules, embeddings, rest, freeze)
 
 
 def _method(

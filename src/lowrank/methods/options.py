@@ -32,8 +32,11 @@ OPTIONS = {
     "scale": "multiplies every step made in the subspace; of muon, dion and lora_muon: how long steps are (rms, "
     "keller, spectral, none)",
     "basis": "how the subspace is found: power (warm power iteration), svd (exact, slow), gaussian (random)",
+    "outside": "steps by sign outside the subspace, in learning rates",
+    "follow": "how far the subspace follows the momentum and not the gradient alone, from 0 to 1",
     "side": "the projected side of a matrix: the short one (as in the paper), or left, right, long",
-    "transport": "what becomes of the moments at a refresh: keep them as they are, rotate them along, or reset them",
+    "transport": "what becomes of the moments at a refresh: keep them as they are, rotate them along (as statistics: "
+    "mean and variance), or reset them",
     "lazy": "refresh less often where the subspace stands still (Q-GaLore)",
     "embeddings": "the rule of embeddings and output layer, which are not projected unless it says so",
     "basis_storage": "how the basis is kept: float32, bfloat16, int8 or int4",

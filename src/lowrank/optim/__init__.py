@@ -9,7 +9,7 @@ if TYPE_CHECKING:
     from lowrank.optim.adafactor import Adafactor
     from lowrank.optim.dion import Dion
     from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
-    from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual
+    from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual, Signed
     from lowrank.optim.muon import Muon
     from lowrank.optim.normalised import ColumnNormalised
     from lowrank.optim.optimizer import Optimizer
@@ -49,6 +49,7 @@ __all__ = [
     "Rescale",
     "Residual",
     "Rule",
+    "Signed",
     "Soap",
     "State",
 ]

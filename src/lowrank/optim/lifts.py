@@ -3,6 +3,7 @@
     GaLore    U = Q S                          what lies outside the subspace is dropped        arXiv 2403.03507
     Rescale   U = G · |S| / |R|                S only says how long the step is                 2412.05270 (APOLLO)
     Residual  U = Q S + (G − Q R) · |S| / |R|  the outside too, at the subspace's step length   2410.01623 (Fira)
+    Signed    U = Q S + outside · sign(G − QR) the outside by sign; S is after bias correction  2411.07837 (FRUGAL)
 
 |S| / |R| is taken per channel, that is per column for a left basis and per row for a right one, or over the whole
 matrix.
@@ -37,6 +38,7 @@ class Lift(ABC):
     """What ``Projected`` needs of a lift: a frozen dataclass."""
 
     needs_gradient: ClassVar[bool] = True  # whether U depends on G itself; if not, micro-batches may be kept as R
+    corrected: ClassVar[bool] = False  # whether S is to come with the inner rule's gain in it
 
     def check(self, side: str) -> None:  # noqa: B027  (all sides serve, where it is not given)
         """Raise ValueError if the lift cannot serve this ``side`` of ``Projected``."""
@@ -200,6 +202,46 @@ class Residual(_ByLength):
         length = self.limited_length(outside, rs, s, subspaces[0], states)
         subspaces.lift_into_(targets, apart(s * alpha), alpha=1.0, beta=beta)
         torch._foreach_addcmul_(targets, each, list((length * alpha).unbind()))
+
+
+@dataclass(frozen=True, kw_only=True)
+class Signed(Lift):
+    """U = QS + outside·sign(G − QR) (FRUGAL): the subspace by the inner rule, the rest by sign.
+
+    Args:
+        outside: how long the steps by sign are, in learning rates.
+
+    Raises:
+        ValueError: ``outside`` is not above 0.
+    """
+
+    outside: float = 1.0
+
+    corrected = True
+
+    def __post_init__(self) -> None:
+        if not self.outside > 0:
+            raise ValueError(f"outside={self.outside} must be above 0; without steps outside use lift=GaLore()")
+
+    def __call__(self, g: Tensor, r: Tensor, s: Tensor, subspace: Subspace, state: State) -> Tensor:
+        return subspace.lift(s) + (g - subspace.lift(r)).sign_() * self.outside
+
+    def add_(
+        self,
+        targets: list[Tensor],
+        gs: list[Tensor] | None,
+        rs: list[Tensor],
+        s: Tensor,
+        subspaces: Subspaces,
+        states: list[State],
+        alpha: Factor,
+        beta: float,
+    ) -> None:
+        assert gs is not None
+        outside, each = copied(gs)
+        subspaces.lift_into_(each, rs, alpha=-1.0)
+        subspaces.lift_into_(targets, apart(s * alpha), alpha=1.0, beta=beta)
+        torch._foreach_add_(targets, list(outside.sign_().mul_(alpha * self.outside).unbind()))
 
 
 def _length(s: Tensor, r: Tensor, scope: Scope, subspace: Subspace) -> Tensor:

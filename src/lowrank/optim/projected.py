@@ -8,12 +8,14 @@ One rule with a few slots, each a small value. The papers are values of it:
     GaLore       Projected(rank=r)                                              2403.03507, algorithm 2
     Q-GaLore     … inner=AdamW(storage="int8"), basis_storage="int4",           2407.08296; weights are not quantised
                  lazy=Lazy()
-    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1),         2410.16103
-                 transport="rotate", error_feedback=ErrorFeedback()
+    LDAdam       … refresh_every=1, basis=PowerIteration(iterations=1),         2410.16103, algorithm 1
+                 transport="statistics", follow=0.908, scale=1,
+                 error_feedback=ErrorFeedback(moments=True)
     APOLLO       … basis=Gaussian(), lift=Rescale(), scale=1                    2412.05270
     APOLLO-Mini  … rank=1, basis=Gaussian(), lift=Rescale(scope="tensor"),      2412.05270
                  scale=128 ** 0.5
     Fira         … lift=Residual()                                              2410.01623
+    FRUGAL       … lift=Signed(), transport="reset", scale=1                    2411.07837
 
 Leading dimensions are a stack of matrices, as in A (heads, rank, in); ``stack=False`` reads a tensor (out, ...) as
 one matrix (out, −1), and a plan shows convolutions as such matrices itself. Vectors, and matrices whose projected
@@ -68,24 +70,25 @@ from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
 from lowrank.optim.stacks import alike, joined
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, check_storage, read, wide, write_
 
-Transport = Literal["keep", "rotate", "reset"]
+Transport = Literal["keep", "rotate", "statistics", "reset"]
 
 
 @dataclass(frozen=True, kw_only=True)
 class ErrorFeedback:
-    """What the projection leaves out is not lost but added to the next gradient (LDAdam, Dion, PowerSGD).
+    """What the projection leaves out is not lost but added to the next gradient (LDAdam, PowerSGD).
 
-        G ← G + E,   step with R = QᵀG,   E ← G − share·Q R
+        G ← G + E,   step with R = QᵀG,   E ← G − share·Q R + β₁/(1 − β₁)·(Qₒ M − Qₙ QₙᵀQₒ M)
 
     Args:
-        share: of what lies in the subspace, how much counts as dealt with, in (0, 1]: 1 for LDAdam; 1 − μ makes of
-            G + E the momentum matrix of Dion.
+        share: of what lies in the subspace, how much counts as dealt with, in (0, 1].
+        moments: the last term: also what AdamW's first moment M loses where the basis turns (LDAdam).
 
     Raises:
         ValueError: a share out of its range.
     """
 
     share: float = 1.0
+    moments: bool = False
 
     def __post_init__(self) -> None:
         if not 0.0 < self.share <= 1.0:
@@ -106,7 +109,8 @@ class Projected(Rule):
         side: which side is projected: the ``short`` one (the paper's; columns of a square), the ``long`` one, ``left``
             (rows), ``right`` (columns), or ``both``.
         transport: what becomes of the moments at a refresh: ``keep`` their coordinates (galore-torch), ``rotate`` them
-            into the new basis, the first by C = QₙᵀQₒ and the second by C's squared entries (LDAdam), or ``reset``.
+            into the new basis, the first by C = QₙᵀQₒ and the second by C's squared entries, ``reset`` them, or
+            rotate the ``statistics`` of which they are estimates, mean and variance (LDAdam).
         stagger: spread the refreshes of the layers over the interval, so that no step pays for all of them.
         lazy: refresh ever less often where the subspace stands still (``Lazy``), or None.
         basis_storage: how the basis is kept: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
@@ -116,6 +120,8 @@ class Projected(Rule):
         one_basis: the matrices of a stack (heads) share a basis, the best for all of them together; so do those on
             other ranks.
         error_feedback: add what the projection left out to the next gradient (``ErrorFeedback``), or None.
+        follow: what the basis is fitted to at a refresh: ρ·(AdamW's first moment, lifted) + (1 − ρ)·G, with ρ this
+            number in [0, 1).
 
     Raises:
         ValueError: a size that is not a positive whole number, an unknown word, or slots that do not go together.
@@ -136,14 +142,16 @@ class Projected(Rule):
     fallback: bool = True
     one_basis: bool = False
     error_feedback: ErrorFeedback | None = None
+    follow: float = 0.0
 
     projects = True
 
     def __repr__(self) -> str:
-        """As a dataclass's, but for ``error_feedback=None``: saved states name their rule so, also older ones."""
+        """As a dataclass's, without the youngest fields where they do nothing: saved states name their rule so."""
         shown = {f.name: getattr(self, f.name) for f in fields(self) if f.repr}
-        if self.error_feedback is None:
-            del shown["error_feedback"]
+        for name in ("error_feedback", "follow"):
+            if not shown[name]:
+                del shown[name]
         return f"{type(self).__name__}({', '.join(f'{name}={value!r}' for name, value in shown.items())})"
 
     def __post_init__(self) -> None:
@@ -169,19 +177,28 @@ class Projected(Rule):
                 "error_feedback= keeps what an orthonormal basis leaves out and lift=GaLore() drops; it cannot go with "
                 f"{self.lift!r} and {self.basis!r}"
             )
-        if not self.basis.orthonormal and (self.transport == "rotate" or self.lazy is not None):
+        turns = self.transport in ("rotate", "statistics")
+        by_moment = self.follow > 0 or (self.error_feedback is not None and self.error_feedback.moments)
+        if not 0.0 <= self.follow < 1.0:
+            raise ValueError(f"follow={self.follow} must lie in [0, 1)")
+        if by_moment and (type(self.inner) is not AdamW or not turns or self.one_basis):
             raise ValueError(
-                "transport='rotate' and lazy= compare the old basis with the new one, but "
+                "follow= and ErrorFeedback(moments=True) read AdamW's first moment as the basis turns: use "
+                "inner=AdamW(), transport='rotate' or 'statistics', and one_basis=False"
+            )
+        if not self.basis.orthonormal and (turns or self.lazy is not None):
+            raise ValueError(
+                f"transport={self.transport!r} and lazy= compare the old basis with the new one, but "
                 f"{self.basis!r} is drawn anew; use transport='keep' and lazy=None"
             )
         if not self.basis.stored and self.basis_storage != "float32":
             raise ValueError(
                 f"basis_storage={self.basis_storage!r} has nothing to act on: {self.basis!r} is not stored"
             )
-        if self.transport == "rotate" and not self.inner.transports:
+        if turns and not self.inner.transports:
             raise ValueError(
-                f"transport='rotate' needs an inner rule that can rotate its moments, and {type(self.inner).__name__} "
-                "cannot; use 'keep' or 'reset'"
+                f"transport={self.transport!r} needs an inner rule that can rotate its moments, and "
+                f"{type(self.inner).__name__} cannot; use 'keep' or 'reset'"
             )
 
     # --- what is projected ---------------------------------------------------------------------------------------
@@ -260,6 +277,7 @@ class Projected(Rule):
         r = subspace.project(g)
         self._keep_error_(g, r, subspace, state)
         s, gain = self.inner.update(r, self._inner_state(state))
+        s, gain = (s * gain, 1.0) if self.lift.corrected else (s, gain)
         u = self.lift(g, r, s, subspace, cast(State, state["lift"]))
         advance_(state, "step")
         return u.reshape(shape), gain * self.scale
@@ -314,6 +332,7 @@ class Projected(Rule):
             for p, state in zip(params, states, strict=True):
                 self.observe_(p, state)
             s, gain = self.inner.update_joined(joined(rs), inner)
+            s, gain = (s * gain, 1.0) if self.lift.corrected else (s, gain)
             alpha = gain * (-lr * self.scale)
         else:
             # Let the inner rule step zeros of R's shape: that gives −lr·c·S, by whatever kernel it has.
@@ -334,7 +353,7 @@ class Projected(Rule):
 
     def _keep_error_(self, g: Tensor, r: Tensor, subspace: Subspace, state: State) -> None:
         if self.error_feedback is not None:
-            cast(Tensor, state["error"]).copy_(residual(g, r, subspace, share=self.error_feedback.share))
+            cast(Tensor, state["error"]).add_(residual(g, r, subspace, share=self.error_feedback.share))
 
     # --- gradients kept as R -------------------------------------------------------------------------------------
 
@@ -359,6 +378,8 @@ class Projected(Rule):
 
     def _subspaces(self, gs: list[Tensor], states: list[State]) -> Subspaces:
         """The subspace of the coming step for each of several matrices of one shape, refreshed where that is due."""
+        if self.error_feedback is not None:  # it is in the gradients now
+            torch._foreach_zero_([cast(Tensor, state["error"]) for state in states])
         due = are_due(states)
         if not any(due):
             return self._present_each(gs[0], states)
@@ -424,6 +445,8 @@ class Projected(Rule):
         """A new basis from ``g``; where that fails the old one stays, and is counted."""
         cold, sides = count(state, "refreshes") == 0, sides_of(self.side, *g.shape[-2:])
         old = None if cold else self._present(g, state).clone()
+        if self.follow and old is not None:
+            g = g.mul(1 - self.follow) + old.lift(self._first_moment(g, state, corrected=True)) * self.follow
         if self.basis.stored:
             rank = min(self.rank, *g.shape[-2:])
             where: dict[str, Any] = {"old": old, "seed": stream(state)}
@@ -452,5 +475,25 @@ class Projected(Rule):
         if self.transport == "reset":
             copy_into_(inner, self.inner.init(self._like_inside(g)))
             self.place_(state, count(state, "index"))
-        elif self.transport == "rotate":
+            return
+        lost = self.error_feedback is not None and self.error_feedback.moments
+        if lost:
+            self._add_moment_(g, state, old, 1.0)
+        if self.transport == "rotate":
             self.inner.transport_(inner, self._like_inside(g), rotation(old, new))
+        elif self.transport == "statistics":
+            self.inner.transport_statistics_(inner, self._like_inside(g), rotation(old, new))
+        if lost:
+            self._add_moment_(g, state, new, -1.0)
+
+    def _add_moment_(self, g: Tensor, state: State, subspace: Subspace, sign: float) -> None:
+        """E ← E ± β₁/(1 − β₁)·Q M."""
+        beta1 = cast(AdamW, self.inner).betas[0]
+        moment = self._first_moment(g, state)
+        subspace.lift_into_(cast(Tensor, state["error"]), moment, alpha=sign * beta1 / (1 - beta1))
+
+    def _first_moment(self, g: Tensor, state: State, *, corrected: bool = False) -> Tensor:
+        """AdamW's first moment, in the form of R; ``corrected`` for its start at 0."""
+        inner = cast(AdamW, self.inner)
+        m, state_of = inner.first_moment(self._inner_state(state), self._like_inside(g)), self._inner_state(state)
+        return m / (1 - inner.betas[0] ** cast(Tensor, state_of["step"]).double()).to(m.dtype) if corrected else m

@@ -114,6 +114,10 @@ class Rule(ABC):
         """The basis has changed: pass every moment, and the power of the gradient in it, through ``move``."""
         raise NotImplementedError(f"{type(self).__name__} does not say how its moments move")
 
+    def transport_statistics_(self, state: State, like: Tensor, move: Move) -> None:
+        """As ``transport_``, where second moments move as a variance about the mean and the mean's square."""
+        self.transport_(state, like, move)
+
     # --- gradients in a smaller form, between micro-batches and on the way to other ranks ---
 
     def accumulates_projected(self, state: State) -> bool:
@@ -251,6 +255,19 @@ class AdamW(Rule):
         m, v = self._read(state, like)
         write_(state["exp_avg"], move(m, 1), FIRST, None)
         write_(state["exp_avg_sq"], move(v, 2), SECOND, None)
+
+    def transport_statistics_(self, state: State, like: Tensor, move: Move) -> None:
+        """v ← c₂·|move(v/c₂ − (m/c₁)²) + move(m/c₁)²| with cᵢ = 1 − βᵢᵗ (LDAdam, arXiv 2410.16103, algorithm 1)."""
+        m, v = self._read(state, like)
+        step = cast(Tensor, state["step"]).double()
+        c1, c2 = ((1 - beta**step).to(m.dtype) for beta in self.betas)
+        variance, moved = move(v / c2 - (m / c1).square(), 2), move(m, 1)
+        write_(state["exp_avg_sq"], (variance + (moved / c1).square()).abs() * c2, SECOND, None)
+        write_(state["exp_avg"], moved, FIRST, None)
+
+    def first_moment(self, state: State, like: Tensor) -> Tensor:
+        """m, in the shape of ``like``."""
+        return self._read(state, like)[0]
 
     def _read(self, state: State, g: Tensor) -> tuple[Tensor, Tensor]:
         return read(state["exp_avg"], FIRST, g.shape, wide(g.dtype)), read(
