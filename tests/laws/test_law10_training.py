@@ -34,7 +34,7 @@ def test_lowers_the_loss(name: str, dtype: torch.dtype) -> None:
 @pytest.mark.parametrize("name", lowrank.METHODS)
 def test_lowers_the_loss_of_the_targets_alone(name: str) -> None:
     """With everything else frozen: what learns is the adapters, or the projected matrices."""
-    if name in ("full", "full_8bit", "frozen"):
+    if name in ("full", "full_8bit", "frozen", "adafactor"):
         pytest.skip("trains the rest only")
     model = gpt2(tied=False)
     before = held_out(model)
