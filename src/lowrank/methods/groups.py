@@ -57,9 +57,10 @@ def groups(
 
     def grouped(method: Method) -> Method:
         rules = tuple(replace(use, rule=_with_constants(use.rule, constants)) for use in method.rules)
-        if constants and not any(_has_constants(use.rule) for use in rules):
+        idle = [name for name in constants if not any(_takes(use.rule, name) for use in rules)]
+        if idle:
             raise ValueError(
-                f"{' and '.join(constants)} are for rules of Adam's kind, and {method.name} has none: leave them out"
+                f"{' and '.join(idle)} are for rules of Adam's kind, and {method.name} has none: leave them out"
             )
         return replace(method, rules=rules, groups=ratios)
 
@@ -68,15 +69,18 @@ def groups(
 
 def _with_constants(rule: Any, constants: dict[str, Any]) -> Any:
     inside = {name: _with_constants(each, constants) for name, each in _inner_rules(rule).items()}
-    return replace(rule, **inside, **(constants if _is_adams(rule) else {}))
+    own = {name: value for name, value in constants.items() if name in _constants_of(rule)}
+    return replace(rule, **inside, **own)
 
 
-def _has_constants(rule: Any) -> bool:
-    return _is_adams(rule) or any(map(_has_constants, _inner_rules(rule).values()))
+def _takes(rule: Any, name: str) -> bool:
+    return name in _constants_of(rule) or any(_takes(each, name) for each in _inner_rules(rule).values())
 
 
-def _is_adams(rule: Any) -> bool:
-    return {"betas", "eps"} <= {each.name for each in fields(rule)}
+def _constants_of(rule: Any) -> set[str]:
+    """Which of Adam's constants a rule has; one without betas is not of its kind, and means another eps."""
+    names = {each.name for each in fields(rule)}
+    return names & {"betas", "eps"} if "betas" in names else set()
 
 
 def _inner_rules(rule: Any) -> dict[str, Any]:

@@ -75,7 +75,8 @@ class Dion(LayerRule):
             self.vectors.place_(state, index)
             return
         basis = cast(Tensor, state["basis"])
-        basis.copy_(random_basis(*basis.shape[-2:], basis, index))
+        side, rank = basis.shape[-2:]
+        basis.copy_(random_basis(side, rank, basis, index))
 
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
         if g.dim() < 2:
