@@ -32,7 +32,7 @@ CLEAN = """
 import json, sys, warnings
 import torch, timm, peft
 from safetensors.torch import save_file
-from transformers import AutoModelForCausalLM, AutoTokenizer, GenerationConfig
+from transformers import AutoModelForCausalLM, AutoModelForImageClassification, AutoTokenizer, GenerationConfig
 root, samples = sys.argv[1], json.loads(sys.argv[2])
 ids = torch.tensor([json.loads(sys.argv[3])])
 made, told = {}, {}
@@ -46,11 +46,18 @@ for name in ("bytes", "chars", "bpe", "own"):
         "pad": t.padding_side, "template": t.chat_template, "longest": t.model_max_length,
         "added": sorted(str(token) for token in t.added_tokens_decoder.values())}
 told["own"]["generation"] = GenerationConfig.from_pretrained(f"{root}/own").to_diff_dict()
-model = timm.create_model(f"local-dir:{root}/vit", pretrained=True).eval()
-made["images"] = torch.randn(2, 3, *model.pretrained_cfg["input_size"][1:], generator=torch.Generator().manual_seed(0))
-with torch.no_grad():
-    made["vit"] = model(made["images"])
-told["vit"] = {"labels": model.pretrained_cfg["label_names"], "mean": model.pretrained_cfg["mean"]}
+made["images"] = torch.randn(2, 3, 28, 28, generator=torch.Generator().manual_seed(0))
+for name in ("vit", "timm", "hf"):
+    kind = AutoModelForImageClassification if name == "hf" else timm
+    place = f"{root}/hf" if name == "hf" else f"local-dir:{root}/{name}"
+    model = (kind.from_pretrained(place) if name == "hf" else timm.create_model(place, pretrained=True)).eval()
+    with torch.no_grad():
+        made[name] = model(made["images"])
+    if name == "hf":
+        made[name] = made[name].logits
+        told[name] = {"labels": list(model.config.id2label.values())}
+    else:
+        told[name] = {"labels": model.pretrained_cfg["label_names"], "mean": model.pretrained_cfg["mean"]}
 with torch.no_grad():
     base = AutoModelForCausalLM.from_pretrained(f"{root}/base")
     made["peft"] = peft.PeftModel.from_pretrained(base, f"{root}/adapter").eval()(ids).logits
@@ -98,6 +105,14 @@ def own_model(folder: Path) -> None:
     model.save_pretrained(folder)
 
 
+def hf_vit_model(folder: Path) -> None:
+    from transformers import ViTConfig, ViTForImageClassification
+
+    torch.manual_seed(0)
+    shape = {"hidden_size": 8, "num_hidden_layers": 1, "num_attention_heads": 2, "intermediate_size": 16}
+    ViTForImageClassification(ViTConfig(image_size=28, patch_size=14, num_labels=3, **shape)).save_pretrained(folder)
+
+
 @pytest.fixture(scope="module")
 def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Tensor], dict[str, Any]]:
     """The folder with runs and exports, and what the clean process made of the exports."""
@@ -112,7 +127,12 @@ def opened(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Te
     small = ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.patch_size", "14"]
     words = ["train", "vit-mini", "--data", str(image_file), "--steps", "2", "--batch-size", "8", *small]
     assert main([*words, "--out", str(root / "run-vit"), "--quiet"]) == 0
-    for name in ("bytes", "chars", "bpe", "own", "vit"):
+    by_name = ["--model", "vit", "--model.name", "deit3_small_patch16_224", "--model.image_size", "28", *small]
+    assert main([*words[:8], *by_name, "--out", str(root / "run-timm"), "--quiet"]) == 0
+    hf_vit_model(root / "hf-base")
+    theirs = ["--model", "hf-vit", "--model.path", str(root / "hf-base")]
+    assert main([*words[:8], *theirs, "--out", str(root / "run-hf"), "--quiet"]) == 0
+    for name in ("bytes", "chars", "bpe", "own", "vit", "timm", "hf"):
         assert main(["export", str(root / f"run-{name}"), str(root / name)]) == 0
     assert main(["export", str(root / "run-bytes"), str(root / "nano"), "--format", "nanogpt"]) == 0
     words = ["export", str(root / "run-own"), "--adapter", str(root / "adapter"), "--format", "peft"]
@@ -165,11 +185,13 @@ def test_an_adapter_of_a_run(opened: Opened) -> None:
     assert not torch.equal(made["peft"], say(restore(root / "run-bpe")[0].model, torch.tensor([IDS])))
 
 
-def test_a_vision_transformer_by_timm(opened: Opened) -> None:
+@pytest.mark.parametrize("name", ["vit", "timm", "hf"])
+def test_a_vision_transformer_by_its_library(opened: Opened, name: str) -> None:
     root, made, told = opened
-    session, _ = restore(root / "run-vit")
-    torch.testing.assert_close(made["vit"], say(session.model, made["images"]), rtol=1e-5, atol=1e-5)
-    assert told["vit"] == {"labels": list(session.data.classes), "mean": list(session.model.image_spec.mean)}
+    session, _ = restore(root / f"run-{name}")
+    torch.testing.assert_close(made[name], say(session.model, made["images"]), rtol=1e-5, atol=1e-5)
+    assert told[name]["labels"] == list(session.data.classes)
+    assert told[name].get("mean") in (None, list(session.model.image_spec.mean))
 
 
 def test_nanogpt_out_and_in(opened: Opened, capsys: pytest.CaptureFixture[str]) -> None:

@@ -48,6 +48,8 @@ def texts(data: Examples) -> list[str]:
 
 # What rows are
 
+DOLLY = {"instruction": "Add.", "context": "1 2", "response": "3", "category": "sums"}
+
 
 @pytest.mark.parametrize(
     ("row", "kind", "columns"),
@@ -55,7 +57,9 @@ def texts(data: Examples) -> list[str]:
         ({"messages": [ASKED, ANSWERED], "id": 1}, "chat", ["messages"]),
         ({"id": "x", "conversations": [], "text": "y"}, "chat", ["conversations"]),
         ({"prompt": "a", "completion": "b", "text": "c"}, "pair", ["prompt", "completion"]),
-        ({"instruction": "a", "input": "", "output": "b"}, "alpaca", ["instruction", "output"]),
+        ({"instruction": "a", "input": "", "output": "b"}, "alpaca", ["instruction", "output", "input"]),
+        ({"instruction": "a", "output": "b", "context": "c"}, "alpaca", ["instruction", "output"]),
+        (DOLLY, "alpaca", ["instruction", "response", "context"]),
         ({"id": 1, "content": "a"}, "text", ["content"]),
         ({"only": "a"}, "text", ["only"]),
     ],
@@ -92,6 +96,8 @@ def test_instructions_go_through_the_template_or_alpaca_s_own_words() -> None:
         {"instruction": "Go.", "input": None, "output": "x"},
     ]
     form = recognise(rows[0], "rows")
+    for chats in (True, False):  # under Dolly's names the same
+        assert recognise(DOLLY, "rows").example(DOLLY, "row", chats=chats) == form.example(rows[0], "row", chats=chats)
     asked = [form.example(row, "row", chats=True) for row in rows]
     assert [each.messages[0]["content"] for each in asked if isinstance(each, Chat)] == ["Add.\n\n1 2", "Go."]
     first, second = (form.example(row, "row", chats=False) for row in rows)

@@ -104,6 +104,15 @@ class Adapter(nn.Module, ABC):
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         """x (batch, ..., in), W (out, in) → y (batch, ..., out), the bias excluded."""
 
+    def onto(self, y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+        """What ``forward`` gives, where y = x Wᵀ has been made (and may be changed), and W is there only for the
+        moment: nothing of its size may be kept for backward. Layers with a quantised weight ask for it.
+
+        Raises:
+            NotImplementedError: an adapter that cannot.
+        """
+        raise NotImplementedError(f"{type(self).__name__} needs the weight itself, and cannot change a quantised layer")
+
     @abstractmethod
     def merged(self, W: Tensor) -> Tensor:
         """The dense matrix "W with this adapter" (out, in), in W's dtype: the mean over the heads."""
@@ -141,6 +150,9 @@ class Additive(Adapter):
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
         return self.add_(F.linear(x, W), x)
+
+    def onto(self, y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+        return self.add_(y, x)
 
 
 def splits_batch(make: object) -> bool:

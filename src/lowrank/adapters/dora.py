@@ -68,7 +68,12 @@ class DoRAAdapter(Adapter):
         return self.magnitude / norms
 
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        y = self.inner(x, W)
+        return self._scaled(self.inner(x, W), W)
+
+    def onto(self, y: Tensor, x: Tensor, W: Tensor) -> Tensor:
+        return self._scaled(self.inner.onto(y, x, W), W)
+
+    def _scaled(self, y: Tensor, W: Tensor) -> Tensor:
         return torch.addcmul(y, y, (self._gain(W) - 1).to(y.dtype))  # bfloat16 is coarse near 1, and fine near 0
 
     def rows(self, ids: Tensor, W: Tensor) -> Tensor:

@@ -3,8 +3,8 @@
 An :class:`AdaptedLinear` takes over the very ``weight`` and ``bias`` parameters of the layer that it replaces, under
 the same names, so that a state dict keeps its keys (adapters only add ``<layer>.adapters.<part>.…``) and tied
 parameters stay tied. It replaces ``nn.Linear`` and transformers' ``Conv1D`` (weight (in, out)); :class:`AdaptedPatches`
-replaces a ViT's convolutional patch embedding, and :class:`AdaptedEmbedding` the embedding whose table is tied to an
-adapted output layer.
+replaces a ViT's convolutional patch embedding, :class:`AdaptedEmbedding` the embedding whose table is tied to an
+adapted output layer, and :class:`AdaptedQuantised` a layer of bitsandbytes, whose own product it calls.
 
 Parts: a fused projection (GPT-2's ``c_attn``, timm's ``qkv``) holds several matrices in one. Adapters on parts join the
 one fused product; parts without an adapter cost nothing.
@@ -21,6 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, Additive
 from lowrank.infra.seeds import generator
+from lowrank.linalg.quantised_linear import dense_weight, dequantised, is_quantised
 from lowrank.linalg.rounding import round_into_, wide
 
 if TYPE_CHECKING:
@@ -54,16 +55,26 @@ def is_patch_embedding(module: nn.Module) -> bool:
 def is_linear(module: nn.Module) -> bool:
     """Whether an adapted layer can replace this module.
 
-    It must compute what ``nn.Linear`` or ``Conv1D`` does (a subclass with its own ``forward`` may not), or embed
-    patches, and own its weight (a parametrised one is made anew at each call).
+    It must compute what ``nn.Linear`` or ``Conv1D`` does (a subclass with its own ``forward`` may not, but for those of
+    bitsandbytes), or embed patches, and own its weight (a parametrised one is made anew at each call).
     """
     plain = isinstance(module, nn.Linear) and type(module).forward is nn.Linear.forward
     owned = module._parameters.get("weight") is not None
-    return owned and (plain or is_conv1d(module) or is_patch_embedding(module))
+    return owned and (plain or is_conv1d(module) or is_patch_embedding(module) or is_quantised(module))
+
+
+def size_of(module: nn.Module) -> tuple[int, int]:
+    """(out, in) of the weight."""
+    if is_quantised(module):
+        return module.out_features, module.in_features  # type: ignore[return-value]
+    out_features, in_features = matrix_of(module).shape
+    return out_features, in_features
 
 
 def matrix_of(module: nn.Module) -> Tensor:
-    """The weight as (out, in), a view of the parameter."""
+    """The weight as (out, in), a view of the parameter; of a quantised one a new tensor."""
+    if is_quantised(module):
+        return dense_weight(module)
     weight = module.weight
     assert isinstance(weight, Tensor)
     if isinstance(module, nn.Conv2d):
@@ -201,12 +212,82 @@ class AdaptedPatches(AdaptedLinear):
         return super().forward(patches.permute(0, 2, 4, 1, 3, 5).flatten(3)).permute(0, 3, 1, 2)
 
 
+class AdaptedQuantised(AdaptedLinear):
+    """A layer of bitsandbytes (see ``linalg.quantised_linear``) with adapters, which join its own product.
+
+    The weight whole exists for the moment where an adapter asks for it (DoRA's norms), and is not kept for backward.
+    """
+
+    def __init__(self, original: nn.Module, adapters: dict[str, Adapter], parts: dict[str, slice]):
+        super().__init__(original, adapters, parts)
+        # On some CPUs a product in evaluation packs the weight otherwise, and later ones have no gradient.
+        original.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+
+    @property
+    def matrix(self) -> Tensor:
+        return dense_weight(self._base())
+
+    def _base(self) -> nn.Module:
+        """The layer of bitsandbytes as it is to be called: without its bias, which it would cast in place."""
+        base = self._original[0]
+        base._parameters.update(weight=self._parameters["weight"], bias=None)
+        base.training = self.training
+        return base
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.dim() == 1:
+            return self.forward(x[None])[0]
+        if torch.is_autocast_enabled(x.device.type):
+            x = x.to(torch.get_autocast_dtype(x.device.type))
+        y: Tensor = self._base().forward(x)
+        y = y.clone() if y._is_view() else y  # which cannot be changed in place
+        for part, rows in self.parts.items():
+            adapter: Any = self.adapters[part]
+            if isinstance(adapter, Additive):
+                y = adapter.add_(y, x, rows.start)
+                continue
+            changed = adapter.onto(y[..., rows].contiguous(), x, self.matrix[rows])
+            y = torch.cat([y[..., : rows.start], changed, y[..., rows.stop :]], dim=-1)
+        bias = self._parameters["bias"]
+        return y if bias is None else y + bias.to(y.dtype)
+
+
 def adapted(module: nn.Module, adapters: dict[str, Adapter], parts: dict[str, slice]) -> AdaptedLayer:
     """The layer that takes the place of ``module``."""
     if isinstance(module, nn.Embedding):
         return AdaptedEmbedding(module, adapters, parts)
+    if is_quantised(module):
+        return AdaptedQuantised(module, adapters, parts)
     kind = AdaptedPatches if isinstance(module, nn.Conv2d) else AdaptedLinear
     return kind(module, adapters, parts)
+
+
+def quantised_layers(model: nn.Module) -> dict[str, nn.Module]:
+    """The layers of bitsandbytes in ``model``, by name, those that carry adapters included."""
+    found: dict[str, nn.Module] = {}
+    for name, module in model.named_modules():
+        if isinstance(module, AdaptedQuantised):
+            found[name] = module.original()
+        elif is_quantised(module):
+            found[name] = module
+    return found
+
+
+def dequantise_(model: nn.Module) -> nn.Module:
+    """``model`` with plain layers in the place of those of bitsandbytes, in the dtype of its other weights; adapters
+    stay. In place, and returned."""
+    layers = quantised_layers(model)
+    plain = (p for name, p in model.named_parameters() if p.is_floating_point() and ".adapters." not in name)
+    dtype = next((p.dtype for p in plain), torch.float32)
+    for name, base in layers.items():
+        layer, made = model.get_submodule(name), dequantised(base, dtype)
+        if isinstance(layer, AdaptedLayer):
+            made = adapted(made, dict(layer.adapters.items()), layer.parts)  # type: ignore[arg-type]
+        replace(model, name, made)
+    config: Any = getattr(model, "config", None)
+    if layers and hasattr(config, "quantization_config"):
+        del config.quantization_config
+    return model
 
 
 class AdaptedEmbedding(AdaptedLayer):

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, check_integer
 from lowrank.adapters.compression import Compression
-from lowrank.adapters.layers import adapted_layers, merge_layer_, replace
+from lowrank.adapters.layers import AdaptedQuantised, adapted_layers, dequantise_, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import is_sharded, unsharded_parameter
@@ -126,8 +126,11 @@ def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Process
 
     Raises:
         FloatingPointError: an adapter holds numbers that are not finite; nothing was merged.
+        ValueError: a weight is quantised.
     """
     for name, layer in adapted_layers(model):
+        if isinstance(layer, AdaptedQuantised):
+            raise ValueError(f"{name} is quantised and stays as it is: merge_and_unload makes a plain model of it")
         if not all(p.isfinite().all() for p in layer.adapters.parameters()):
             raise FloatingPointError(
                 f"the adapters of {name} hold numbers that are not finite, and nothing was merged. Resume from the "
@@ -145,13 +148,13 @@ def merge_and_unload(model: nn.Module) -> nn.Module:
     """``model`` with every adapter merged and the original layers back: a plain model with its own state-dict keys.
 
     In place, and returned. Parameters that were frozen stay frozen; call ``model.requires_grad_(True)`` to train it
-    further.
+    further. Quantised layers become plain ones, with the weights that their codes say.
     """
     if any(is_sharded(p) for p in model.parameters()):
         raise ValueError(
             "the model is sharded over several processes: unload it in one, from a checkpoint (lowrank export)"
         )
-    merge_adapters_(model)
+    merge_adapters_(dequantise_(model))
     for name, layer in list(adapted_layers(model)):
         replace(model, name, layer.original())
     return model

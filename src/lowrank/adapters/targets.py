@@ -22,7 +22,7 @@ from dataclasses import dataclass
 
 from torch import nn
 
-from lowrank.adapters.layers import WHOLE, AdaptedLayer, is_linear, matrix_of
+from lowrank.adapters.layers import WHOLE, AdaptedLayer, is_linear, size_of
 
 Targets = str | Sequence[str]
 
@@ -69,8 +69,7 @@ def linear_layers(model: nn.Module) -> list[Layer]:
     outputs, beside = output_layers(model), defaultdict[str, dict[str, tuple[int, int]]](dict)
     for name, module in found:
         parent, _, last = name.rpartition(".")
-        out_features, in_features = matrix_of(module).shape
-        beside[parent][last] = (out_features, in_features)
+        beside[parent][last] = size_of(module)
     return [_layer(name, module, beside[name.rpartition(".")[0]], outputs) for name, module in found]
 
 

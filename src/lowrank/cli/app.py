@@ -186,14 +186,15 @@ Examples:
 """
 
 _EXPORT = """
-export RUN OUT, or export RUN --adapter OUT [options]
-a plain model from a run, adapters merged; or its adapter alone
+export RUN|ADAPTER OUT, or export RUN --adapter OUT [options]
+a plain model from a run or an adapter's folder, adapters merged; or a run's adapter alone
 
 Merges the adapters of a run into its weights and writes a plain model. One of transformers gets config.json,
 model.safetensors and all of its tokenizer (characters and bytes too), which transformers loads, and so do lowrank eval,
 generate and train gpt2-finetune --model.path OUT. A vision transformer of timm gets what timm.create_model opens by
 local-dir:OUT, and lowrank train by --model.weights OUT. With --format nanogpt a GPT-2 becomes nanoGPT's ckpt.pt, which
-eval, generate and --model.path read as well.
+eval, generate and --model.path read as well. Of an adapter's folder, PEFT's or ours, on a language model, it writes the
+base with the adapter merged. A quantised base is written as its codes say it.
 
 With --adapter OUT it writes instead what was trained and nothing of the base: adapter and head, for lowrank predict and
 lowrank.interop.AdapterBank; with --format peft in the format of PEFT, whose PeftModel.from_pretrained opens it.
@@ -422,6 +423,7 @@ def every_command() -> list[Command]:
         Option(name="format", value="NAME", help="of an adapter lowrank or peft; of a model nanogpt (ckpt.pt)"),
         Option(name="rank", value="N", help="for PEFT: what changed in the weights, as a LoRA of this rank"),
         Option(name="energy", value="X", help="or of the ranks that keep this share of it, such as 0.9"),
+        Option(name="base", value="DIR|NAME", help="of an adapter's folder: where its base is; default where it says"),
     )
     patience = (Option(name="seconds", value="S", help="how long its first step may take; default 60"),)
     written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")

@@ -182,8 +182,9 @@ def chat(parsed: Parsed) -> int:
 def export(parsed: Parsed) -> int:
     """A plain model from a run, adapters merged, original keys; or what it trained apart from its base."""
     from lowrank.evaluate.score import export as export_run
-    from lowrank.evaluate.score import export_nanogpt
+    from lowrank.evaluate.score import export_nanogpt, export_with_base
     from lowrank.interop import export_adapter, export_difference, export_peft
+    from lowrank.interop.adapter_start import is_adapter
 
     source, *outs = map(Path, parsed.positions)
     which = parsed.options.get("checkpoint", "best")
@@ -215,6 +216,14 @@ def export(parsed: Parsed) -> int:
         step, note = export_nanogpt(source, outs[0], which=which)
         print(f"{outs[0]}/ckpt.pt: the merged model of {source} at step {step}" + (f"\n{note}" if note else ""))
         return 0
+    if is_adapter(source):
+        if "checkpoint" in parsed.options:
+            raise UsageError("--checkpoint picks one of a run's, and an adapter's folder has none: leave it out")
+        base = export_with_base(source, outs[0], base=parsed.options.get("base"))
+        print(printable(f"{outs[0]}: {base} with the adapter {source} merged"))
+        return 0
+    if "base" in parsed.options:
+        raise UsageError(f"--base goes with the folder of an adapter, which {source} is not")
     step = export_run(source, outs[0], which=which)
     print(printable(f"{outs[0]}: the merged model of {source} at step {step}"))
     return 0

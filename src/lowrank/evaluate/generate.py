@@ -17,7 +17,7 @@ from torch import Tensor
 from lowrank.data.text.fit import positions_of
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, saved_tokenizer
-from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
+from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use_adapter_
 from lowrank.models.nanogpt import is_nanogpt
 from lowrank.models.text import load_pretrained
 from lowrank.run.session import pick_device, restore
@@ -129,7 +129,7 @@ def open_model(
     folder = Path(source).expanduser()
     if is_adapter(folder):
         place = base_of(folder, base)
-        model = use_adapter_(load_pretrained(place), folder).to(pick_device(device))
+        model = use_adapter_(load_pretrained(place, **base_options(folder)), folder).to(pick_device(device))
         own = source if (folder / "tokenizer_config.json").is_file() else place
         return model, _whole_tokenizer(tokenizer or own)
     if base is not None:

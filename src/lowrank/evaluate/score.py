@@ -3,6 +3,7 @@
     score             loss and perplexity of a run, a checkpoint or a pre-trained model, as nanoGPT's eval_gpt2 gives
     planned_session   what a run would train; its data is not read unless the model's shape depends on it
     export            the merged weights under their original keys, with the tokenizer
+    export_with_base  the same of an adapter's folder
 
 Nothing here trains.
 """
@@ -10,6 +11,7 @@ Nothing here trains.
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
@@ -18,15 +20,17 @@ from typing import Any, Literal
 from safetensors.torch import save_file
 
 from lowrank.adapters import merge_and_unload
+from lowrank.adapters.layers import quantised_layers
 from lowrank.data import DATA
 from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
+from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra.files import user_mode_, write_json
-from lowrank.interop.adapter_bank import restored_for
-from lowrank.interop.adapter_start import base_of, is_adapter, use_adapter_
+from lowrank.interop.adapter_bank import refuse_filled, restored_for
+from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use_adapter_
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
 from lowrank.models.text import load_pretrained, without_bars
 from lowrank.models.vision import timm_config
@@ -140,6 +144,11 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
         ValueError: no such checkpoint kind.
     """
     session, step = restored_for(out, source, which)
+    if quantised_layers(session.model):
+        warnings.warn(
+            "the base was quantised: plain weights are written, as the codes say them, with the adapters merged",
+            stacklevel=2,
+        )
     model: Any = merge_and_unload(session.model)
     out.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
@@ -157,6 +166,27 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     else:
         session.data.write_facts(out)
     return step
+
+
+def export_with_base(folder: Path, out: Path, *, base: str | None = None) -> str:
+    """Write an adapter of text, ours or PEFT's, merged into its base, as a plain model; returns where the base was.
+
+    Raises:
+        FileExistsError: the folder is not empty.
+        ValueError: it does not fit the base, does not say where that is, or is for images.
+    """
+    refuse_filled(out)
+    place = base_of(folder, base)
+    model: Any = load_pretrained(place, **{"dtype": "auto", **base_options(folder)})
+    model = merge_and_unload(use_adapter_(model, folder))
+    with without_bars():
+        model.save_pretrained(out)
+    own = str(folder) if (folder / "tokenizer_config.json").is_file() else place
+    if not is_nanogpt(own):
+        context = getattr(model.config, "max_position_embeddings", None)
+        save_for_transformers(model_tokenizer(own), out, origins=[own], context=context)
+    user_mode_(out)
+    return place
 
 
 def export_nanogpt(source: Path, out: Path, *, which: str = "best") -> tuple[int, str]:
@@ -235,7 +265,7 @@ def _pretrained(
     run = Run(
         recipe="score",
         task="text",
-        model=Call(name="pretrained", args={"path": source}),
+        model=Call(name="pretrained", args={"path": source, **({} if adapter is None else base_options(adapter))}),
         data=Call(name="text", args={"source": data, **given}),
         method=Call(name="full"),
         steps=1,

@@ -96,6 +96,22 @@ class Progress:
         return self._clock() - self._shown_at >= _LINE_SECONDS or step - self._shown_step >= max(1, self._total // 10)
 
 
+def bar_on_terminal(what: str = "tokenising", unit: str = "B", delay: float = 0.5) -> Callable[[int, int | None], None]:
+    """For work before the run: a function of (done, total), which shows them on a line of standard error that renews
+    itself, if that is a terminal; otherwise silence."""
+    if not sys.stderr.isatty():
+        return lambda done, total: None
+    bar = import_extra("tqdm", "text").tqdm(desc=what, unit=unit, unit_scale=True, delay=delay)
+
+    def show(done: int, total: int | None) -> None:
+        bar.total = None if total is None else max(done, total)
+        bar.update(done - bar.n)
+        if done == total:
+            bar.close()
+
+    return show
+
+
 def short_count(number: float) -> str:
     """Three digits and a decimal prefix.
 

@@ -148,9 +148,14 @@ def restored_for(out: Path, source: Path, which: str) -> tuple[Session, int]:
     """
     if which not in ("best", "latest"):
         raise ValueError(f"--checkpoint {which}: it is best or latest")
+    refuse_filled(out)
+    return restore(source, which, device="cpu")  # type: ignore[arg-type]
+
+
+def refuse_filled(out: Path) -> None:
+    """Refuse to write into a folder that is not empty."""
     if out.exists() and any(out.iterdir()):
         raise FileExistsError(f"{out} is not empty: choose another folder")
-    return restore(source, which, device="cpu")  # type: ignore[arg-type]
 
 
 def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:

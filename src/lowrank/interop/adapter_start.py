@@ -9,6 +9,7 @@ Folders are ours (``adapter.json``) or PEFT's (``adapter_config.json``).
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -47,6 +48,12 @@ def base_of(folder: Path, base: str | None = None) -> str:
     if (Path(place).expanduser() / "run.json").is_file():
         raise ValueError(f"the base {place} is a run: lowrank export {place} OUT makes a model of it, then give OUT")
     return place
+
+
+def base_options(folder: Path) -> dict[str, Any]:
+    """How the base of an adapter of ours was loaded: dtype and quantisation; nothing of PEFT's, which do not say."""
+    args = {} if is_peft(folder) else read_adapter(folder)[0].model.args
+    return {name: args[name] for name in ("dtype", "quantise") if args.get(name) is not None}
 
 
 def use_adapter_(model: nn.Module, folder: Path) -> nn.Module:

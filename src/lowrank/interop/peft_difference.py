@@ -22,7 +22,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
-from lowrank.adapters.layers import is_conv1d, is_linear
+from lowrank.adapters.layers import dequantise_, is_conv1d, is_linear
 from lowrank.data.images.set import some
 from lowrank.interop.adapter_bank import ADAPTER, restored_for
 from lowrank.interop.peft import Change, write_changes
@@ -90,7 +90,8 @@ def base_weights(root: Path, session: Session) -> dict[str, Tensor]:
             f"the base of {root} has changed since it was trained: {len(other)} of {len(told.parameters)} weights of "
             f"{where} differ, {some(other)}; without the base as it was there is no difference to it"
         )
-    return {name: p.detach() for name, p in fresh.model.named_parameters() if ADAPTER not in name}
+    model = dequantise_(fresh.model)
+    return {name: p.detach() for name, p in model.named_parameters() if ADAPTER not in name}
 
 
 def write_difference(

@@ -146,6 +146,20 @@ class Method:
         if self.merge is not None and not self.adapt:
             raise ValueError("merge= merges adapters into the weights, and this method has no adapters (adapt=())")
 
+    def check_quantised(self) -> None:
+        """Whether it may train on a base whose weights are quantised, and so stay as they are.
+
+        Raises:
+            ValueError: it trains weights, or merges into them.
+        """
+        if self.adapt and self.merge is None:
+            return
+        what = "trains the weights themselves" if self.merge is None else "merges its factors into the weights"
+        raise ValueError(
+            f"{self.name} {what}, and quantised weights stay as they are: use lora, rslora, dora, pissa, lora_plus or "
+            "multihead_lora, or a base that is not quantised (leave --model.quantise out)"
+        )
+
     @property
     def family(self) -> Family:
         """Whether weights, gradients, both or neither are of low rank: adapters, projected rules."""

@@ -6,6 +6,7 @@ argument is the data, which gives the vocabulary and the context where they are 
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -20,7 +21,9 @@ from lowrank.data.text.corpora import Corpus
 from lowrank.data.text.fit import positions_of
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
+from lowrank.linalg.quantised_linear import Quantised
 from lowrank.models.nanogpt import is_nanogpt, read_nanogpt
+from lowrank.models.quantised import quantisation_config, quantise_, settle_quantised_
 
 # Above so many logits at once the loss is computed in chunks, each of which is recomputed in the backward pass.
 CHUNK_ABOVE = 1 << 26
@@ -101,6 +104,7 @@ def llama(
     n_layer: int = 4,
     vocab_size: int | Literal["auto"] = "auto",
     context: int | Literal["auto"] = "auto",
+    quantise: Quantised | None = None,
 ) -> nn.Module:
     """A LLaMA with random weights (Touvron et al., arXiv 2302.13971), of one of GaLore's sizes or your own shape.
 
@@ -109,6 +113,7 @@ def llama(
         hidden, feed_forward, n_head, n_layer: the shape.
         vocab_size: ``auto`` takes the tokens'; the papers' configurations say 32,000.
         context: positions; ``auto`` takes the data's.
+        quantise: its linear layers to 4 bits (``nf4``) or 8 (``int8``), which then stay as they are.
     """
     from transformers import LlamaConfig, LlamaForCausalLM
 
@@ -134,21 +139,27 @@ def llama(
         eos_token_id=data.end_of_document,
         pad_token_id=None,
     )
-    return LlamaForCausalLM(config)
+    model = LlamaForCausalLM(config)
+    if quantise is not None:
+        mark_loaded_(quantise_(model, quantise))  # it is a base for adapters: what is not quantised stays as well
+    return model
 
 
 @register("model", task="text", tokenizer="path")
-def pretrained(data: Corpus, *, path: str = "gpt2", dtype: str = "float32") -> nn.Module:
+def pretrained(
+    data: Corpus, *, path: str = "gpt2", dtype: str = "float32", quantise: Quantised | None = None
+) -> nn.Module:
     """Any causal language model of transformers, from a local folder or by its name on the hub, with its tokenizer.
 
     Args:
         path: the folder, or the name; or a ckpt.pt of nanoGPT.
         dtype: of the weights: float32 unless told; ``auto`` is the one that they are saved in.
+        quantise: the linear layers, while loading, to 4 bits (``nf4``) or 8 (``int8``), which then stay as they are.
     """
-    return _checked(load_pretrained(path, dtype=dtype), data, path)
+    return _checked(load_pretrained(path, dtype=dtype, quantise=quantise), data, path)
 
 
-def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
+def load_pretrained(path: str, *, dtype: str = "float32", quantise: Quantised | None = None) -> nn.Module:
     """A causal language model from a folder or the hub, its loaded parameters known as such (``rest="auto"``)."""
     if not path:
         raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
@@ -156,7 +167,8 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
 
     if is_nanogpt(path):
         wanted = weights_dtype(dtype)
-        return read_nanogpt(path) if wanted == "auto" else read_nanogpt(path).to(wanted)
+        model: Any = read_nanogpt(path) if wanted == "auto" else read_nanogpt(path).to(wanted)
+        return model if quantise is None else quantise_(model, quantise)
     if _looks_local(path) and not Path(path).expanduser().is_dir():
         raise FileNotFoundError(
             f"model.path={path!r} is no folder; give a folder with config.json, nanoGPT's ckpt.pt, or a name on the hub"
@@ -164,6 +176,9 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
     place = Path(path).expanduser() if _looks_local(path) else path
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": weights_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
+    logging.getLogger("transformers.modeling_utils").addFilter(_is_needed)
+    if quantise is not None:
+        options["quantization_config"] = quantisation_config(place, quantise)
     try:
         with without_bars():
             model, info = auto.from_pretrained(place, **options)
@@ -174,9 +189,15 @@ def load_pretrained(path: str, *, dtype: str = "float32") -> nn.Module:
             f"{path} needs Python code that it brings itself, which is not executed here: take a model of an "
             "architecture that transformers has"
         ) from error
+    settle_quantised_(model)
     missing = set(info["missing_keys"])
     mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
     return model
+
+
+def _is_needed(record: logging.LogRecord) -> bool:
+    """transformers advises a mask where rows end in padding; causal models need none, and padding does not count."""
+    return "passing in an `attention_mask`" not in record.getMessage()
 
 
 @contextmanager

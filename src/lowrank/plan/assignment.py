@@ -2,7 +2,7 @@
 
 Whether a parameter is trained is decided by the first of these that applies:
 
-1. it belongs to an adapter: yes; it is the weight under an adapter: no
+1. it belongs to an adapter: yes; it is the weight under an adapter, or quantised: no
 2. it was frozen before, or a ``freeze`` pattern covers it: no
 3. a ``Use`` other than the catch-all names it: yes
 4. otherwise by ``rest``: ``train``: yes; ``freeze``: no; ``auto``: yes if initialised at random, no if loaded
@@ -28,7 +28,9 @@ from lowrank.adapters.layers import (
     check_embedding,
     is_conv1d,
     matrix_of,
+    quantised_layers,
     replace,
+    size_of,
 )
 from lowrank.adapters.targets import Layer, as_list, name_matches
 from lowrank.distributed.workers import ProcessLayout
@@ -52,6 +54,9 @@ class Binding:
         heads = [layer.module for layer in self.layers if "head" in layer.groups and self._is_untied(layer)]
         self.origin = origin(model, heads)
         self.heads = {id(p) for head in heads for p in head.parameters()}
+        self.quantised = {id(layer.weight): size_of(layer) for layer in quantised_layers(model).values()}
+        if self.quantised:
+            method.check_quantised()
         self.freeze = _expand_freeze(model, method.freeze)
         self.tables = {n for n, m in model.named_modules() if isinstance(m, nn.Embedding)}
         self.claims: dict[str, dict[str, Adapt]] = {}
@@ -187,6 +192,11 @@ class Binding:
             made[part] = adapt.make(site if merge is None else replace_field(site, compression=merge.exchange))
             if merge is not None:
                 merge.prepare_(made[part], W)
+            if id(layer.module.weight) in self.quantised and type(made[part]).onto is Adapter.onto:
+                raise ValueError(
+                    f"{type(made[part]).__name__} needs the weight of {layer.label(part)} itself, which is quantised: "
+                    "give it a method onto, as LoRA and DoRA have, or take a base that is not quantised"
+                )
             if made[part].split and self.layout.workers_count > 1 and not isinstance(made[part], SplitAdapter):
                 raise ValueError(
                     f"heads of {type(made[part]).__name__} on {layer.label(part)} split the batch, and cannot be "
@@ -302,7 +312,7 @@ class Binding:
         use = next((u for u in self.method.rules if self._uses(u, names)), None)
         trained, why = self._decide(names, p, use)
         if not trained:
-            return Row(names[0], tuple(p.shape), p.dtype, None, None, why)
+            return Row(names[0], self.quantised.get(id(p), tuple(p.shape)), p.dtype, None, None, why)
         if use is None:
             raise ValueError(
                 f"{names[0]} would be trained but no rule covers it; end the method's rules with Use('*', AdamW()), "
@@ -406,6 +416,13 @@ class Binding:
             return True, ADAPTER
         if id(p) in self.under:
             return False, "under an adapter"
+        if id(p) in self.quantised:
+            if use is not None and not use.is_catch_all:
+                raise ValueError(
+                    f"{names[0]} is quantised and cannot be trained by {use.rule!r}: leave it out of the rule's "
+                    "target_modules, or take a base that is not quantised"
+                )
+            return False, "quantised"
         if self.frozen_before & set(names):
             return False, "frozen before"
         if any(self._covers(pattern, names) for pattern in self.freeze):

@@ -1,6 +1,7 @@
 """The ledger: what a plan costs in memory before the first step, in bytes, exactly.
 
-    weights     every parameter and buffer of the model, adapters included, tied ones once
+    weights     every parameter and buffer of the model, adapters included, tied ones once; of quantised ones the codes,
+                scales and tables
     gradients   of every trained parameter; with per-layer updates, the largest one
     state       what the rules keep, counted from ``rule.init`` on tensors without storage
     kept        copies that adapters hold beside their factors (LTE's merged factors), the outer optimizer's momentum,
@@ -19,6 +20,8 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
+from lowrank.adapters.layers import quantised_layers
+from lowrank.linalg.quantised_linear import held
 from lowrank.optim.rules import Rule, State
 from lowrank.optim.sharded import on_shard
 
@@ -54,11 +57,14 @@ def ledger(plan: Plan) -> Ledger:
     kept = {id(b): b for adapter in adapters for b in adapter.buffers()}
     buffers = [b for b in plan.model.buffers() if id(b) not in kept]
     rows = [_held(row, plan) for row in plan.rows]
+    quantised = quantised_layers(plan.model)
+    codes = {f"{name}.weight" for name in quantised}
+    packed = {t.untyped_storage()._cdata: t.untyped_storage().nbytes() for m in quantised.values() for t in held(m)}
     factor = [row for row in rows if row.is_factor]
-    plain = [row for row in rows if not row.is_factor]
+    plain = [row for row in rows if not row.is_factor and row.name not in codes]
     gradients = [_bytes(row) for row in rows if row.rule is not None]
     return Ledger(
-        weights=sum(map(_bytes, plain)) + sum(b.numel() * b.element_size() for b in buffers),
+        weights=sum(map(_bytes, plain)) + sum(packed.values()) + sum(b.numel() * b.element_size() for b in buffers),
         factors=sum(map(_bytes, factor)),
         kept=sum(b.numel() * b.element_size() for b in kept.values()) + _reference_bytes(plan),
         gradients=sum(gradients),

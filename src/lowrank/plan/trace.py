@@ -19,6 +19,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from lowrank.adapters.layers import quantised_layers
+from lowrank.linalg.quantised_linear import held
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.state import leaves
@@ -132,6 +134,7 @@ def hold_static(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimi
     parameters, buffers = list(model.named_parameters()), list(model.named_buffers())
     live.hold([p for name, p in parameters if not _is_adapter(name)], WEIGHTS)
     live.hold([b for name, b in buffers if not _is_adapter(name)], WEIGHTS)
+    live.hold([t for layer in quantised_layers(model).values() for t in held(layer)], WEIGHTS)
     live.hold([p for name, p in parameters if _is_adapter(name)], FACTORS)
     live.hold([b for name, b in buffers if _is_adapter(name)], KEPT)
     hold_state(live, optimizer)

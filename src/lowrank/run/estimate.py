@@ -31,7 +31,7 @@ from lowrank.plan.sheet import STARTING, Sheet
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
 from lowrank.run.overrides import catalogue
 from lowrank.run.run import Call, Run
-from lowrank.run.session import Session, open_session
+from lowrank.run.session import Session, open_session, to_bfloat16_
 
 _FEW = (2, 3)  # blocks of the models that are traced
 _IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
@@ -128,9 +128,7 @@ def _make(run: Run, data: Any, blocks: int | None) -> nn.Module:
     if blocks is not None and repeated is not None:
         del repeated[blocks:]
     if run.precision == "bf16-weights":
-        for tensor in (*model.parameters(), *model.buffers()):
-            if tensor.is_floating_point():
-                tensor.data = tensor.data.to(torch.bfloat16)
+        to_bfloat16_(model)
     return model
 
 
@@ -138,7 +136,7 @@ def _from_configuration(run: Run, data: Any) -> nn.Module:
     """The model that a run names; one that would be loaded is made from its configuration, and marked as loaded."""
     name, args = run.model.name, run.model.args
     if name == "pretrained":
-        return _pretrained(str(args.get("path", "gpt2")), str(args.get("dtype", "float32")))
+        return _pretrained(str(args.get("path", "gpt2")), str(args.get("dtype", "float32")), args.get("quantise"))
     if name == "hf-vit":
         from lowrank.models.vision import ImageSpec
 
@@ -154,9 +152,10 @@ def _from_configuration(run: Run, data: Any) -> nn.Module:
     return model
 
 
-def _pretrained(path: str, dtype: str) -> nn.Module:
+def _pretrained(path: str, dtype: str, quantise: Any) -> nn.Module:
     import transformers
 
+    from lowrank.models.quantised import quantise_, quantised_as
     from lowrank.models.text import weights_dtype
 
     if not path:
@@ -167,6 +166,7 @@ def _pretrained(path: str, dtype: str) -> nn.Module:
     made: nn.Module = model.from_config(
         config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
     )
+    made = quantised_as(made, config) if quantise is None else quantise_(made, quantise)
     return _marked(made, ())
 
 

@@ -106,6 +106,13 @@ def _lower_rank(run: Run) -> Run | None:
     return _set(method__rank=rank // 4)(run) if isinstance(rank, int) and rank >= 32 else None
 
 
+def _quantised(run: Run) -> Run | None:
+    """A base that is loaded, in 4 bits; one that is drawn at random has to learn."""
+    if run.model.name != "pretrained" or run.model.args.get("quantise") is not None:
+        return None
+    return _set(model__quantise="nf4")(run)
+
+
 def _one_micro_batch(run: Run) -> Run | None:
     return replace(run, grad_accum=1) if run.per_layer and run.grad_accum > 1 else None
 
@@ -120,6 +127,7 @@ _CHANGES: tuple[tuple[Change, str], ...] = (
     (_lower_rank, "rank: a quarter (--method.rank)"),
     (_set(method="apollo_mini"), "GaLore: a gradient scaled by a rank-1 estimate (--method apollo_mini)"),
     (_set(method="lora", method__rest="freeze", method__rank=8), "the training of every weight: LoRA of rank 8 alone"),
+    (_quantised, "precision of the base: 4 bits a weight (--model.quantise nf4)"),
 )
 
 

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import warnings
 from collections.abc import Callable, Mapping
+from collections.abc import Set as AbstractSet
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -29,8 +30,10 @@ from lowrank.infra.files import read_json, write_json
 from lowrank.infra.fingerprints import digest_of
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.models.blocks import checkpoint_activations_
+from lowrank.models.quantised import is_quantised_model
 from lowrank.plan.fsdp import shard_
 from lowrank.plan.plan import Plan, apply_
+from lowrank.plan.quantised_base import check_base, stored_names
 from lowrank.run.overrides import catalogue, resolve
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run
@@ -108,19 +111,31 @@ def open_session(
     if run.checkpoint_activations:
         checkpoint_activations_(model)
     data = data.for_model(model)
+    if init_from is not None and is_quantised_model(model):
+        raise ValueError(
+            "--init-from loads weights into a model, and those of --model.quantise are made already: write them out "
+            f"(lowrank export {init_from} OUT) and give --model pretrained --model.path OUT"
+        )
     if init_from is not None:
         mark_loaded_(model, ())  # what trains is up to the recipe; so a resumed run, which loads nothing here, agrees
         load_plain_(model, init_from)
     if run.precision == "bf16-weights" and make is None:
-        model = model.to(torch.bfloat16)
+        to_bfloat16_(model)
     base = _base(model, init_from) if with_base else None
     if make is None:
-        model = model.to(device)
+        nn.Module.to(model, device)  # transformers' own refuses where a model is quantised
     method = offer.make("method", run)
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
     if run.engine == "fsdp" and plan.intra_worker is not None:
         shard_(plan)
     return Session(run, offer.function("task", run)(), data, model, plan, device, autocast, needs_scaler, base)
+
+
+def to_bfloat16_(model: nn.Module) -> None:
+    """Every number of the model in bfloat16; the codes of a quantised weight stay."""
+    for tensor in (*model.parameters(), *model.buffers()):
+        if tensor.is_floating_point():
+            tensor.data = tensor.data.to(torch.bfloat16)
 
 
 def _base(model: nn.Module, init_from: Path | None) -> Base:
@@ -160,7 +175,8 @@ def restore(
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
     checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
-    load_fitting_(session.model, saved.tensors, found)
+    check_base(session.plan, saved)
+    load_fitting_(session.model, saved.tensors, found, only=stored_names(session.plan))
     session.model.eval()
     return session, saved.step
 
@@ -181,14 +197,18 @@ def _described(root: Path) -> Run:
     return run
 
 
-def load_fitting_(model: nn.Module, state: Mapping[str, Tensor], found: Path) -> None:
-    """Load a checkpoint's tensors.
+def load_fitting_(
+    model: nn.Module, state: Mapping[str, Tensor], found: Path, *, only: AbstractSet[str] | None = None
+) -> None:
+    """Load a checkpoint's tensors, all of the model's or those named ``only``.
 
     Raises:
         ValueError: the checkpoint is of another model than the run.json describes.
     """
     try:
-        model.load_state_dict(state)
+        if only is not None and only ^ state.keys():
+            raise RuntimeError(f"{min(only ^ state.keys())} is in one of them alone")
+        model.load_state_dict(state, strict=only is None)
     except RuntimeError as error:
         fault = str(error).splitlines()[-1].strip()
         raise ValueError(

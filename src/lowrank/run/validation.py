@@ -40,7 +40,9 @@ def validate(run: Run, offer: Catalogue | None = None) -> None:
         *_engine(run),
     ]
     try:
-        offer.make("method", run)
+        method = offer.make("method", run)
+        if run.model.args.get("quantise") is not None:
+            method.check_quantised()
     except (ValueError, PermissionError) as error:
         objections.append(f"--method {run.method.name}: {error}")
     if objections:
@@ -218,6 +220,8 @@ def _engine(run: Run) -> Iterator[str]:
             "--own-data gives each rank batches of its own number, and --engine fsdp computes every batch on all ranks "
             "at once: use --engine auto or ddp, or --workers nodes, where the ranks of a node read the same"
         )
+    if run.engine == "fsdp" and run.model.args.get("quantise") is not None:
+        yield "--engine fsdp shards weights, and quantised ones are held whole: use --engine ddp"
     if run.engine == "fsdp" and run.compile:
         yield "--compile with --engine fsdp has not been tried: leave one out"
     apart = {"rest": ("local",), "exchange": ("bfloat16", "int8"), "weigh": ("tokens", "seconds", "steps")}

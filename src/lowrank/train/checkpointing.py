@@ -35,6 +35,7 @@ from lowrank.optim.rules import Rule, State
 from lowrank.optim.sharded import consolidated_state, local_state, shard_specs
 from lowrank.optim.state import find_saved, leaves, mapped
 from lowrank.plan.plan import Plan
+from lowrank.plan.quantised_base import base_of, check_base, stored, stored_names
 from lowrank.run.run import Run
 from lowrank.run.session import load_fitting_
 from lowrank.train.folder import SaveRole, save_role
@@ -80,6 +81,7 @@ class Saver:
         self.root, self.writer, self.last = root, writer, -1
         self.role: SaveRole = "full" if writer else "assist"
         self.data = data
+        self.base = base_of(plan, str(run.model.args.get("path", "")))
 
     def prepare(self) -> None:
         """Find out, when the run's folder may be made, what each rank is to save; every rank must call it."""
@@ -117,6 +119,7 @@ class Saver:
             "method": self.run.method.to_json(),
             "learnt": self.data.to_json(),
             "data_of_ranks": data,
+            "base": self.base,
         }
         what = (self.root, step, model, optimizer, meta)
         options: dict[str, Any] = {"keep": self.run.keep, "best": is_best, "attach": self.data.write_facts}
@@ -173,7 +176,7 @@ def consolidated_model_state(plan: Plan, role: SaveRole = "full") -> dict[str, T
     ``role``: "full" and "assist" go together on the ranks of a worker; "sharded" gives DTensors.
     """
     if not plan.shards:
-        return plan.model.state_dict() if role == "full" else {}
+        return stored(plan, plan.model.state_dict()) if role == "full" else {}
     reshard_(plan.model)
     state: dict[str, Tensor] = plan.model.state_dict(keep_vars=True)
     if role in ("sharded", "none"):
@@ -209,7 +212,8 @@ def load_model_(plan: Plan, saved: Checkpoint) -> None:
     if not plan.shards or plan.intra_worker is None or plan.ranks is None:
         state = {name: own(name, tensor) for name, tensor in saved.tensors.items()}
         check_dtypes(held, state, saved)
-        load_fitting_(plan.model, state, saved.folder)
+        check_base(plan, saved)
+        load_fitting_(plan.model, state, saved.folder, only=stored_names(plan))
         return
     plan.ranks.agree({"checkpoint": checkpoint.fingerprint(saved.folder)})
     shards = {name: shard for name, p in held.items() if (shard := shard_of(p, plan.intra_worker, name)) is not None}

@@ -5,7 +5,8 @@ columns                                          a row is
 ===============================================  =======================================================================
 ``messages`` or ``conversations``                a ``Chat``: turns of ``role`` and ``content`` (or ``from``, ``value``)
 ``prompt``, ``completion``                       a ``Pair`` of strings, verbatim; of lists of turns: a ``Chat``
-``instruction``, ``output``, perhaps ``input``   a ``Chat`` of two turns, or a ``Pair`` in Alpaca's own words
+``instruction``, ``output``, perhaps ``input``   a ``Chat`` of two turns, or a ``Pair`` in Alpaca's own words; so are
+                                                 Dolly's ``instruction``, ``response``, perhaps ``context``
 ``text``, ``content``, …, or the only column     ``Plain`` text
 ===============================================  =======================================================================
 """
@@ -21,6 +22,7 @@ from lowrank.data.text.source import encodable
 from lowrank.data.text.tables import TEXT_COLUMNS
 from lowrank.infra.convert import nearest
 
+INSTRUCTIONS = (("instruction", "output", "input"), ("instruction", "response", "context"))  # Alpaca's names, Dolly's
 CHATS = ("messages", "conversations", "conversation")
 # Names of roles elsewhere: ShareGPT's, Gemini's.
 ROLES = {"human": "user", "gpt": "assistant", "chatgpt": "assistant", "bot": "assistant", "model": "assistant"}
@@ -84,7 +86,8 @@ class Form:
         Raises:
             ValueError: a column is missing or holds another kind of value than it should.
         """
-        missing = [name for name in self.columns if name not in row]
+        needed = self.columns[:2] if self.kind == "alpaca" else self.columns  # perhaps nobody says more
+        missing = [name for name in needed if name not in row]
         if missing:
             raise ValueError(f"{where}: no {missing[0]!r}, only {', '.join(map(repr, row)) or 'an empty object'}")
         if self.kind == "chat":
@@ -103,8 +106,8 @@ class Form:
         return Pair(prompt=_text(row[prompt], where, prompt), completion=answer) if answer.strip() else None
 
     def _instruction(self, row: Mapping[str, Any], where: str, chats: bool) -> Example | None:
-        instruction, answer = (_text(row[name], where, name) for name in ("instruction", "output"))
-        context = _text(row.get("input"), where, "input")
+        names = next(each for each in INSTRUCTIONS if each[1] == self.columns[1])
+        instruction, answer, context = (_text(row.get(name), where, name) for name in names)
         if not answer.strip():
             return None
         if chats:
@@ -148,15 +151,16 @@ def recognise(
         return Form(kind="chat", columns=found[:1])
     if {"prompt", "completion"} <= row.keys():
         return Form(kind="pair", columns=("prompt", "completion"))
-    if {"instruction", "output"} <= row.keys():
-        return Form(kind="alpaca", columns=("instruction", "output"))
+    for columns in INSTRUCTIONS:
+        if set(columns[:2]) <= row.keys():
+            return Form(kind="alpaca", columns=[name for name in columns if name in row])
     usual = [name for name in TEXT_COLUMNS if name in row and name != "output"]
     if usual or len(row) == 1:
         return Form(kind="text", columns=[(usual or list(row))[0]])
     raise ValueError(
         f"{source} has {', '.join(map(repr, row)) or 'no columns'}, which are none of messages, conversations, "
-        "prompt and completion, instruction and output, or text: say which hold what by --data.prompt NAME "
-        "--data.completion NAME, or --data.column NAME for texts or chats (of lowrank eval: --prompt, …)"
+        "prompt and completion, instruction and output (or response), or text: say which hold what by --data.prompt "
+        "NAME --data.completion NAME, or --data.column NAME for texts or chats (of lowrank eval: --prompt, …)"
     )
 
 

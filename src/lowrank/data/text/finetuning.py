@@ -19,6 +19,7 @@ from lowrank.data.text.examples import Example, Form, recognise
 from lowrank.data.text.fit import check_fits, positions_of
 from lowrank.data.text.packing import Encoded, ExampleRows, packed
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
+from lowrank.infra.progress import bar_on_terminal
 from lowrank.infra.registry import register
 
 if TYPE_CHECKING:
@@ -255,7 +256,8 @@ def examples(
     encoder = Encoder(own, loss)
     empty = [0]
     chats = own.template is not None
-    encoded = {split: [*encoder.encode(_examples(form, of, chats, empty))] for split, of in rows.items()}
+    counted = _Counted(sum(map(len, rows.values())))
+    encoded = {split: [*encoder.encode(_examples(form, counted(of), chats, empty))] for split, of in rows.items()}
     if not encoded["train"]:
         raise ValueError(f"{source}: every answer is empty" if empty[0] else f"{source} holds nothing to train on")
     notes = [_said(form, source, own, loss), *_oddities(empty[0], encoder, own, encoded["train"])]
@@ -272,6 +274,19 @@ def examples(
     )
 
 
+class _Counted:
+    """Rows as they are, each counted on the line that shows how far the tokenising has come."""
+
+    def __init__(self, total: int):
+        self.total, self.done, self.show = total, 0, bar_on_terminal(unit=" examples")
+
+    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
+        for row in rows:
+            yield row
+            self.done += 1
+            self.show(self.done, self.total)
+
+
 def _examples(form: Form, rows: Iterable[Row], chats: bool, empty: list[int]) -> Iterator[tuple[str, Example]]:
     for where, row in rows:
         example = form.example(row, where, chats=chats)
@@ -283,12 +298,12 @@ def _examples(form: Form, rows: Iterable[Row], chats: bool, empty: list[int]) ->
 
 def _said(form: Form, source: str, tokenizer: PretrainedTokenizer, loss: Loss) -> str:
     """What was recognised, in a sentence."""
-    names = " and ".join(map(repr, form.columns))
+    names = " and ".join(map(repr, form.columns)) if len(form.columns) < 3 else ", ".join(map(repr, form.columns))
     templated = "through the chat template" if tokenizer.template is not None else "in Alpaca's own prompt"
     what = {
         "chat": f"chats in {names}, through the chat template",
         "pair": f"pairs in {names}, verbatim",
-        "alpaca": f"instructions, {templated}",
+        "alpaca": f"instructions in {names}, {templated}",
         "text": f"texts in {names}",
     }[form.kind]
     counts = "every token counts" if loss == "all" or form.kind == "text" else "only the answers count"

@@ -33,8 +33,8 @@ from lowrank.data.text.tokenizers import (
     saved_tokenizer,
     tokenizer_fingerprint,
 )
-from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_json
+from lowrank.infra.progress import bar_on_terminal
 
 BPE_BYTES = 1 << 28  # text that a BPE is trained on; more would change few merges and no longer fit in memory
 GROUP_BYTES = 1 << 21  # text tokenised in one go
@@ -92,7 +92,7 @@ def prepare(
         tokenizer=tokenizer or "bytes",
         fractions=check_fractions(opened, val_fraction, test_fraction),
         limit=limit,
-        progress=progress or _terminal_progress(),
+        progress=progress or bar_on_terminal(),
     )
     if out is not None:
         return _prepare(request, Path(out).expanduser(), in_cache=False)
@@ -239,22 +239,6 @@ def _tokenizer(request: Request, splitting: Splitting) -> Tokenizer:
         return (piece.text for piece in limited(thinned, BPE_BYTES))
 
     return open_tokenizer(request.tokenizer, corpus, training, splitting.several)
-
-
-def _terminal_progress(delay: float = 0.5) -> ProgressCallback:
-    """One line on standard error that renews itself, if that is a terminal; otherwise silence."""
-    if not sys.stderr.isatty():
-        return lambda done, total: None
-    tqdm = import_extra("tqdm", "text").tqdm
-    bar = tqdm(desc="tokenising", unit="B", unit_scale=True, delay=delay)
-
-    def show(done: int, total: int | None) -> None:
-        bar.total = None if total is None else max(done, total)
-        bar.update(done - bar.n)
-        if done == total:
-            bar.close()
-
-    return show
 
 
 class Group(NamedTuple):
