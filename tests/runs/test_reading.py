@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+from html import unescape
 from pathlib import Path
 
 import numpy as np
@@ -78,13 +79,13 @@ def test_one_answer_for_everything_is_said() -> None:
     right = [[0.9, 0.1], [0.2, 0.8]]
     assert findings(judged("binary", [0, 1], right)) == []
     (said,) = findings(judged("binary", [0, 1, 1, 1], [[0.1, 0.9]] * 4))
-    assert said.startswith("The model calls every image well: its answers do not tell the classes apart")
+    assert said.startswith("The model calls every image 'well': its answers do not tell the classes apart")
     assert "75%" in said
     (said,) = findings(judged("binary", [0, 1] * 50, [[0.9, 0.1]] * 98 + right[1:] * 2))
-    assert said == "The model calls 98% of the images ill, of which there are 50%."
+    assert said == "The model calls 98% of the images 'ill', of which there are 50%."
     assert findings(judged("binary", [1, 1], [[0.1, 0.9]] * 2)) == []  # there is nothing else
     several = judged("multi-label", [[0, 1], [1, 0]], [[0.1, 0.9], [0.2, 0.1]])
-    assert findings(several) == ["The model finds ill in no image, though there are some."]
+    assert findings(several) == ["The model finds 'ill' in no image, though there are some."]
 
 
 def test_the_report_is_one_page_with_its_pictures(tmp_path: Path) -> None:
@@ -93,8 +94,8 @@ def test_the_report_is_one_page_with_its_pictures(tmp_path: Path) -> None:
     page = (tmp_path / "report.html").read_text()
     assert page.count('src="data:image/png;base64,') == 3  # of mistakes there are no images to show
     assert not re.search(r'(?:src|href)="(?!data:)', page)
-    assert "The model calls every image well" in page
-    assert "The model calls every image well" in (tmp_path / "report.md").read_text()
+    assert "The model calls every image 'well'" in unescape(page)
+    assert "The model calls every image 'well'" in (tmp_path / "report.md").read_text()
 
 
 def test_a_run_of_images_warns_and_predicts(tmp_path: Path, capsys: Read) -> None:

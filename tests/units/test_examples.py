@@ -313,6 +313,13 @@ def test_a_model_that_does_not_keep_them_apart_gets_padding(write: Write, folder
         read(write, [PAIR], folder, packing="packed").for_model(Blind())
 
 
+def test_a_split_without_any_answer_is_not_there(tmp_path: Path, folder: Path) -> None:
+    for name, answer in (("train", "b"), ("validation", " ")):
+        (tmp_path / f"{name}.jsonl").write_text(json.dumps({"prompt": "a", "completion": answer}))
+    data = examples(str(tmp_path), tokenizer=str(folder))
+    assert (data.has("train"), data.has("val")) == (True, False)
+
+
 def test_what_is_too_long_is_cut_and_counted(write: Write, folder: Path) -> None:
     model = load_pretrained(str(folder))
     rows = [

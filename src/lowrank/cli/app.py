@@ -8,6 +8,7 @@ shows the traceback of either.
 from __future__ import annotations
 
 import errno
+import logging
 import os
 import re
 import sys
@@ -187,7 +188,7 @@ Examples:
 
 _EXPORT = """
 export RUN|ADAPTER OUT, or export RUN --adapter OUT [options]
-a plain model from a run or an adapter's folder, adapters merged; or a run's adapter alone
+a plain model from a run or an adapter; or a run's adapter alone
 
 Merges the adapters of a run into its weights and writes a plain model. One of transformers gets config.json,
 model.safetensors and all of its tokenizer (characters and bytes too), which transformers loads, and so do lowrank eval,
@@ -261,6 +262,7 @@ def main(words: Sequence[str] | None = None) -> int:
 
 def _status(words: list[str]) -> int:
     before, warnings.showwarning = warnings.showwarning, _warn
+    logging.getLogger("huggingface_hub.utils._http").setLevel(logging.ERROR)  # it tells of each attempt to connect
     try:
         status = _dispatch(words)
         sys.stdout.flush()  # a reader that has left is noticed here, and not when the interpreter ends

@@ -293,7 +293,8 @@ def recipes(parsed: Parsed) -> int:
     name = parsed.positions[0]
     run = resolve(find(name))
     if name in RECIPES:
-        print(f"{name}\n\n{inspect.getdoc(RECIPES[name])}\n")
+        summary, _, rest = (inspect.getdoc(RECIPES[name]) or "").partition("\n\n")
+        print(f"{name}\n\n{filled(summary)}\n\n{rest}\n")
     print(json.dumps(run.to_json(), indent=2))
     return 0
 

@@ -15,7 +15,7 @@ _ADAPTER: Settings = {f"method.{name}": value for name, value in _LORA.items()}
 
 
 def finetune() -> Run:
-    """Your model, from a folder or the hub, on your examples: LoRA on all linear layers, the loss on the answers alone.
+    """Your model on your examples: LoRA on all linear layers, the loss on the answers alone.
 
     Command:  lowrank train finetune --model.path MODEL --data pairs.jsonl
     Time:     minutes for a model of a few hundred million parameters on one GPU, 500 steps of 4 rows

@@ -190,8 +190,9 @@ def _turns(value: Any, where: str, column: str) -> list[dict[str, Any]]:
         except ValueError as error:
             raise ValueError(f"{where}: {column!r} is not the JSON of a list of turns ({error})") from error
     if not isinstance(value, list) or not all(isinstance(turn, Mapping) for turn in value):
+        what = "a list of something else" if isinstance(value, list) else _kind(value)
         raise ValueError(
-            f"{where}: {column!r} is {_kind(value)}, and should be a list of turns, each with role and content: a "
+            f"{where}: {column!r} is {what}, and should be a list of turns, each with role and content: a "
             "column holds one kind"
         )
     return [_turn(turn, f"{where}: turn {number} of {column!r}") for number, turn in enumerate(value, 1)]

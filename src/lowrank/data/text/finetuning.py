@@ -146,6 +146,10 @@ class Examples(ReadText):
             self._rows[split] = ExampleRows(examples, numbers, positions=apart)
         return self._rows[split]
 
+    def has(self, split: str) -> bool:
+        """Whether there is such a split, with an answer left in it."""
+        return bool(self.encoded.get(split))
+
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
         """Training batches of rows, in a seeded order."""
         return ShuffledRows(self.rows("train"), batch_size, seed, rank, ranks)
