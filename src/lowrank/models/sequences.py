@@ -3,16 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from torch import nn
 
+from lowrank.data.text.glue import Glue
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.models.text import weights_dtype, without_bars
-
-if TYPE_CHECKING:
-    from lowrank.data.text.glue import Glue
 
 
 @register("model", "sequence-classifier", task="sequences", tokenizer="path")
