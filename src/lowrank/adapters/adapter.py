@@ -148,8 +148,12 @@ class Additive(Adapter):
     def add_(self, y: Tensor, x: Tensor, start: int = 0) -> Tensor:
         """Add the change for x to ``y[..., start : start + out]`` in place, and return y."""
 
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        """x Wᵀ + bias, and the change: of an adapter on all of W."""
+        return self.add_(F.linear(x, W, bias), x)
+
     def forward(self, x: Tensor, W: Tensor) -> Tensor:
-        return self.add_(F.linear(x, W), x)
+        return self.linear(x, W)
 
     def onto(self, y: Tensor, x: Tensor, W: Tensor) -> Tensor:
         return self.add_(y, x)

@@ -163,6 +163,8 @@ class AdaptedLinear(AdaptedLayer):
         W, bias = self.matrix, self._parameters["bias"]
         adapters: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # past two slow look-ups
         if all(isinstance(adapter, Additive) for adapter in adapters.values()):
+            if WHOLE in adapters:
+                return adapters[WHOLE].linear(x, W, bias)
             y = F.linear(x, W, bias)
             for part, adapter in adapters.items():
                 y = adapter.add_(y, x, self.parts[part].start)

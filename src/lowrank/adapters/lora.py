@@ -32,9 +32,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Additive, Site, check_integer, shard_sizes
-from lowrank.adapters.low_rank_product import SMALL, add_low_rank_
+from lowrank.adapters.low_rank_product import SMALL, add_low_rank_, linear_low_rank, takes_kernel
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.infra.seeds import draw_normal, generator
+from lowrank.linalg.kernels import chosen
 from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
 
@@ -155,8 +156,13 @@ class LoRAAdapter(Additive, SplitAdapter):
         A, B = self._factors()
         if self.training and self.split and self.heads > 1:
             return add_low_rank_(y, x, A, B, self.config.scale, shard_sizes(x.shape[0], self.heads), start)
-        A, B = A.flatten(0, 1), B.transpose(0, 1).flatten(1) if self.heads > 1 else B.flatten(0, 1)
         return add_low_rank_(y, x, A, B, self.config.scale / self.heads, [x.shape[0]], start)
+
+    def linear(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
+        one_product = not (self.training and (self.config.dropout > 0 or (self.split and self.heads > 1)))
+        if one_product and chosen("layer", x) and takes_kernel(x, W):
+            return linear_low_rank(x, W, bias, *self.factors())
+        return super().linear(x, W, bias)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Factors (heads, R, in) and (heads, out, R) of the change Σ_h B_h A_h.

@@ -7,6 +7,8 @@ such a function costs more than its arithmetic, the same is done in ordinary ope
 
     z = A x        y += s·B z        dz = s·Bᵀ dy        dB = s·dy zᵀ        dA = dz xᵀ        dx += Aᵀ dz
 
+On a GPU all of y may be made with the change in it (``linear_low_rank``).
+
 Shapes: y (rows, width), x (rows, in), A (G, R, in), B (G, out, R), z (rows, R);  the change is added to columns
 start : start + out of y.
 """
@@ -24,34 +26,37 @@ SMALL = 1 << 16  # numbers in y
 def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int = 0) -> Tensor:
     """``y[..., start : start + out] += scale · x_g A_gᵀ B_gᵀ`` for each shard g of the first dimension, in place.
 
-    y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R), for one shard also without the G; ``sizes``
-    are the G shard sizes, summing to batch. A small y may be left as it is, and the sum be returned.
+    y (batch, ..., width), x (batch, ..., in), A (G, R, in), B (G, out, R); ``sizes`` are the G shard sizes, summing to
+    batch, or of a batch that all G share its own size. A small y may be left as it is, and the sum be returned.
     """
-    A, B, x = (t if t.dtype is y.dtype else t.to(y.dtype) for t in (A, B, x))
-    small = 0 < y.numel() <= SMALL and B.shape[-2] == y.shape[-1] and min(sizes) == max(sizes)
-    if small and len(sizes) == 1:
-        return _add_small(y, x, A.flatten(0, -2), B.flatten(0, -2), scale)
-    A, B = (A[None], B[None]) if A.dim() == 2 else (A, B)
-    if small:
+    if not (A.dtype is y.dtype and x.dtype is y.dtype):
+        A, B, x = (t.to(y.dtype) for t in (A, B, x))
+    small = 0 < y.numel() <= SMALL and B.shape[1] == y.shape[-1] and len(set(sizes)) == 1
+    if small and len(sizes) > 1:
         return _add_small_shards(y, x, A, B, scale)
+    if len(sizes) == 1:
+        A, Bt = A.flatten(0, 1), B.mT.flatten(0, 1) if len(B) > 1 else B.flatten(0, 1).mT
+        if small:
+            return _add_small(y, x, A, Bt, scale)
+        A, B = A[None], Bt.mT[None]
     if torch.compiler.is_compiling():
         return _add_plainly(y, x, A, B, scale, sizes, start)
     return _AddLowRank.apply(y, x, A, B, scale, sizes, start)
 
 
-def _add_small(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
-    """All of y changed by one pair of factors, A (R, in) and B (out, R)."""
+def _add_small(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, scale: float) -> Tensor:
+    """All of y changed by one pair of factors, A (R, in) and Bt (R, out)."""
     if y.dim() == 2:
-        return y.addmm_(torch.mm(x, A.mT), B.mT, alpha=scale)
+        return y.addmm_(torch.mm(x, A.mT), Bt, alpha=scale)
     z = torch.mm(x.reshape(-1, x.shape[-1]), A.mT)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
+    return torch.addmm(y.reshape(-1, y.shape[-1]), z, Bt, alpha=scale).view(y.shape)
 
 
 def _add_small_shards(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """All of y changed, by shards of one size."""
-    shards = A.shape[0]
-    z = torch.bmm(x.reshape(shards, -1, x.shape[-1]), A.mT)
-    return torch.baddbmm(y.reshape(shards, -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
+    shards, x = A.shape[0], x.contiguous()  # a view costs half of what reshaping does
+    z = torch.bmm(x.view(shards, -1, x.shape[-1]), A.mT)
+    return torch.baddbmm(y.view(shards, -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
 
 
 def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:
@@ -111,3 +116,42 @@ def _spans(sizes: list[int], rows: int) -> list[tuple[int, int]]:
         spans.append((at, at + size * each))
         at += size * each
     return spans
+
+
+# --- with the layer's own product, by a kernel --------------------------------------------------------------------
+
+
+def takes_kernel(x: Tensor, W: Tensor) -> bool:
+    """Whether ``linear_low_rank`` computes what ``F.linear`` and ``add_low_rank_`` do: W frozen, and no autocast."""
+    return x.dtype is W.dtype and not W.requires_grad and not torch.is_autocast_enabled(x.device.type)
+
+
+def linear_low_rank(x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+    """x Wᵀ + bias + scale·x Aᵀ Bᵀ for W (out, in), A (R, in), B (out, R), the change within the product's own tiles."""
+    return _Linear.apply(x, W, bias, A, B, scale)
+
+
+class _Linear(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, W: Tensor, bias: Tensor | None, A: Tensor, B: Tensor, scale: float) -> Tensor:
+        from lowrank.linalg.kernels.layer import linear
+
+        rows = x.reshape(-1, x.shape[-1])
+        z = (rows @ A.mT.to(x.dtype)).to(A.dtype)
+        ctx.save_for_backward(rows, W, z, A, B)
+        ctx.scale, ctx.shape = scale, x.shape
+        return linear(rows, W, bias, z, B, scale).view(*x.shape[:-1], W.shape[0])
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        from lowrank.linalg.kernels.layer import linear
+
+        rows, W, z, A, B = ctx.saved_tensors
+        need_x, _, need_bias, need_A, need_B = ctx.needs_input_grad[:5]
+        d = dy.reshape(-1, dy.shape[-1])
+        dz = (d @ B.to(d.dtype)).to(A.dtype).mul_(ctx.scale)
+        dx = linear(d, W.mT, None, dz, A.mT, 1.0).view(ctx.shape) if need_x else None
+        dA = (dz.to(rows.dtype).mT @ rows).to(A.dtype) if need_A else None
+        dB = (d.mT @ z.to(d.dtype)).to(B.dtype).mul_(ctx.scale) if need_B else None
+        return dx, None, d.sum(0) if need_bias else None, dA, dB, None

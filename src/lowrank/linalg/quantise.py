@@ -27,10 +27,10 @@ from dataclasses import dataclass
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch._subclasses.fake_tensor import is_fake
+
+from lowrank.linalg.parts import parts
 
 BLOCK = 256
-CHUNK = 256  # blocks encoded at a time: a quarter of a megabyte of float32, which stays in the cache
 GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1
 
 
@@ -82,9 +82,7 @@ class Code:
         elif isinstance(tick, Tensor):
             tick = tick.view(())
         codes, scales = stored["codes"].view(flat.shape[0], -1), stored["scales"].view(-1)
-        rows = min(flat.shape[0], 2 * CHUNK) if is_fake(x) else flat.shape[0]  # every part takes the same memory
-        for i in range(0, rows, CHUNK):  # a part at a time: many temporaries, but small ones
-            part = slice(i, i + CHUNK)
+        for part in parts(flat.shape[0], size, flat):  # many temporaries, but small ones
             code, scale = self._encode(flat[part].float(), tick if each is None else each[part])
             codes[part] = code if self.bits == 8 else _pack(code)
             scales[part] = scale

@@ -9,6 +9,8 @@ to the bits, then clear the lower half.
 import torch
 from torch import Tensor
 
+from lowrank.linalg.parts import parts
+
 
 def wide(dtype: torch.dtype) -> torch.dtype:
     """The dtype to compute in for numbers of ``dtype``: float64 stays, everything narrower becomes float32."""
@@ -24,8 +26,17 @@ def round_into_(target: Tensor, source: Tensor, noise: torch.Generator | None = 
     """
     if target.dtype is not torch.bfloat16:
         return target.copy_(source)
+    if target.is_contiguous() and source.is_contiguous():
+        flat, exact = target.view(-1), source.view(-1)
+        for part in parts(flat.numel(), 1, flat):
+            flat[part] = _rounded(exact[part], noise)
+        return target
+    return target.copy_(_rounded(source, noise))
+
+
+def _rounded(source: Tensor, noise: torch.Generator | None) -> Tensor:
     exact = source.to(torch.float32)
     bits = exact.view(torch.int32)
     uniform = torch.randint(0, 1 << 16, bits.shape, dtype=torch.int32, device=bits.device, generator=noise)
     rounded = (uniform.add_(bits) & -65536).view(torch.float32)
-    return target.copy_(torch.where(exact.isfinite(), rounded, exact))
+    return torch.where(exact.isfinite(), rounded, exact)

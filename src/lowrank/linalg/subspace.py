@@ -99,10 +99,11 @@ class Subspaces:
 
     def project(self, gs: Sequence[Tensor]) -> list[Tensor]:
         """Qᵀ G P of each."""
+        multiply = torch.mm if gs[0].dim() == 2 else torch.matmul
         if self.left is not None:
-            gs = [q.mT @ g for q, g in zip(self.left, gs, strict=True)]
+            gs = [multiply(q.mT, g) for q, g in zip(self.left, gs, strict=True)]
         if self.right is not None:
-            gs = [g @ q for q, g in zip(self.right, gs, strict=True)]
+            gs = list(map(multiply, gs, self.right))
         return [self.total(r) for r in gs] if self.crosses and self.total is not None else list(gs)
 
     def lift_into_(self, targets: list[Tensor], ss: Sequence[Tensor], *, alpha: float, beta: float = 1.0) -> None:

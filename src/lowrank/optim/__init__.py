@@ -7,6 +7,7 @@ from lowrank.infra.lazy import attributes
 if TYPE_CHECKING:
     from lowrank.linalg.basis import SVD, Basis, Gaussian, JointBasis, PowerIteration
     from lowrank.optim.adafactor import Adafactor
+    from lowrank.optim.capture import CapturedStep
     from lowrank.optim.dion import Dion
     from lowrank.optim.galore_torch import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit
     from lowrank.optim.lifts import GaLore, Lift, Rescale, Residual, Signed
@@ -28,6 +29,7 @@ __all__ = [
     "Adafactor",
     "AdamW",
     "Basis",
+    "CapturedStep",
     "ColumnNormalised",
     "Dion",
     "ErrorFeedback",

@@ -51,6 +51,8 @@ class Adafactor(Rule):
     relative_step: bool = False
     warmup_init: bool = False
 
+    refuses_capture = "decays by a count of steps on the host"
+
     def __post_init__(self) -> None:
         if len(self.eps) != 2 or not all(eps >= 0 for eps in self.eps):
             raise ValueError(f"eps={self.eps} must be two numbers that are not negative")

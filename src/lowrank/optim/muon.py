@@ -20,11 +20,12 @@ arithmetic here is never narrower; bfloat16 is faster on GPUs.
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
+from lowrank.linalg.kernels import chosen
 from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.storage import check_storage
 
@@ -87,11 +88,21 @@ def orthogonalised(
 ) -> Tensor:
     """Roughly the nearest matrix with orthonormal rows or columns, for each matrix of a stack (..., rows, cols)."""
     a, b, c = coefficients
+    symmetric: Any = _symmetric
+    if chosen("newton_schulz", m):
+        from lowrank.linalg.kernels.newton_schulz import symmetric
     x = m.mT if m.shape[-2] > m.shape[-1] else m
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     x = x.flatten(0, -3) if x.dim() > 3 else x
     add = torch.addmm if x.dim() == 2 else torch.baddbmm
     for _ in range(iterations):
-        gram = x @ x.mT
-        x = add(x, add(gram, gram, gram, beta=b, alpha=c), x, beta=a)
+        gram = symmetric(x)
+        x = add(x, symmetric(gram, gram, beta=b, alpha=c), x, beta=a)
     return (x.mT if m.shape[-2] > m.shape[-1] else x).reshape(m.shape)
+
+
+def _symmetric(x: Tensor, add: Tensor | None = None, *, alpha: float = 1.0, beta: float = 0.0) -> Tensor:
+    """α·x xᵀ + β·add."""
+    if add is None:
+        return x @ x.mT
+    return (torch.addmm if x.dim() == 2 else torch.baddbmm)(add, x, x, beta=beta, alpha=alpha)

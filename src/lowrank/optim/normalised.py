@@ -24,6 +24,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor
 
+from lowrank.linalg.kernels import chosen
 from lowrank.optim.rules import AdamW, Move, Rule, State
 from lowrank.optim.storage import wide
 
@@ -120,6 +121,10 @@ class NormalisedMomentum(LayerRule):
 
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
         return self.vectors.update(g, state) if g.dim() < 2 else self.normalised(self.momentum_(g, state))
+
+    def joins(self, grads: list[Tensor]) -> bool:
+        """Where the kernel was chosen, whose rounding may depend on what is joined; BLAS's must not (``stacks``)."""
+        return self.stack and all(g.dim() > 1 for g in grads) and bool(grads) and chosen("newton_schulz", grads[0])
 
     def momentum_(self, g: Tensor, state: State) -> Tensor:
         """N, number by number."""

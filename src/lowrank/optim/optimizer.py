@@ -33,6 +33,7 @@ from __future__ import annotations
 import copy
 import warnings
 from collections.abc import Callable, Iterable, Mapping
+from functools import partial
 from typing import Any
 
 import torch
@@ -42,12 +43,14 @@ from torch.utils.weak import WeakTensorKeyDictionary
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, shard_of, to_local
-from lowrank.infra.seeds import generator
+from lowrank.infra.seeds import generator, stable_seed
+from lowrank.linalg import kernels
+from lowrank.linalg.parts import at_once
 from lowrank.linalg.rounding import round_into_
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.gradient_sync import OverlappedSums, agree_bases_, clipped, dense, sum_gradients_
 from lowrank.optim.pairs import PairRule, rule_of_each
-from lowrank.optim.rules import Rule, check_rule
+from lowrank.optim.rules import Rule, State, check_rule
 from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_shard
 from lowrank.optim.stacks import alike
@@ -87,10 +90,11 @@ class Optimizer(torch.optim.Optimizer):
         summed: the ranks over which a parameter's gradient is summed before its step; none for who trains it alone, or
             where FSDP has done it.
         agreed: with whom the heads in a parameter share a basis, where they share one.
+        capturable: learning rates are tensors on the device, so that ``optim.capture`` can hold steps in a CUDA graph.
 
     Raises:
         ValueError: no parameters, a parameter given twice or frozen, a group without a rule, a size that is not
-            positive, or a ``scaler`` without ``per_layer`` or with several ranks.
+            positive, a ``scaler`` without ``per_layer`` or with several ranks, or what no graph can hold.
     """
 
     def __init__(
@@ -108,9 +112,12 @@ class Optimizer(torch.optim.Optimizer):
         intra_worker: ProcessGroup | None = None,
         summed: Mapping[nn.Parameter, Group] | None = None,
         agreed: Mapping[nn.Parameter, Group] | None = None,
+        capturable: bool = False,
     ):
         if (intra_worker is not None or summed or agreed) and scaler is not None and scaler.is_enabled():
             raise ValueError("float16 scales the loss of each rank by itself: use bfloat16 with several ranks")
+        if capturable and (intra_worker is not None or summed or agreed):
+            raise ValueError("a CUDA graph cannot hold the sums over ranks that a step begins with: capturable=False")
         if accumulate < 1:
             raise ValueError(f"accumulate={accumulate} must be at least 1")
         if clip_per_layer is not None and not clip_per_layer > 0:
@@ -136,7 +143,14 @@ class Optimizer(torch.optim.Optimizer):
         self._any_shard = False
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
+        self.capturable = capturable
+        self._rates: dict[int, Tensor] = {}  # by the number of a group, where ``capturable``
+        self.replaced = 0  # how often tensors of the state have given way to others, which a graph does not know
         super().__init__(groups, {"lr": 1e-3, "lr_ratio": 1.0, "decay": 0.0, "steps": 0})
+        if capturable:
+            from lowrank.optim.capture import check_capturable
+
+            check_capturable(self)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Optimizer:
         """All of it; torch's own copies forget what is not in ``__getstate__``. Copy the model with it, in one call."""
@@ -226,14 +240,46 @@ class Optimizer(torch.optim.Optimizer):
         else:
             self.synchronise_()
             agree_bases_(self._agreeing, self._rules, self.state, self._agreed)
-            for group in self.param_groups:
-                self._step_group(group)
+            self.set_rates_()
+            self.step_groups_()
+        self.complete_step_()
+        return loss
+
+    def step_groups_(self) -> None:
+        """Step every parameter that has a gradient."""
+        for group in self.param_groups:
+            self._step_group(group)
+
+    def complete_step_(self) -> None:
+        """What follows when all parameters have stepped."""
         for group in self.param_groups:
             group["steps"] += 1
         self._synchronised = False
         if self.synchroniser is not None:
             self.synchroniser(self.steps)
-        return loss
+
+    # --- a step in a CUDA graph (``optim.capture``) ----------------------------------------------------------------
+
+    def is_ordinary_step(self) -> bool:
+        """Whether the coming step, which is not the first, leaves the host nothing to decide."""
+        return self.steps > 0 and all(self._rules[p].is_ordinary(self.state[p]) for p in self._place)
+
+    def set_rates_(self) -> None:
+        """Where ``capturable``, write the coming step's learning rates to the device."""
+        for i, group in enumerate(self.param_groups if self.capturable else ()):
+            if i not in self._rates:
+                self._rates[i] = torch.zeros((), dtype=torch.float32, device=group["params"][0].device)
+            factor = group["lr_ratio"] * self.schedule(self.steps)
+            if isinstance(group["lr"], Tensor):
+                torch.mul(group["lr"], factor, out=self._rates[i])
+            else:
+                self._rates[i].fill_(group["lr"] * factor)
+
+    def advance_host_(self) -> None:
+        """Advance what the host counts, beside a step that a graph makes."""
+        for p in self._place:
+            if p.grad is not None:
+                self._rules[p].advance_host_(self.state[p])
 
     @torch.no_grad()
     def synchronise_(self, *, whole: bool = False) -> None:
@@ -300,16 +346,20 @@ class Optimizer(torch.optim.Optimizer):
         for p in [p for p in group["params"] if p in self._projected] if self._projected else ():
             self._step_projected(p, group, self._projected.pop(p))
         ready = [p for p in group["params"] if p.grad is not None]
+        if ready and self.clip_per_layer is None and kernels.possible(ready[0]):
+            ready = [p for p in ready if not self._step_fused(p, group, dense(p.grad))]
         together = [p for p in ready if p not in self._alone] if self._alone else ready
         if self.clip_per_layer is not None:
             together = []
+        large = {p for p in together if p.numel() > at_once(p)} if rule.divides else set()
+        together = [p for p in together if p not in large] if large else together
         wide_ones = [p for p in together if p.dtype not in NARROW]
         self._step_together(wide_ones, group)
         if len(wide_ones) < len(together):  # widened a stack at a time, which is to stay small
             narrow = [p for p in together if p.dtype in NARROW]
             for at in alike(narrow):
                 self._step_together([narrow[i] for i in at], group)
-        for p in [p for p in ready if p in self._alone] if together else ready:
+        for p in [p for p in ready if p in self._alone or p in large] if together else ready:
             self._step_one(p, group, dense(p.grad))
 
     def _step_together(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
@@ -330,8 +380,24 @@ class Optimizer(torch.optim.Optimizer):
         """Step one parameter, its gradient clipped on request."""
         if self.clip_per_layer is not None:
             g = clipped(g, self.clip_per_layer, self._shards[p])
-        rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
-        self._write([p], lambda targets: rule.apply_(targets, [g.to(targets[0].dtype)], [state], lr=lr, decay=decay))
+        if kernels.possible(p) and self._step_fused(p, group, g):
+            return
+        rule, lr, decay = self._rules[p], self._lr(group), group["decay"]
+
+        def step_(targets: list[Tensor], grad: Tensor, state: State) -> None:
+            rule.apply_(targets, [grad.to(targets[0].dtype)], [state], lr=lr, decay=decay)
+
+        whole = p if self._shards[p] is None else to_local(p)
+        noise = self._noise(p) if p.dtype in NARROW else None
+        for part, grad, state in rule.pieces(whole, g, self.state[p]):
+            self._write([p], partial(step_, grad=grad, state=state), [part], noise)
+
+    def _step_fused(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> bool:
+        """Step one parameter by a kernel, where its rule has chosen one."""
+        if self._shards[p] is not None:
+            return False
+        seed = stable_seed("rounding", self.seed, self._place[p][0]) & 0x7FFFFFFF  # to which kernels add the step
+        return self._rules[p].fused_(p, g, self.state[p], lr=self._lr(group), decay=group["decay"], seed=seed)
 
     def _step_pair(
         self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any], grads: dict[nn.Parameter, Tensor]
@@ -348,20 +414,33 @@ class Optimizer(torch.optim.Optimizer):
 
         self._write([A, B], step_both)
 
-    def _write(self, params: list[nn.Parameter], change_: Callable[[list[Tensor]], None]) -> None:
-        """Change parameters in place; narrower ones as float32 copies, rounded back, bfloat16 stochastically."""
-        mine: list[Tensor] = [p if self._shards[p] is None else to_local(p) for p in params]
+    def _write(
+        self,
+        params: list[nn.Parameter],
+        change_: Callable[[list[Tensor]], None],
+        parts: list[Tensor] | None = None,
+        noise: torch.Generator | None = None,
+    ) -> None:
+        """Change parameters, or ``parts`` of them, in place; narrower ones as float32 copies, rounded back, bfloat16
+        stochastically (by ``noise``, which those of one parameter share)."""
+        mine: list[Tensor] = parts or [p if self._shards[p] is None else to_local(p) for p in params]
         if all(t.dtype not in NARROW for t in mine):
             return change_(mine)
         targets = [t.float() if t.dtype in NARROW else t for t in mine]
         change_(targets)
         for p, here, target in zip(params, mine, targets, strict=True):
             if here is not target:
-                shard, place = self._shards[p], self._place[p][0]
-                keys = (place,) if shard is None else (place, shard.start)
-                round_into_(here, target, generator(p.device, "rounding", self.seed, *keys, self.steps))
+                round_into_(here, target, self._noise(p) if noise is None else noise)
 
-    def _lr(self, group: dict[str, Any]) -> float:
+    def _noise(self, p: nn.Parameter) -> torch.Generator:
+        """The random stream that rounds ``p`` in the coming step."""
+        shard, place = self._shards[p], self._place[p][0]
+        keys = (place,) if shard is None else (place, shard.start)
+        return generator(p.device, "rounding", self.seed, *keys, self.steps)
+
+    def _lr(self, group: dict[str, Any]) -> Any:
+        if self.capturable:
+            return self._rates[next(i for i, each in enumerate(self.param_groups) if each is group)]
         return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
 
     def _check_expected(self) -> None:
@@ -493,6 +572,7 @@ class Optimizer(torch.optim.Optimizer):
                     )
         for p in params:
             if share == 1.0:
+                self.replaced += 1
                 self._rules[p].restart_(self.state[p], to_local(p))
                 self._rules[p].place_(self.state[p], self._place[p][0])
             elif share > 0.0:

@@ -46,6 +46,7 @@ import torch
 from torch import Tensor
 
 from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, Side, orthonormalise
+from lowrank.linalg.kernels import chosen, rate, takes
 from lowrank.linalg.subspace import Subspace, Subspaces, residual
 from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrices_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
@@ -285,15 +286,47 @@ class Projected(Rule):
     def apply_(
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
-        every = list(zip(params, grads, states, strict=True))
-        projected = [each for each in every if "due" in each[2]]
-        for at in alike([g for _, g, _ in projected]) if self._steps_together else ([i] for i in range(len(projected))):
-            ps, gs, ss = (list(column) for column in zip(*(projected[i] for i in at), strict=True))
-            self._step_alike_(ps, gs, ss, lr=lr, decay=decay)
-        plain = [(p, g, self._inner_state(state)) for p, g, state in every if "due" not in state]
-        if plain:
-            ps, gs, ss = (list(column) for column in zip(*plain, strict=True))
-            self.inner.apply_(ps, gs, ss, lr=lr, decay=decay)
+        projected = [i for i, state in enumerate(states) if "due" in state]
+        if self._steps_together:
+            stacks = [[projected[i] for i in at] for at in alike([grads[i] for i in projected])]
+        else:
+            stacks = [[i] for i in projected]
+        for at in stacks:
+            self._step_alike_(
+                [params[i] for i in at], [grads[i] for i in at], [states[i] for i in at], lr=lr, decay=decay
+            )
+        if len(projected) < len(states):
+            at = [i for i, state in enumerate(states) if "due" not in state]
+            inner = [self._inner_state(states[i]) for i in at]
+            self.inner.apply_([params[i] for i in at], [grads[i] for i in at], inner, lr=lr, decay=decay)
+
+    def fused_(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, decay: float, seed: int) -> bool:
+        inner, plain = self.inner, type(self.lift) is GaLore and self.error_feedback is None and self.side != "both"
+        if not (chosen("projected", param) and plain and "due" in state and param.dim() == 2 and takes(param, grad)):
+            return False
+        if not isinstance(inner, AdamW) or inner.storage != "float32":
+            return False
+        from lowrank.linalg.kernels.projected import projected_adam_
+
+        like = grad.new_empty((), dtype=torch.float32).expand(grad.shape)  # never read
+        q = self._refresh(grad.float(), state) if is_due(state) else self._present(like, state)
+        left, moments = q.left is not None, cast(Any, state["inner"])
+        projected_adam_(
+            param,
+            grad,
+            cast(Tensor, q.left if left else q.right).contiguous(),
+            (moments["exp_avg"], moments["exp_avg_sq"]),
+            moments["step"],
+            left=left,
+            lr=rate(lr, param),
+            decay=decay,
+            scale=self.scale,
+            betas=inner.betas,
+            eps=inner.eps,
+            seed=seed,
+        )
+        advance_(state, "step")
+        return True
 
     @property
     def _steps_together(self) -> bool:
@@ -326,7 +359,9 @@ class Projected(Rule):
         decay: float,
     ) -> None:
         """p ← p·(1 − lr·decay) − lr·c·scale·U, without a tensor for U."""
-        inner, keep = [self._inner_state(state) for state in states], 1 - lr * decay
+        every: Any = states
+        inner: list[State] = [state["inner"] for state in every]
+        keep: Any = 1 - lr * decay  # a tensor where the learning rate is
         alpha: Tensor | float
         if self.lift.needs_gradient or self.inner.observes:
             for p, state in zip(params, states, strict=True):
@@ -338,7 +373,11 @@ class Projected(Rule):
             # Let the inner rule step zeros of R's shape: that gives −lr·c·S, by whatever kernel it has.
             s, alpha = rs[0].new_zeros(len(rs), *rs[0].shape), self.scale
             self.inner.apply_(list(s.unbind()), rs, inner, lr=lr, decay=0.0)
-        lifts = [cast(State, state["lift"]) for state in states]
+        lifts = [state["lift"] for state in every]
+        if isinstance(keep, Tensor):  # and products take numbers of the host
+            if decay:
+                torch._foreach_mul_(params, keep)
+            keep = 1.0
         with matrices_of(params, self._matrix_shape(params[0].shape)) as targets:
             self.lift.add_(targets, gs, rs, s, subspaces, lifts, alpha=alpha, beta=keep)
         advance_all_(states, "step")
@@ -354,6 +393,22 @@ class Projected(Rule):
     def _keep_error_(self, g: Tensor, r: Tensor, subspace: Subspace, state: State) -> None:
         if self.error_feedback is not None:
             cast(Tensor, state["error"]).add_(residual(g, r, subspace, share=self.error_feedback.share))
+
+    # --- steps in a CUDA graph -----------------------------------------------------------------------------------
+
+    @property
+    def refuses_capture(self) -> str:  # type: ignore[override]
+        if self.refresh_every == 1:
+            return "refreshes its basis, and so asks the host, at every step"
+        return self.inner.refuses_capture if self.basis.stored else "draws its basis anew at every step"
+
+    def is_ordinary(self, state: State) -> bool:
+        return not ("due" in state and is_due(state)) and self.inner.is_ordinary(self._inner_state(state))
+
+    def advance_host_(self, state: State) -> None:
+        self.inner.advance_host_(self._inner_state(state))
+        if "due" in state:
+            advance_(state, "step")
 
     # --- gradients kept as R -------------------------------------------------------------------------------------
 
@@ -397,10 +452,13 @@ class Projected(Rule):
     def _present_each(self, like: Tensor, states: list[State]) -> Subspaces:
         """``_present`` for several matrices of the shape of ``like``."""
         found: dict[Side, list[Tensor]] = {}
+        every: Any = states
         for side, shape in basis_shapes(tuple(like.shape), self.side, self.rank).items():
             if self.basis.stored:
-                code = basis_code(self.basis_storage)
-                found[side] = [read(cast(Any, state["basis"])[side], code, shape, like.dtype) for state in states]
+                found[side] = [state["basis"][side] for state in every]
+                if self.basis_storage != "float32" or found[side][0].dtype is not like.dtype:
+                    code = basis_code(self.basis_storage)
+                    found[side] = [read(q, code, shape, like.dtype) for q in found[side]]
             else:
                 found[side] = self.basis.draw_each(like, side, shape[-1], streams(states))
         return Subspaces(left=found.get("left"), right=found.get("right"))

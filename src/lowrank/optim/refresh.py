@@ -19,7 +19,7 @@ from __future__ import annotations
 import math
 from collections.abc import Callable, Generator, Iterable
 from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -28,6 +28,7 @@ from lowrank.infra.seeds import stable_seed
 from lowrank.linalg.basis import Basis, JointBasis, Side, random_basis
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.rules import Move, Refresh, State
+from lowrank.optim.stacks import add_one_
 
 GOLDEN = (math.sqrt(5) - 1) / 2
 
@@ -87,13 +88,14 @@ def is_due(clock: State) -> bool:
 
 
 def are_due(clocks: list[State]) -> list[bool]:
-    """``is_due`` of many clocks, by one comparison."""
+    """``is_due`` of many clocks."""
     return [step >= due for step, due in zip(counts(clocks, "step"), counts(clocks, "due"), strict=True)]
 
 
 def counts(clocks: list[State], name: str) -> list[int]:
     """``count`` of many clocks."""
-    return cast("list[int]", torch.stack([cast(Tensor, clock[name]) for clock in clocks]).tolist())
+    every: Any = clocks
+    return [clock[name].item() for clock in every]
 
 
 def count(clock: State, name: str) -> int:
@@ -106,8 +108,8 @@ def advance_(clock: State, name: str, by: int = 1) -> None:
 
 def advance_all_(clocks: list[State], name: str) -> None:
     """``advance_`` of many clocks by 1."""
-    one = torch.ones((), dtype=torch.int64, device="cpu")  # a number would be made a tensor of for each of them
-    torch._foreach_add_([cast(Tensor, clock[name]) for clock in clocks], one)
+    every: Any = clocks
+    add_one_([clock[name] for clock in every])
 
 
 def schedule_next_(clock: State, interval: int, *, stagger: bool) -> None:

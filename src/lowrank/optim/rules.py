@@ -16,15 +16,19 @@ otherwise it is float32 (float64 for float64 parameters) whatever the parameter'
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Iterator
 from dataclasses import dataclass, is_dataclass
 from typing import Any, ClassVar, cast
 
 import torch
 from torch import Tensor
 
+from lowrank.linalg.kernels import chosen, rate
+from lowrank.linalg.kernels import takes as kernels_take
+from lowrank.linalg.parts import parts
+from lowrank.linalg.quantise import split
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.stacks import alike, joined, joined_states
+from lowrank.optim.stacks import add_one_, alike, joined, joined_states
 from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
 
 State = dict[str, "Tensor | State"]
@@ -49,6 +53,7 @@ class Rule(ABC):
     stacks: ClassVar[bool] = False
     observes: ClassVar[bool] = False  # whether it gives observe_
     transports: ClassVar[bool] = False  # whether it gives transport_
+    divides: ClassVar[bool] = False  # whether it gives ``pieces``
 
     def __init_subclass__(cls) -> None:
         cls.observes = cls.observe_ is not Rule.observe_
@@ -66,7 +71,7 @@ class Rule(ABC):
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
         """One step of float32 or float64 parameters in place, equal to ``update``'s up to rounding."""
-        if self.stacks and not self.observes:
+        if self.joins(grads):
             for at in alike(grads):
                 ps, gs = [params[i] for i in at], joined([grads[i] for i in at])
                 direction, gain = self.update_joined(gs, [states[i] for i in at])
@@ -80,14 +85,38 @@ class Rule(ABC):
             direction, gain = self.update(g, state)
             p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
 
+    def pieces(self, param: Tensor, grad: Tensor, state: State) -> Iterator[tuple[Tensor, Tensor, State]]:
+        """A large parameter in parts, views of all three, which step one by one as the whole would (``linalg.parts``):
+        so that what a step needs for itself is bounded. By default one part."""
+        yield param, grad, state
+
+    def joins(self, grads: list[Tensor]) -> bool:
+        """Whether ``apply_`` steps parameters of one shape at once."""
+        return self.stacks and not self.observes
+
+    def fused_(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, decay: float, seed: int) -> bool:
+        """The whole step of one parameter by a kernel (``linalg.kernels``), a bfloat16 one rounded stochastically with
+        ``seed``; False, and nothing was done, where none was chosen for it."""
+        return False
+
     def update_joined(self, g: Tensor, states: list[State]) -> tuple[Tensor, Tensor | float]:
         """``update`` of N parameters of one shape at once, from their gradients (N, ...): each as if it were alone."""
-        if not self.stacks:
-            assert len(states) == 1
+        if not self.stacks and len(states) == 1:
             direction, gain = self.update(g[0], states[0])
             return direction[None], gain[None] if isinstance(gain, Tensor) and gain.dim() else gain
         with joined_states(states, g.dim() - 1) as state:
             return self.update(g, state)
+
+    # --- steps in a CUDA graph (``optim.capture``) ---
+
+    refuses_capture: ClassVar[str] = ""  # why its ordinary steps cannot be in one ("draws …"), or nothing
+
+    def is_ordinary(self, state: State) -> bool:
+        """Whether the host decides nothing in the coming step."""
+        return True
+
+    def advance_host_(self, state: State) -> None:  # noqa: B027
+        """Count on what is counted on the host, as a step does."""
 
     def resolve(self, like: Tensor, *, stacked: bool) -> Rule:
         """The rule that a parameter like this one really follows; ``stacked``: whether its leading dimensions are a
@@ -218,26 +247,55 @@ class AdamW(Rule):
     def apply_(
         self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
     ) -> None:
-        by_kind: dict[Any, list[tuple[Tensor, Tensor, State]]] = {}
-        for each in zip(params, grads, states, strict=True):
-            p, g, state = each
-            fused = self.storage == "float32" and _laid_out_alike(p, g, cast(Tensor, state["exp_avg"]))
-            by_kind.setdefault((p.device, p.dtype) if fused else None, []).append(each)
-        for kind, every in by_kind.items():
-            if kind is None:
-                ps, gs, ss = (list(column) for column in zip(*every, strict=True))
-                super().apply_(ps, gs, ss, lr=lr, decay=decay)
-            else:
-                self._fused_(every, lr, decay)
+        if self.storage != "float32":
+            return super().apply_(params, grads, states, lr=lr, decay=decay)
+        by_kind: dict[Any, list[int]] = {}
+        for i, (p, g, state) in enumerate(zip(params, grads, states, strict=True)):
+            kind = (p.device, p.dtype) if _laid_out_alike(p, g, state["exp_avg"]) else None
+            by_kind.setdefault(kind, []).append(i)
+        for kind, at in by_kind.items():
+            step_ = super().apply_ if kind is None else self._fused_
+            step_([params[i] for i in at], [grads[i] for i in at], [states[i] for i in at], lr=lr, decay=decay)
 
-    def _fused_(self, every: list[tuple[Tensor, Tensor, State]], lr: float, decay: float) -> None:
+    def fused_(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, decay: float, seed: int) -> bool:
+        if self.storage != "int8" or not chosen("int8", param) or not kernels_take(param, grad):
+            return False
+        from lowrank.linalg.kernels.int8 import adamw_int8_
+
+        moments: Any = state["exp_avg"], state["exp_avg_sq"], state["step"]
+        adamw_int8_(
+            param, grad, *moments, lr=rate(lr, param), decay=decay, betas=self.betas, eps=self.eps, seed=seed
+        )  # fmt: skip
+        return True
+
+    @property
+    def divides(self) -> bool:  # type: ignore[override]
+        return self.storage == "int8"
+
+    def pieces(self, param: Tensor, grad: Tensor, state: State) -> Iterator[tuple[Tensor, Tensor, State]]:
+        """By whole blocks of codes, each of which counts as a matrix of its own."""
+        _, blocks, size = split(param.shape)
+        exact = param.dim() == 2 and param.numel() == blocks * size and param.is_contiguous() and grad.is_contiguous()
+        if self.storage != "int8" or not exact:
+            yield param, grad, state
+            return
+        moments: Any = {name: state[name] for name in ("exp_avg", "exp_avg_sq")}
+        step, rows = cast(Tensor, state["step"]), [t.view(blocks, 1, size) for t in (param, grad)]
+        for part in parts(blocks, size, param):
+            last = part.stop >= blocks
+            inside: Any = {name: {k: t[part].unsqueeze(1) for k, t in kept.items()} for name, kept in moments.items()}
+            yield rows[0][part], rows[1][part], {**inside, "step": step if last else step.clone()}
+
+    def _fused_(
+        self, params: list[Tensor], grads: list[Tensor], states: list[State], *, lr: float, decay: float
+    ) -> None:
         """The kernel of ``torch.optim.AdamW(fused=True)``, on parameters of one dtype and device."""
-        m, v, step = ([cast(Tensor, state[k]) for _, _, state in every] for k in ("exp_avg", "exp_avg_sq", "step"))
-        # On the CPU a number would become a tensor for each of them; elsewhere a tensor would be read back.
-        torch._foreach_add_(step, torch.ones(()) if step[0].is_cpu else 1)
+        every: Any = states
+        m, v, step = ([state[k] for state in every] for k in ("exp_avg", "exp_avg_sq", "step"))
+        add_one_(step)
         torch._fused_adamw_(
-            [p for p, _, _ in every],
-            [g for _, g, _ in every],
+            params,
+            grads,
             m,
             v,
             [],
@@ -275,7 +333,7 @@ class AdamW(Rule):
         )
 
 
-def _laid_out_alike(p: Tensor, g: Tensor, m: Tensor) -> bool:
+def _laid_out_alike(p: Tensor, g: Tensor, m: Any) -> bool:
     """Whether the fused kernel may be used, which walks all its tensors as if they had the strides of the first."""
     if p.is_contiguous() and g.is_contiguous() and m.is_contiguous():
         return True

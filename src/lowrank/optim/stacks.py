@@ -1,8 +1,8 @@
 """Parameters of one shape, stepped together: what a step costs the host is paid once a shape and not once a matrix.
 
 Rules batch over leading dimensions, so that N parameters with their states, joined along a new first dimension, step as
-one. A stack is at most ``LARGEST`` numbers, so that joining costs little memory and only matrices that are too small
-to keep a processor busy are joined; a larger one is a stack by itself, of views.
+one. A stack is at most ``LARGEST`` numbers, so that joining costs little memory and only matrices that are too small to
+keep a processor busy are joined; a larger one is a stack by itself, of views.
 
 What a parameter becomes must not depend on which others it is joined with (law 6: a step in a hook joins it with none).
 So all that is done to a stack is element-wise or a norm of each matrix; products are made a matrix at a time, on
@@ -21,7 +21,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-LARGEST = 1 << 18  # numbers in a stack: a megabyte of float32
+LARGEST, LARGEST_OFF_CPU = 1 << 18, 1 << 22  # numbers in a stack: 1 and 16 MiB of float32
 ALIGNED = 64  # bytes
 
 
@@ -31,8 +31,9 @@ def alike(tensors: Sequence[Tensor]) -> Iterator[list[int]]:
     found: dict[Any, list[int]] = {}
     for i, t in enumerate(tensors):
         found.setdefault((t.shape, t.dtype, t.device), []).append(i)
-    for (shape, *_), members in found.items():
-        most = max(1, LARGEST // max(1, shape.numel())) if len(shape) > 1 else 1  # blocks of codes never cross matrices
+    for (shape, _, device), members in found.items():
+        largest = LARGEST if device.type == "cpu" else LARGEST_OFF_CPU
+        most = max(1, largest // max(1, shape.numel())) if len(shape) > 1 else 1  # blocks of codes never cross matrices
         yield from (members[i : i + most] for i in range(0, len(members), most))
 
 
@@ -57,6 +58,14 @@ def copied(tensors: Sequence[Tensor]) -> tuple[Tensor, list[Tensor]]:
     stack = room[:, :size].view(len(tensors), *shape)
     torch.stack(list(tensors), out=stack)
     return stack, list(stack.unbind())
+
+
+def add_one_(numbers: list[Tensor]) -> None:
+    """Count on, in many numbers of one dtype and device."""
+    if numbers[0].is_cpu:  # where a list of ones costs a quarter of what one does
+        torch._foreach_add_(numbers, [torch.ones((), dtype=numbers[0].dtype)] * len(numbers))
+    else:  # where a tensor would be read back
+        torch._foreach_add_(numbers, 1)
 
 
 @contextmanager

@@ -129,6 +129,7 @@ class Plan:
         clip_per_layer: float | None = None,
         scaler: torch.amp.GradScaler | None = None,
         merge: Literal["auto", "manual"] = "auto",
+        capturable: bool = False,
     ) -> Optimizer:
         """The optimizer of this plan: every trained parameter in one group with its rule.
 
@@ -136,7 +137,7 @@ class Plan:
             lr: learning rate; a ``Use`` may multiply it.
             weight_decay: decoupled decay, for every trained parameter but adapter factors (unless a ``Use`` names
                 those).
-            per_layer, accumulate, clip_per_layer, scaler: see :class:`lowrank.optim.Optimizer`.
+            per_layer, accumulate, clip_per_layer, scaler, capturable: see :class:`lowrank.optim.Optimizer`.
             merge: ``"auto"``, where ``step()`` merges when it is due, or ``"manual"``, where you call
                 ``lowrank.merge_(plan, opt)``.
 
@@ -167,6 +168,7 @@ class Plan:
             intra_worker=self.intra_worker,
             summed=self._summed(),
             agreed=dict.fromkeys(self.own, self.workers) if self.workers is not None else {},
+            capturable=capturable,
         )
         return synchroniser.optimizer
 
