@@ -28,6 +28,8 @@ SECTIONS = {
     "fsdp": 0.6,
     "ceilings": 0.5,
     "optimizer_step": 2.5,
+    "kernels": 1.0,
+    "captured": 0.5,
     "adapter_layer": 0.6,
     "memory": 3.0,
     "training": 2.5,

@@ -27,6 +27,7 @@ from lowrank.optim import (
     SGD,
     Adafactor,
     AdamW,
+    CapturedStep,
     ErrorFeedback,
     Lazy,
     Optimizer,
@@ -68,6 +69,7 @@ VISION = ("galore", "full", "lora")
 VARIED = ("lte", "galore", "full", "apollo", "lora")
 TINY = ("full", "dora", "galore_8bit", "apollo")
 NO_WAITING = [name for name in RULES if name != "ldadam"]  # which refreshes, and so asks, at every step
+CAPTURED = ("adamw", "adamw int8", "sgd", "galore", "galore int8", "q-galore", "fira")
 RATES = {"lora_plus": 0.001, "apollo_mini": 0.002}  # their steps are many times the others'
 
 
@@ -124,6 +126,7 @@ def checks(device: torch.device, *, tiny: bool = False) -> dict[str, Callable[[]
     found["codes of 8 bits"] = partial(codes_check, device)
     if device.type == "cuda":
         found |= {f"rule {name}, no synchronisation": partial(waits_check, device, RULES[name]) for name in NO_WAITING}
+        found |= {f"rule {name}, captured": partial(captured_check, device, RULES[name]) for name in CAPTURED}
     return found
 
 
@@ -214,6 +217,26 @@ def waits_check(device: torch.device, rule: Rule) -> dict[str, Any]:
         return check(1.0, 0.0, why=str(error).splitlines()[0])
     finally:
         torch.cuda.set_sync_debug_mode("default")
+
+
+def captured_check(device: torch.device, rule: Rule) -> dict[str, Any]:
+    """Steps of which the ordinary ones are replayed from a CUDA graph, against steps that are launched."""
+    runs, replays = [], 0
+    for captured in (False, True):
+        params = [nn.Parameter(start_of(shape).to(device, torch.float32)) for shape in SHAPES]
+        for p in params:
+            p.grad = torch.zeros_like(p)
+        optimizer = Optimizer(
+            [{"params": params, "rule": reproducible(rule), "lr": LR, "decay": DECAY}], capturable=True
+        )
+        step = CapturedStep(optimizer)
+        for n in range(STEPS):
+            for p in params:
+                p.grad.copy_(gradient(tuple(p.shape), n))  # type: ignore[union-attr]
+            (step if captured else optimizer.step)()
+        runs.append([p.detach() - start_of(tuple(p.shape)).to(p) for p in params])
+        replays = step.replays
+    return check(relative(*runs), NARROW if is_narrow(rule) else EXACT, replays=replays)
 
 
 # --- methods -------------------------------------------------------------------------------------------------------

@@ -3,6 +3,8 @@
 predicted   weights, factors, kept copies, gradients (per layer: the largest) and state, by ``plan.ledger``
 held        what the allocator holds between two steps, beside the ledger's part of it, which should be all
 rest        peak − predicted: activations, logits and workspace, which the plan's ledger does not count
+traced      the peak of the first and of an ordinary step that ``lowrank.ledger`` tells by taking them on tensors
+            without numbers, activations and workspace included; beside it what the allocator saw
 """
 
 from __future__ import annotations
@@ -78,6 +80,7 @@ def measure(bench: Bench, case: Case) -> dict[str, Any]:
     optimizer = plan.optimizer(lr=1e-4, per_layer=case.per_layer)
     model.train()
     data = [batch(model, case.rows) for _ in range(4)]
+    told |= traced(model, optimizer, data[0])
     bench.begin_peak()
 
     def step(number: int) -> None:
@@ -115,6 +118,18 @@ def predicted(case: Case) -> dict[str, Any]:
     }
 
 
+def traced(model: Any, optimizer: Any, given: Any) -> dict[str, Any]:
+    """The peaks that the ledger of this very model, optimizer and batch predicts."""
+    began = time.monotonic()
+    peaks = lowrank.ledger(model, optimizer, given, loss=mean_loss).predicted.counts.peaks
+    of = {kind: max(p.total for (step, _), p in peaks.items() if step == kind) for kind in {step for step, _ in peaks}}
+    return {
+        "traced_gib": of.get("ordinary", of["first"]) / GIB,  # where all steps are alike, one is told
+        "traced_first_step_gib": of["first"] / GIB,
+        "traced_in_seconds": time.monotonic() - began,
+    }
+
+
 def allocator(bench: Bench, told: dict[str, Any], at_first: int | None) -> dict[str, Any]:
     """What the allocator saw: ``peak`` of ordinary steps, of the first step, and what is held between two."""
     peak, held = bench.peak_bytes(), bench.held_bytes()
@@ -123,6 +138,7 @@ def allocator(bench: Bench, told: dict[str, Any], at_first: int | None) -> dict[
     return {
         "peak_gib": peak / GIB,
         "peak_first_step_gib": at_first / GIB,
+        "peak_over_traced": peak / GIB / told["traced_gib"],
         "rest_gib": peak / GIB - told["predicted_gib"],
         "held_gib": held / GIB,
         "held_over_predicted": held / GIB / told["predicted_held_gib"],
