@@ -2,8 +2,12 @@
 
 import pytest
 import torch
+from benchmarks.projected import Live
+from torch import nn
 
-from lowrank.optim import AdamW
+from lowrank.linalg import parts
+from lowrank.optim import AdamW, Optimizer
+from lowrank.optim.state import leaves
 
 
 def train(storage, shape=(30, 40), steps=200):
@@ -50,3 +54,27 @@ def test_a_small_second_moment_beside_a_large_one_does_not_become_zero():
     state = rule.init(g)
     directions = [rule.update(g, state) for _ in range(20)]
     assert all((gain * direction).abs().max() < 3 for direction, gain in directions)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16], ids=str)
+@pytest.mark.parametrize("per_layer", [False, True])
+def test_a_large_parameter_in_parts_steps_as_the_whole_in_bounded_space(
+    dtype: torch.dtype, per_layer: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Bitwise, its rounding included; a step needs a part's tensors and not the parameter's."""
+    found = []
+    for at_once in (1 << 16, 1 << 11):
+        monkeypatch.setattr(parts, "CPU", at_once)
+        p = nn.Parameter(torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype))
+        optimizer = Optimizer([{"params": [p], "rule": AdamW(storage="int8"), "lr": 0.1}], per_layer=per_layer)
+        for n in range(3):
+            x = torch.randn(p.shape, generator=torch.Generator().manual_seed(n)).to(dtype)
+            with Live() as seen:
+                (p * x).sum().backward()
+                optimizer.step()
+            p.grad = None
+        found.append((p.detach().clone(), dict(leaves(optimizer.state[p])), seen.peak / p.numel()))
+    (whole, state, much), (divided, again, little) = found
+    assert torch.equal(whole, divided)
+    assert all(torch.equal(t, again[path]) for path, t in state.items())
+    assert little < much / 2

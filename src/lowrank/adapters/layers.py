@@ -162,9 +162,9 @@ class AdaptedLinear(AdaptedLayer):
             return self.forward(x[None])[0]
         W, bias = self.matrix, self._parameters["bias"]
         adapters: Any = self._modules["adapters"]._modules  # type: ignore[union-attr]  # past two slow look-ups
+        if isinstance(whole := adapters.get(WHOLE), Additive):
+            return whole.linear(x, W, bias)
         if all(isinstance(adapter, Additive) for adapter in adapters.values()):
-            if WHOLE in adapters:
-                return adapters[WHOLE].linear(x, W, bias)
             y = F.linear(x, W, bias)
             for part, adapter in adapters.items():
                 y = adapter.add_(y, x, self.parts[part].start)

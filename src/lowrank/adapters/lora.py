@@ -162,7 +162,7 @@ class LoRAAdapter(Additive, SplitAdapter):
         one_product = not (self.training and (self.config.dropout > 0 or (self.split and self.heads > 1)))
         if one_product and chosen("layer", x) and takes_kernel(x, W):
             return linear_low_rank(x, W, bias, *self.factors())
-        return super().linear(x, W, bias)
+        return self.add_(F.linear(x, W, bias), x)
 
     def _factors(self) -> tuple[Tensor, Tensor]:
         """Factors (heads, R, in) and (heads, out, R) of the change Σ_h B_h A_h.
