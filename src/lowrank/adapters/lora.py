@@ -159,9 +159,10 @@ class LoRAAdapter(Additive, SplitAdapter):
         return add_low_rank_(y, x, A, B, self.config.scale / self.heads, [x.shape[0]], start)
 
     def linear(self, x: Tensor, W: Tensor, bias: Tensor | None = None) -> Tensor:
-        one_product = not (self.training and (self.config.dropout > 0 or (self.split and self.heads > 1)))
-        if one_product and chosen("layer", x) and takes_kernel(x, W):
-            return linear_low_rank(x, W, bias, *self.factors())
+        if chosen("layer", x) and takes_kernel(x, W):
+            varies = self.config.dropout > 0 or (self.split and self.heads > 1)
+            if not (varies and self.training):
+                return linear_low_rank(x, W, bias, *self.factors())
         return self.add_(F.linear(x, W, bias), x)
 
     def _factors(self) -> tuple[Tensor, Tensor]:

@@ -35,7 +35,8 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, size
     if small and len(sizes) > 1:
         return _add_small_shards(y, x, A, B, scale)
     if len(sizes) == 1:
-        A, Bt = A.flatten(0, 1), B.mT.flatten(0, 1) if len(B) > 1 else B.flatten(0, 1).mT
+        Bt = B.transpose(1, 2).reshape(-1, B.shape[1]) if len(B) > 1 else _rows(B, B.shape[2]).t()
+        A = _rows(A, A.shape[2])
         if small:
             return _add_small(y, x, A, Bt, scale)
         A, B = A[None], Bt.mT[None]
@@ -47,16 +48,21 @@ def add_low_rank_(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, size
 def _add_small(y: Tensor, x: Tensor, A: Tensor, Bt: Tensor, scale: float) -> Tensor:
     """All of y changed by one pair of factors, A (R, in) and Bt (R, out)."""
     if y.dim() == 2:
-        return y.addmm_(torch.mm(x, A.mT), Bt, alpha=scale)
-    z = torch.mm(x.reshape(-1, x.shape[-1]), A.mT)
-    return torch.addmm(y.reshape(-1, y.shape[-1]), z, Bt, alpha=scale).view(y.shape)
+        return y.addmm_(torch.mm(x, A.t()), Bt, alpha=scale)
+    z = torch.mm(_rows(x, x.shape[-1]), A.t())
+    return torch.addmm(_rows(y, y.shape[-1]), z, Bt, alpha=scale).view(y.shape)
 
 
 def _add_small_shards(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float) -> Tensor:
     """All of y changed, by shards of one size."""
-    shards, x = A.shape[0], x.contiguous()  # a view costs half of what reshaping does
-    z = torch.bmm(x.view(shards, -1, x.shape[-1]), A.mT)
-    return torch.baddbmm(y.view(shards, -1, y.shape[-1]), z, B.mT, alpha=scale).view(y.shape)
+    shards, x = A.shape[0], x.contiguous()
+    z = torch.bmm(x.view(shards, -1, x.shape[-1]), A.transpose(1, 2))
+    return torch.baddbmm(y.view(shards, -1, y.shape[-1]), z, B.transpose(1, 2), alpha=scale).view(y.shape)
+
+
+def _rows(t: Tensor, width: int) -> Tensor:
+    """``t`` as a matrix; to the host a view costs half of what reshaping does, as ``t`` and ``transpose`` do of mT."""
+    return t.view(-1, width) if t.is_contiguous() else t.reshape(-1, width)
 
 
 def _add_plainly(y: Tensor, x: Tensor, A: Tensor, B: Tensor, scale: float, sizes: list[int], start: int) -> Tensor:
