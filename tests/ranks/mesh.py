@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from tests.ranks import worker
 from tests.ranks.launch import as_rank, message_of
+from tests.ranks.planned import counted
 from tests.ranks.worker import Result, lte
 
 import lowrank
@@ -117,6 +118,7 @@ def runs(ranks: ProcessGroup, folder: Path) -> Result:
 
 def found(ranks: ProcessGroup, folder: Path) -> Result:
     found: Result = {"talking": talking(ranks), "refused": refused(ranks)}
+    found["planned"] = counted(ranks, ("lte", "lte-mesh"))
     for name in NAMES:
         poison = {"poison": 3} if "nan" in name else {}
         for sharded in (True, False) if name in ("lte-local", "lte-train", "galore") else (True,):

@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from tests.models import gpt2, small_method, text_loss, tokens
 from tests.ranks.launch import as_rank, assert_same, message_of
+from tests.ranks.planned import counted
 from torch import Tensor, nn
 
 import lowrank
@@ -348,6 +349,7 @@ def found(ranks: ProcessGroup, folder: Path, *, start: bool) -> Result | None:
         train(replace(tiny_run(), stop_at=3), folder / "run", quiet=True)
         return None
     found: Result = {name: function(ranks) for name, (function, _) in SCENARIOS.items()}
+    found["planned"] = counted(ranks, ("full-ddp", "galore-fsdp"))
     found["refused"], found["unsaved"] = refused(ranks), unsaved(ranks, folder)
     train(replace(tiny_run(), stop_at=6), folder / "run", resume=True, quiet=True)
     return {**found, "disks": disks(ranks, folder)}

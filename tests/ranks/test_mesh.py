@@ -9,6 +9,7 @@ import pytest
 import torch
 from tests.ranks.launch import assert_same, assert_same_checkpoint, outcome
 from tests.ranks.mesh import EXTRA, FROZEN, NAMES, TOGETHER, mesh_run
+from tests.ranks.planned import check_planned
 
 from lowrank.distributed.collectives import ring_gather_bytes, ring_sum_bytes
 from lowrank.infra.log import read_log
@@ -27,6 +28,10 @@ def place(tmp_path_factory: pytest.TempPathFactory) -> Path:
 def mesh(place: Path) -> list[dict[str, Any]]:
     """What each of the four ranks has found."""
     return outcome("tests.ranks.mesh", place, "mesh", ranks=RANKS)
+
+
+def test_a_rank_of_a_mesh_is_planned_without_the_others(mesh: list[dict[str, Any]]) -> None:
+    check_planned(mesh[2]["planned"], RANKS, 2)
 
 
 @pytest.mark.parametrize("name", [*(name for name in NAMES if name not in EXTRA), *WHOLE])

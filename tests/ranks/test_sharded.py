@@ -9,6 +9,7 @@ from typing import Any
 import pytest
 import torch
 from tests.ranks.launch import assert_close_logs, assert_same, outcome, run_well
+from tests.ranks.planned import check_planned
 from tests.ranks.sharded import SCENARIOS, stack, tiny_run
 
 import lowrank
@@ -90,6 +91,10 @@ def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) 
         assert messages.keys() == wanted.keys()
         for name, text in wanted.items():
             assert text in messages[name]
+
+
+def test_a_rank_is_planned_without_the_others(found: list[dict[str, Any]]) -> None:
+    check_planned(found[1]["planned"], RANKS, 1)
 
 
 def test_a_checkpoint_in_parts_is_whole_or_not_there(found: list[dict[str, Any]]) -> None:

@@ -83,6 +83,17 @@ def test_blocks_that_differ_are_traced_one_by_one() -> None:
     assert ("first", "backward of the layers") in predicted.counts.peaks
 
 
+def test_of_a_sharded_model_a_few_blocks_tell_of_all(monkeypatch: pytest.MonkeyPatch) -> None:
+    run = small("gpt-mini", method="full", engine="fsdp", model__n_layer=5)
+    predicted = estimate(run, on_card=False, ranks=4)
+    monkeypatch.setattr(estimating, "_alike", lambda plan, blocks: False)
+    counted = estimate(run, on_card=False, ranks=4)
+    assert predicted.total == counted.total
+    assert predicted.static == counted.static
+    assert predicted.static["weights"] < estimate(run).static["weights"] / 3.9
+    assert "this is rank 0 of 4, all in step; it computes 1 of 4 rows" in str(predicted)
+
+
 def test_checkpointed_activations_change_no_number(tmp_path: Path) -> None:
     words = [
         "gpt-mini",

@@ -122,8 +122,9 @@ def test_the_command(capsys: pytest.CaptureFixture[str]) -> None:
 @pytest.mark.parametrize(
     ("words", "message"),
     [
-        (["--link", "1Gbit"], "--ranks N and --link SPEED go together"),
-        (["--latency", "1ms"], "--ranks N and --link SPEED go together"),
+        (["--link", "1Gbit"], "--link SPEED needs --ranks N"),
+        (["--ranks", "2", "--latency", "1ms"], "--latency and --step-seconds need --link"),
+        (["--ranks", "0"], "--ranks 0: give at least 1"),
         (["--ranks", "2", "--link", "1Gbit", "--step-seconds", "0"], "a step takes time"),
         (["--ranks", "two", "--link", "1Gbit"], "--ranks two: expected a whole number"),
         (["--ranks", "64", "--link", "1Gbit"], "a batch of 16 cannot be divided between 64 ranks"),

@@ -118,7 +118,7 @@ Example:
 """
 
 _PLAN = """
-plan RECIPE [options]
+plan RECIPE [options], or plan --calibrate
 will it fit: what a run takes in memory, and what would train
 
 Says what a run needs at its peak, where that is and what the bytes are: a step of each kind (the first, an ordinary
@@ -131,16 +131,22 @@ With --methods it sets several side by side, with the largest micro-batch for ea
 between traces of three sizes). With --fit it looks for the least that must be given up for the run to fit: micro-batch,
 activations, precision, method, per-layer steps, rank; it says what it gave up, and --out writes a run.json that trains.
 
-With --ranks and --link it also says what several ranks over such a link would take: bytes and seconds a step, beside
-DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here unless
---step-seconds says what it takes on the machines that are meant.
+With --ranks it says what the one of several processes takes that takes most, and what it sends, under --engine and
+--workers as in lowrank train; none is started. With --link it also says what such a link makes of it: bytes and seconds
+a step, beside DDP's, and from which merge interval on communication hardly matters. One rank's step is measured here
+unless --step-seconds says what it takes on the machines that are meant.
+
+It also says what a step computes and what the optimizer moves. Seconds are said once --calibrate has timed a few steps
+of small models on this machine; they hold for its device, number of threads and version of torch, and for no other.
 
 Examples:
   lowrank plan gpt2-pretrain
+  lowrank plan gpt2-pretrain --calibrate
   lowrank plan llama-7b --method galore_8bit --per-layer --grad-accum 1
   lowrank plan llama-7b --methods full,lora,galore,galore_8bit --per-layer --out memory.png
   lowrank plan llama-1b --fit 12GB --out fits.json
   lowrank plan gpt-mini --method lte --method.target_modules attention --layers
+  lowrank plan llama-7b --engine fsdp --ranks 8
   lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --latency 1ms --step-seconds 0.2
 """
 
@@ -403,13 +409,14 @@ def every_command() -> list[Command]:
         Option(name="methods", value="A,B,…", help="methods side by side, with the largest batch for usual cards"),
         Option(name="fit", value="SIZE", help="find what fits: 24GB, 24GiB, or 24 for a card sold as that"),
         Option(name="out", value="FILE", help="the picture of --methods (PNG), or the run.json of --fit"),
+        Option(name="calibrate", help="first measure this machine (a minute); plans then say seconds as well"),
         Option(name="layers", help="also every parameter: its shape, who trains it, and why"),
     )
     linked = (
-        Option(name="ranks", value="N", group="Link", help="as if on so many ranks, each on a link of its own"),
-        Option(name="link", value="SPEED", group="Link", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
-        Option(name="latency", value="TIME", group="Link", help="until a message has arrived: 1ms, 50us; default 0"),
-        Option(name="step_seconds", value="TIME", group="Link", help="what a rank computes; default: measured here"),
+        Option(name="ranks", value="N", group="Ranks", help="as if on so many processes: what one of them takes"),
+        Option(name="link", value="SPEED", group="Ranks", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
+        Option(name="latency", value="TIME", group="Ranks", help="until a message has arrived: 1ms, 50us; default 0"),
+        Option(name="step_seconds", value="TIME", group="Ranks", help="what a rank computes; default: measured here"),
     )
     several = (
         Option(name="methods", value="A,B,…", help="methods, each perhaps with settings; default the recipe's"),
@@ -436,7 +443,7 @@ def every_command() -> list[Command]:
             _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
         _command(_REPORT, commands.report, (written,), positions=(1, None)),
-        _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted),
+        _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted, (0, 1)),
         _command(_DOCTOR, commands.doctor, patience, positions=(1, None)),
         _command(_EVAL, commands.evaluate, (*score, trust)),
         _command(_GENERATE, commands.generate, (*generate, trust)),

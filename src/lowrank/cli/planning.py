@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import textwrap
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,22 +19,33 @@ _LINK = ("ranks", "link", "latency", "step_seconds")
 
 
 def plan(parsed: Parsed) -> int:
-    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks and
-    --link, what the link makes of it."""
+    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks
+    what one of several processes takes, and with --link what the link makes of it."""
+    if switch(parsed, "calibrate"):
+        _calibrate(parsed)
+        if not parsed.positions:
+            return 0
+    if not parsed.positions:
+        raise UsageError("plan what? give a recipe (lowrank recipes), a run.json, or --calibrate alone")
     given = parsed.only(_LINK)
-    changes = parsed.without((*_LINK, "layers", "methods", "fit", "out"))
+    changes = parsed.without((*_LINK, "layers", "methods", "fit", "out", "calibrate"))
     if "methods" in parsed.options or "fit" in parsed.options:
         return _side_by_side(parsed, changes) if "methods" in parsed.options else _fit(parsed, changes)
     if "out" in parsed.options:
         raise UsageError("--out names the picture of --methods, or the run that --fit writes: give one of these")
     run = validated(override(find(parsed.positions[0]), changes))
-    if given and not {"ranks", "link"} <= given.keys():
-        raise UsageError("--ranks N and --link SPEED go together, and --latency and --step-seconds with them")
-    show = _outlook(run, given) if given else None
+    if (given and "ranks" not in given) or (len(given) > 1 and "link" not in given):
+        raise UsageError("--link SPEED needs --ranks N, and --latency and --step-seconds need --link")
+    ranks = whole(given.get("ranks", "1"), "--ranks")
+    if ranks < 1:
+        raise UsageError(f"--ranks {ranks}: give at least 1")
+    show = _outlook(run, given) if "link" in given else None
+    from lowrank.run.duration import duration
     from lowrank.run.estimate import estimate
 
-    sheet = estimate(run)
-    print(printable(str(sheet)))
+    sheet = estimate(run, ranks=ranks, works=True)
+    time = [textwrap.fill(line, 100, subsequent_indent="  ") for line in duration(run, sheet, ranks=ranks)]
+    print(printable("\n".join([str(sheet), "", *time])))
     if switch(parsed, "layers"):
         print(f"\n{printable(sheet.layers)}")
     if show is not None:
@@ -41,6 +53,15 @@ def plan(parsed: Parsed) -> int:
 
         print(f"\n{show(planned_session(run))}")
     return 0
+
+
+def _calibrate(parsed: Parsed) -> None:
+    """Measure this machine, and keep it for plans to come."""
+    from lowrank.run.session import pick_device
+    from lowrank.train.calibration import calibrated
+
+    speed = calibrated(pick_device(parsed.options.get("device", "auto")), lambda text: print(f"measuring {text}"))
+    print(f"{speed.machine} is calibrated: {speed.write()}\n")
 
 
 def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
@@ -52,8 +73,10 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
     for name in names:
         offer.check("method", name.partition(":")[0])
     from lowrank.plan.sheet import CARDS, gib
+    from lowrank.plan.speed import Speed
     from lowrank.report.compare import parse_variant, planned
     from lowrank.report.table import text_table
+    from lowrank.run.duration import CALIBRATE, here, pace_of
     from lowrank.run.fit import largest_batches
 
     variants = [parse_variant(name, offer) for name in names]
@@ -61,15 +84,22 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
     found = {}
     for name, variant in zip(names, variants, strict=True):
         (one,) = planned(base, [variant], changes=_per_layer_allowed(changes), offer=offer)
-        found[name] = largest_batches(validated(one.run))
-    header = ["method", "peak", "bytes/param", "trained", *(f"{card} GB" for card in CARDS)]
+        found[name] = largest_batches(validated(one.run), works=True)
+    machine = here(override(base, parsed.only(("device",))))
+    speed = Speed.read(machine)
+    seconds = {name: pace_of(sheet, speed) for name, (sheet, _) in found.items()}
+    timed = [] if speed is None else ["s/step"]
+    header = ["method", "peak", "bytes/param", "trained", *timed, *(f"{card} GB" for card in CARDS)]
     body = [
         [name, gib(sheet.total), f"{sheet.bytes_per_parameter:.2f}", f"{sheet.trained / 1e6:.1f} M"]
+        + [f"{pace.total:.3g}" if (pace := seconds[name]) else "?" for _ in timed]
         + [str(batches[card]) if batches[card] else "–" for card in CARDS]
         for name, (sheet, batches) in found.items()
     ]
     print(text_table(header, body))
     print("\npeak of one step, CUDA's context of 512 MiB assumed; then the largest micro-batch that fits a card")
+    how = "is not calibrated, so that no seconds are told" if speed is None else "is calibrated; evaluations apart"
+    print(textwrap.fill(f"{machine} {how}" + (f": {CALIBRATE}" if speed is None else ""), 100))
     for name, (sheet, _) in found.items():
         print(f"{name}: " + sheet.answer().replace("; ", "\n    "))
     if "out" in parsed.options:

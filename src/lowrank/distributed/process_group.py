@@ -36,6 +36,7 @@ import torch.distributed as dist
 from torch import Tensor
 
 from lowrank.distributed.collectives import Group, Traffic, buckets, ring_gather_bytes, ring_sum_bytes
+from lowrank.infra.fingerprints import digest
 
 T = TypeVar("T")
 TIMEOUT_SECONDS = 300.0  # LOWRANK_TIMEOUT overrides it
@@ -175,6 +176,14 @@ class ProcessGroup(Group):
                 f"the ranks were not started alike: {'; '.join(objections)}. Start all of them with the same command, "
                 "data and version"
             )
+
+    def agree_on(self, tensors: Mapping[str, Tensor]) -> None:
+        """Refuse ranks whose tensors differ.
+
+        Raises:
+            RanksDisagree: as ``agree``.
+        """
+        self.agree({"weights": digest(tensors)})
 
     # --- who is gone ---------------------------------------------------------------------------------------------
 

@@ -115,10 +115,10 @@ def bar_on_terminal(what: str = "tokenising", unit: str = "B", delay: float = 0.
 def short_count(number: float) -> str:
     """Three digits and a decimal prefix.
 
-    >>> short_count(950), short_count(18_432), short_count(124_083_456)
-    ('950', '18.4k', '124M')
+    >>> short_count(950), short_count(18_432), short_count(124_083_456), short_count(4.2e15)
+    ('950', '18.4k', '124M', '4.2P')
     """
-    for size, prefix in ((1e9, "G"), (1e6, "M"), (1e3, "k")):
+    for size, prefix in ((1e15, "P"), (1e12, "T"), (1e9, "G"), (1e6, "M"), (1e3, "k")):
         if abs(number) >= 0.9995 * size:
             return f"{number / size:.3g}{prefix}"
     return f"{number:.3g}"

@@ -32,7 +32,6 @@ from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import ring_gather_bytes
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, all_hold_some, to_local
-from lowrank.infra.fingerprints import digest
 from lowrank.optim.projected import Projected
 from lowrank.optim.sharded import crosses, on_shard
 from lowrank.plan.memory import megabytes
@@ -53,7 +52,7 @@ def shard_(plan: Plan) -> None:
     everyone, ranks = _check(plan)
     every = [*plan.model.named_parameters(), *plan.model.named_buffers()]
     plain = {name: tensor for name, tensor in every if ".adapters." not in name}  # workers may have different heads
-    everyone.agree({"weights": digest(plain)})
+    everyone.agree_on(plain)
     parameters = dict(plan.model.named_parameters())
     parts = {row.name: part for row in plan.rows if (part := _cut(row, ranks)) is not None}
     shared = across_blocks(plan.model)

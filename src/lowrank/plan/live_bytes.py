@@ -26,10 +26,16 @@ from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
+from lowrank.distributed.shards import is_sharded, to_local
+from lowrank.plan.work import AGAIN, BACKWARD, FORWARD, STEP, Amount, Kind, Work, described
+
 WEIGHTS, FACTORS, KEPT = "weights", "factors", "kept copies"
 MOMENTS, BASIS, OTHER_STATE = "moments", "basis", "other state"
 GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE = "gradients", "activations", "logits and loss", "workspace"
-KINDS = (WEIGHTS, FACTORS, KEPT, MOMENTS, BASIS, OTHER_STATE, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE)
+GATHERED, MESSAGES = "gathered weights", "messages"  # of several ranks: whole weights of a block, what is on its way
+KINDS = (
+    WEIGHTS, FACTORS, KEPT, MOMENTS, BASIS, OTHER_STATE, GRADIENTS, ACTIVATIONS, LOSS, WORKSPACE, GATHERED, MESSAGES,
+)  # fmt: skip
 STATIC = KINDS[:6]
 BLOCK = 512  # bytes to which CUDA's allocator rounds what is asked for up
 
@@ -59,15 +65,19 @@ class Counts:
     rounding: int = 0
     parts: Counter[str] = field(default_factory=Counter)
     peaks: dict[Place, Peak] = field(default_factory=dict)
+    work: Work = field(default_factory=Work)
 
 
 class LiveBytes(TorchDispatchMode):
-    """The mode (module docstring). ``kind`` is what is created now, ``step`` and ``where`` the place."""
+    """The mode (module docstring). ``kind`` is what is created now, ``step`` and ``where`` the place; where
+    it ``works``, what operations do is counted as well."""
 
     def __init__(self) -> None:
         super().__init__()
         self.counts, self._held = Counts(), dict[int, _Held]()
         self.kind, self.step, self.where = ACTIVATIONS, "first", "forward"
+        self.works = False
+        self.stepping = False  # inside the optimizer, where that steps in the backward pass
 
     @property
     def peak(self) -> int:
@@ -82,7 +92,7 @@ class LiveBytes(TorchDispatchMode):
     def hold(self, tensors: Iterable[Tensor], kind: str) -> None:
         """Count tensors that are there already, or that were counted as another kind."""
         for tensor in tensors:
-            storage = tensor.untyped_storage()
+            storage = (to_local(tensor) if is_sharded(tensor) else tensor).untyped_storage()
             held = self._held.get(storage._cdata)
             if held is None:
                 self._add(storage, kind)
@@ -91,6 +101,43 @@ class LiveBytes(TorchDispatchMode):
                 self.counts.parts[kind] += held.size
                 held.kind = kind
         self._note()
+
+    def hold_gathered(self, tensors: Iterable[Tensor]) -> None:
+        """Count as gathered weights what is not known as anything that lasts."""
+        passing = (ACTIVATIONS, LOSS, WORKSPACE)
+        whole = [t for t in tensors if not is_sharded(t)]
+        self.hold([t for t in whole if self._kind_of(t) in passing], GATHERED)
+
+    def _kind_of(self, tensor: Tensor) -> str:
+        held = self._held.get(tensor.untyped_storage()._cdata)
+        return "" if held is None else held.kind
+
+    def __enter__(self) -> Any:
+        self._resize = torch.UntypedStorage.resize_
+        resize, live = self._resize, self
+
+        def watched(storage: Any, size: int) -> Any:
+            """FSDP lets go of gathered weights, and makes room for them again, by their storage's size."""
+            found = resize(storage, size)
+            live._resized(storage)
+            return found
+
+        torch.UntypedStorage.resize_ = watched  # type: ignore[method-assign,assignment]
+        return super().__enter__()
+
+    def __exit__(self, *error: Any) -> None:
+        torch.UntypedStorage.resize_ = self._resize  # type: ignore[method-assign]
+        super().__exit__(*error)
+
+    def _resized(self, storage: torch.UntypedStorage) -> None:
+        held = self._held.get(storage._cdata)
+        if held is not None:
+            size = storage.nbytes()
+            self.counts.now += size - held.size
+            self.counts.parts[held.kind] += size - held.size
+            self.counts.rounding += -size % BLOCK - -held.size % BLOCK
+            held.size = size
+            self._note()
 
     def _add(self, storage: torch.UntypedStorage, kind: str) -> None:
         key, size, counts = storage._cdata, storage.nbytes(), self.counts
@@ -113,6 +160,8 @@ class LiveBytes(TorchDispatchMode):
             counts.peaks[place] = Peak(counts.now, dict(counts.parts), counts.rounding)
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        if any(hasattr(kind, "device_mesh") for kind in types):
+            return NotImplemented  # a sharded tensor: what it makes of it for its shard comes here again
         out = self.call(func, args, kwargs or {})
         added = False
         for tensor in tree_iter(out):
@@ -123,10 +172,32 @@ class LiveBytes(TorchDispatchMode):
                     added = True
         if added:
             self._note()
+        if func.namespace == "c10d":
+            self.hold(_tensors((args, out)), MESSAGES)
+        if self.works:
+            self._count_work(func, args, kwargs or {}, out)
         return out
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return func(*args, **kwargs)
+
+    @property
+    def part(self) -> str:
+        """Which part of a step this is (``work.PARTS``)."""
+        if self.where.startswith("forward"):
+            return FORWARD
+        if self.stepping or not self.where.startswith("backward"):
+            return STEP
+        return AGAIN if torch.is_grad_enabled() else BACKWARD  # what checkpointing computes again has a graph
+
+    def _count_work(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
+        found = described(func, args, kwargs, out, joined=self.part == STEP)
+        if found is not None:
+            self.did(*found)
+
+    def did(self, kind: Kind, amount: Amount) -> None:
+        """An operation was done."""
+        self.counts.work.add((self.step, self.part), kind, amount)
 
 
 class FakeLiveBytes(LiveBytes):

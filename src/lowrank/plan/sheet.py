@@ -14,6 +14,7 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
 from lowrank.plan.live_bytes import KINDS, STATIC, Counts, Peak, Place
+from lowrank.plan.speed import Rhythm
 
 CARDS = (8, 12, 16, 24, 40, 80)
 CUDA_CONTEXT = 512 << 20
@@ -36,6 +37,8 @@ class Sheet:
         per_block: bytes that a block saves for the backward pass, and of its input, which it keeps when checkpointed.
         layers: the table of every parameter, who trains it and why.
         notes: what a reader should know.
+        rhythm: how often refreshes and merges are, where that is known.
+        size: tokens or images of a micro-batch, over all ranks.
         measured: the peaks that were found when it ran, by kind of step; None where it has not.
     """
 
@@ -49,6 +52,8 @@ class Sheet:
     per_block: tuple[int, int] | None = None
     layers: str = ""
     notes: Sequence[str] = ()
+    rhythm: Rhythm | None = None
+    size: int = 0
     measured: Mapping[str, int] | None = field(default=None)
 
     @property

@@ -257,7 +257,7 @@ class Synchroniser:
         ):  # not finite may be another rank's shard; and what they have done, they did together
             intra_worker.sum_([report])
         reports = workers.gather([report])[0]
-        left_out = frozenset(reports[:, 0].nonzero().flatten().tolist())
+        left_out = frozenset(i for i, faults in enumerate(reports[:, 0].tolist()) if faults)
         member = "rank" if intra_worker is None else "worker"
         if len(left_out) == workers.count:
             raise FloatingPointError(

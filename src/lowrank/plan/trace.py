@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.layers import quantised_layers
+from lowrank.distributed.shards import is_sharded, to_local
 from lowrank.linalg.quantised_linear import held
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
@@ -39,7 +40,9 @@ from lowrank.plan.live_bytes import (
     LiveBytes,
     Peak,
 )
-from lowrank.plan.plan import Plan, merge_
+from lowrank.plan.plan import Plan
+from lowrank.plan.synchronisation import Synchroniser, consolidated_model
+from lowrank.plan.work import of_blocks
 
 
 class Watched:
@@ -52,6 +55,7 @@ class Watched:
     def __init__(self, live: LiveBytes, model: nn.Module):
         self.live, self.model, self.going_back = live, model, False
         self.handles: list[Any] = []
+        self._sharded = any(is_sharded(p) for p in model.parameters())
 
     def __enter__(self) -> Watched:
         blocks = list(blocks_of(self.model) or [])
@@ -61,6 +65,7 @@ class Watched:
                 block.register_forward_pre_hook(self._entering(which), with_kwargs=True),
                 block.register_forward_hook(self._leaving(which, is_last=i == len(blocks) - 1)),
             ]
+            self.handles.append(block.register_forward_pre_hook(self._gathered))
             for child in block.children():  # of a block that is computed again these alone are called
                 self.handles += [
                     child.register_forward_pre_hook(self._again),
@@ -109,6 +114,11 @@ class Watched:
         if tensor is not None and tensor.requires_grad:
             tensor.register_hook(lambda gradient: self.live.at(where, WORKSPACE))
 
+    def _gathered(self, module: nn.Module, args: object) -> None:
+        """Of a sharded model, what has been put together for this block."""
+        if self._sharded:
+            self.live.hold_gathered(self.model.parameters())
+
     def _again(self, module: nn.Module, args: object) -> None:
         if self.going_back:
             self.live.kind = ACTIVATIONS
@@ -122,11 +132,7 @@ class Watched:
 
     def _gradient(self, p: Tensor) -> None:
         if p.grad is not None:
-            self.live.hold([_local(p.grad)], GRADIENTS)
-
-
-def _local(tensor: Tensor) -> Tensor:
-    return tensor.to_local() if hasattr(tensor, "to_local") else tensor
+            self.live.hold([p.grad], GRADIENTS)
 
 
 def hold_static(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimizer | None) -> None:
@@ -137,6 +143,8 @@ def hold_static(live: LiveBytes, model: nn.Module, optimizer: torch.optim.Optimi
     live.hold([t for layer in quantised_layers(model).values() for t in held(layer)], WEIGHTS)
     live.hold([p for name, p in parameters if _is_adapter(name)], FACTORS)
     live.hold([b for name, b in buffers if _is_adapter(name)], KEPT)
+    synchroniser = getattr(optimizer, "synchroniser", None)
+    live.hold(synchroniser.reference_copies if isinstance(synchroniser, Synchroniser) else (), KEPT)
     hold_state(live, optimizer)
 
 
@@ -150,7 +158,7 @@ def hold_state(live: LiveBytes, optimizer: torch.optim.Optimizer | None) -> None
         return
     if not isinstance(optimizer, Optimizer):
         states = [v for state in optimizer.state.values() for v in state.values()]
-        live.hold([_local(t) for t in states if isinstance(t, Tensor)], MOMENTS)
+        live.hold([t for t in states if isinstance(t, Tensor)], MOMENTS)
         return
     for state in optimizer.state.values():
         for path, tensor in leaves(state):
@@ -167,7 +175,8 @@ def kind_of_state(path: str) -> str:
 
 @dataclass(frozen=True, kw_only=True)
 class Setup:
-    """What takes a step: a model and its optimizer, and ``loss``, which goes forward on a batch of the given number."""
+    """What takes a step: a model and its optimizer, ``loss``, which goes forward on a batch, and what becomes of the
+    gradients before the optimizer sees them: their norm taken, and limited."""
 
     model: nn.Module
     optimizer: torch.optim.Optimizer
@@ -175,7 +184,18 @@ class Setup:
     plan: Plan | None = None
     accumulate: int = 1
     norm: bool = True
+    limit: float | None = None
     autocast: Callable[[], AbstractContextManager[object]] = nullcontext
+
+    def finish(self) -> None:
+        """What follows the backward passes."""
+        if self.norm:
+            gradients = [to_local(p.grad) for p in self.model.parameters() if p.grad is not None]
+            norm = torch.nn.utils.get_total_norm(gradients)
+            if self.limit is not None:
+                torch._foreach_mul_(gradients, (self.limit / (norm + 1e-6)).clamp(max=1.0))
+        self.optimizer.step()
+        self.optimizer.zero_grad(set_to_none=True)
 
 
 class Steps:
@@ -183,6 +203,19 @@ class Steps:
 
     def __init__(self, live: LiveBytes, setup: Setup):
         self.live, self.setup, self.watched = live, setup, Watched(live, setup.model)
+        if getattr(setup.optimizer, "per_layer", False):
+            self._mark_steps(setup.optimizer)
+
+    def _mark_steps(self, optimizer: Any) -> None:
+        """Have it said when the optimizer steps a layer inside the backward pass."""
+        complete, live = optimizer._complete, self.live
+
+        def marked(p: nn.Parameter) -> None:
+            live.stepping = True
+            complete(p)
+            live.stepping = False
+
+        optimizer._complete = marked
 
     def step(self, kind: str) -> None:
         setup, live = self.setup, self.live
@@ -195,10 +228,7 @@ class Steps:
             loss.backward()
             del loss
         live.at("the optimizer's step", WORKSPACE)
-        if setup.norm:
-            torch.nn.utils.get_total_norm([p.grad for p in setup.model.parameters() if p.grad is not None])
-        setup.optimizer.step()
-        setup.optimizer.zero_grad(set_to_none=True)
+        setup.finish()
         hold_state(live, setup.optimizer)
 
     def refresh(self) -> None:
@@ -213,15 +243,22 @@ class Steps:
         assert self.setup.plan is not None
         assert isinstance(self.setup.optimizer, Optimizer)
         self.live.at("the merge", WORKSPACE, step="merge")
-        merge_(self.setup.plan, self.setup.optimizer)
+        synchroniser = self.setup.plan.synchroniser(self.setup.optimizer)
+        synchroniser.synchronise_(merging=True, averaging=bool(synchroniser.local))
 
     def evaluate(self) -> None:
         self.setup.model.eval()
         self.watched.going_back = False
         self.live.at("forward of the embeddings", ACTIVATIONS, step="evaluation")
-        with torch.no_grad(), self.setup.autocast():
+        with self._consolidated(), torch.no_grad(), self.setup.autocast():
             self.setup.loss()
         self.setup.model.train()
+
+    def _consolidated(self) -> AbstractContextManager[None]:
+        plan, optimizer = self.setup.plan, self.setup.optimizer
+        if plan is None or not isinstance(optimizer, Optimizer):
+            return nullcontext()
+        return consolidated_model(plan, optimizer)
 
     def all(self) -> None:
         """Every kind of step that the setup has."""
@@ -253,4 +290,5 @@ def extrapolated(few: Counts, more: Counts, blocks: tuple[int, int, int]) -> Cou
         parts = {name: line(before.parts.get(name, 0), peak.parts.get(name, 0)) for name in names}
         total, rounding = line(before.total, peak.total), line(before.rounding, peak.rounding)
         found.peaks[place] = Peak(total, parts, rounding)
+    found.work = of_blocks(few.work, more.work, blocks)
     return found

@@ -1,6 +1,6 @@
 """What a run would take, without its weights: the run's own session, made of tensors that have shapes and no numbers.
 
-    estimate(run)      the ledger of a run (``plan.sheet.Sheet``)
+    estimate(run)      the ledger of a run (``plan.sheet.Sheet``), or of one of its ranks
     fake_session(run)  its session, inside a ``FakeLiveBytes``
 
 Data is not opened: what a model takes from it (a vocabulary, classes) is read off the run, and where it is not there
@@ -13,7 +13,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -23,56 +23,87 @@ from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
 from lowrank.data.text.finetuning import default_context
 from lowrank.data.text.glue import TABLES
+from lowrank.distributed.collectives import share
+from lowrank.distributed.process_group import ProcessGroup
+from lowrank.distributed.simulated import simulated
 from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.progress import short_bytes
 from lowrank.models.blocks import blocks_of
+from lowrank.optim.projected import Projected
+from lowrank.plan.communication import forecast
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed
 from lowrank.plan.plan import Plan
 from lowrank.plan.sheet import STARTING, Sheet
+from lowrank.plan.speed import Rhythm
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
 from lowrank.run.overrides import catalogue
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session, open_session, to_bfloat16_
+from lowrank.run.validation import refuse_few
 
 _FEW = (2, 3)  # blocks of the models that are traced
+_MICRO_BATCHES = 2
 _IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
+Device = Literal["auto", "cpu", "cuda"]
 ASSUMED_CHARACTERS, ASSUMED_CLASSES = 256, 1000
 
 
-def estimate(run: Run, *, on_card: bool = True) -> Sheet:
+def estimate(run: Run, *, on_card: bool = True, ranks: int = 1, works: bool = False) -> Sheet:
     """The ledger of a run.
 
     Args:
         run: resolved and valid.
         on_card: add what a GPU's allocator and context take.
+        ranks: of how many processes that train it together the one that takes most is meant; none is started.
+        works: count what its steps do as well (``counts.work``, ``rhythm``).
 
     Raises:
-        ValueError, FileNotFoundError: a model that cannot be made without its weights or its data.
+        ValueError, FileNotFoundError: a model that cannot be made without its weights or its data; ranks between which
+            the run cannot be divided.
     """
+    if ranks == 1:
+        return _possible(run, None, on_card=on_card, works=works)
+    refuse_few(run, ranks)
+    if run.workers == "nodes":
+        raise ValueError("--workers nodes: a plan cannot see the nodes; give their number, --workers N")
+    sheets = []
+    uneven = any(size % ranks for size in (run.batch_size, *_heads(run)))
+    for rank in (0, ranks - 1) if uneven else (0,):  # the first has the largest shards, the last most rows and heads
+        with simulated(ranks, rank) as group:
+            sheets.append(_possible(run, group, on_card=on_card, works=works))
+    return max(sheets, key=lambda sheet: sheet.total)
+
+
+def _possible(run: Run, ranks: ProcessGroup | None, *, on_card: bool, works: bool) -> Sheet:
     try:
-        return _estimated(run, FakeLiveBytes, on_card=on_card)
+        return _estimated(run, FakeLiveBytes, on_card=on_card, ranks=ranks, works=works)
     except (RuntimeError, NotImplementedError, TypeError, AttributeError) as error:
+        if ranks is not None:
+            raise
         what = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-        sheet = _estimated(run, LiveBytes, on_card=on_card)
+        sheet = _estimated(run, LiveBytes, on_card=on_card, works=works)
         note = (
             f"the model cannot be made without its numbers ({what[:120]}): it was made, and one step of each kind taken"
         )
         return replace(sheet, notes=[*sheet.notes, note])
 
 
-def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
+def _estimated(
+    run: Run, kind: type[LiveBytes], *, on_card: bool, ranks: ProcessGroup | None = None, works: bool = False
+) -> Sheet:
     """On fake tensors, or on real ones where a model has to have them."""
     with undisturbed():
-        whole, notes, session, optimizer = _made(run, kind)
+        whole, notes, session, optimizer = _made(run, kind, ranks=ranks)
         static = {kind: whole.counts.parts[kind] for kind in STATIC if whole.counts.parts[kind]}
         blocks, plan, layers = blocks_of(session.model), session.plan, str(session.plan)
         del optimizer
         count = 0 if blocks is None else len(blocks)
         per_block = None
         if kind is FakeLiveBytes and count > _FEW[1] and _alike(plan, blocks):
-            few, more = (_counted(run, kind, n) for n in _FEW)
+            few, more = (_counted(run, kind, n, ranks, works=works) for n in _FEW)
             counts, per_block = extrapolated(few, more, (*_FEW, count)), _saved(few, more)
         else:
-            counts = _counted(run, kind, None)
+            counts = _counted(run, kind, None, ranks, works=works)
     counts.peaks = {p: peak for p, peak in counts.peaks.items() if p[0] != STARTING}
     counts.peaks |= {p: peak for p, peak in whole.counts.peaks.items() if p[0] == STARTING}
     saved = None if per_block is None or run.checkpoint_activations else (per_block, _input_bytes(session))
@@ -86,24 +117,36 @@ def _estimated(run: Run, kind: type[LiveBytes], *, on_card: bool) -> Sheet:
         on_card=on_card,
         per_block=saved,
         layers=layers,
-        notes=[*notes, *_notes(run)],
+        rhythm=rhythm_of(session),
+        size=run.batch_size * (session.data.context if run.task == "text" else 1),
+        notes=[*notes, *_notes(run), *_notes_on_ranks(session)],
     )
 
 
-def _made(run: Run, kind: type[LiveBytes], blocks: int | None = None) -> tuple[LiveBytes, list[str], Session, Setup]:
+def _made(
+    run: Run, kind: type[LiveBytes], blocks: int | None = None, ranks: ProcessGroup | None = None
+) -> tuple[LiveBytes, list[str], Session, Setup]:
     """(what counts, what was assumed, the session, what takes its steps), all made and counted."""
     live = kind()
     with live:
         live.at("making the model", WEIGHTS, step=STARTING)
-        session, notes = fake_session(run, blocks)
+        session, notes = fake_session(run, blocks, ranks)
         live.kind = ACTIVATIONS  # the batch
         setup = _setup(session)
         hold_static(live, session.model, setup.optimizer)
     return live, notes, session, setup
 
 
-def _counted(run: Run, kind: type[LiveBytes], blocks: int | None) -> Counts:
-    live, _, _, setup = _made(run, kind, blocks)
+def real_setup(run: Run) -> Setup:
+    """What takes the steps of a run on tensors that have numbers, on its device and on any data of its shape."""
+    with torch.device(run.device):
+        session, _ = fake_session(run, device=run.device)
+        return _setup(session)
+
+
+def _counted(run: Run, kind: type[LiveBytes], blocks: int | None, ranks: ProcessGroup | None, *, works: bool) -> Counts:
+    live, _, _, setup = _made(run, kind, blocks, ranks)
+    live.works = works
     with live:
         Steps(live, setup).all()
     return live.counts
@@ -114,11 +157,15 @@ def on_card(run: Run) -> bool:
     return run.device == "cuda" or (run.device == "auto" and torch.cuda.is_available())
 
 
-def fake_session(run: Run, blocks: int | None = None) -> tuple[Session, list[str]]:
+def fake_session(
+    run: Run, blocks: int | None = None, ranks: ProcessGroup | None = None, device: Device = "cpu"
+) -> tuple[Session, list[str]]:
     """(the session of a run, what was assumed); of the model's repeated blocks only the first few are kept where
     ``blocks`` says so. To be called inside a ``FakeLiveBytes``."""
     data, notes = stand_in(run)
-    session = open_session(replace(run, device="cpu"), data=data, make=lambda run, data: _make(run, data, blocks))
+    session = open_session(
+        replace(run, device=device), data=data, ranks=ranks, make=lambda run, data: _make(run, data, blocks)
+    )
     return session, notes
 
 
@@ -286,22 +333,40 @@ def _no_images(args: Mapping[str, Any]) -> tuple[ImageData, list[str]]:
     return ImageData.without_images(facts), notes
 
 
+def rhythm_of(session: Session) -> Rhythm:
+    """How often what happens in a session's run."""
+    run, plan = session.run, session.plan
+    merge, rules = plan.method.merge, [row.rule for row in plan.rows if isinstance(row.rule, Projected)]
+    return Rhythm(
+        micro_batches=run.grad_accum,
+        traced=min(run.grad_accum, _MICRO_BATCHES),
+        refresh_every=min((rule.refresh_every for rule in rules), default=0),
+        merge_every=0 if merge is None else merge.merge_every,
+    )
+
+
 def _any_batch(session: Session) -> dict[str, Tensor]:
-    """A batch of the run's shape."""
-    run, data = session.run, session.data
+    """A batch of the run's shape, or a rank's share of it."""
+    run, data, rows = session.run, session.data, _rows(session)
     if run.task == "sequences":
-        ids, labels = torch.zeros(run.batch_size, data.context, dtype=torch.int64), torch.zeros(run.batch_size)
+        ids, labels = torch.zeros(rows, data.context, dtype=torch.int64), torch.zeros(rows)
         labels = labels if data.outputs == 1 else labels.long()
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
     if run.task != "images":
-        ids = torch.zeros(run.batch_size, data.context, dtype=torch.int64)
+        ids = torch.zeros(rows, data.context, dtype=torch.int64)
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}
     size = getattr(session.model, "image_spec", None)
     side = data.spec.size if size is None else size.size
-    labels = torch.zeros(run.batch_size, dtype=torch.int64)
+    labels = torch.zeros(rows, dtype=torch.int64)
     if data.set.kind == "multi-label":
-        labels = torch.zeros(run.batch_size, len(data.classes), dtype=torch.int64)
-    return {"images": torch.zeros(run.batch_size, 3, side, side), "labels": labels}
+        labels = torch.zeros(rows, len(data.classes), dtype=torch.int64)
+    return {"images": torch.zeros(rows, 3, side, side), "labels": labels}
+
+
+def _rows(session: Session) -> int:
+    """Of a micro-batch those that this process computes."""
+    ranks = session.plan.ranks
+    return session.run.batch_size if ranks is None else len(share(session.run.batch_size, ranks.rank, ranks.count))
 
 
 # --- the trace -------------------------------------------------------------------------------------------------------
@@ -309,7 +374,7 @@ def _any_batch(session: Session) -> dict[str, Tensor]:
 
 def _setup(session: Session) -> Setup:
     """What takes the steps of a session: two micro-batches stand for any number above one."""
-    run, accumulate = session.run, min(session.run.grad_accum, 2)
+    run, accumulate = session.run, min(session.run.grad_accum, _MICRO_BATCHES)
     optimizer = session.plan.optimizer(
         run.lr,
         run.weight_decay,
@@ -317,6 +382,8 @@ def _setup(session: Session) -> Setup:
         accumulate=accumulate,
         clip_per_layer=run.clip_per_layer,
     )
+    if session.plan.ranks is not None and not run.per_layer and not session.plan.shards:
+        optimizer.sum_during_backward(accumulate, whole=run.max_grad_norm is not None)
     batch = _any_batch(session)
     session.model.train()
 
@@ -325,7 +392,7 @@ def _setup(session: Session) -> Setup:
 
     return Setup(
         model=session.model, optimizer=optimizer, plan=session.plan, loss=loss, accumulate=accumulate,
-        norm=not run.per_layer, autocast=session.autocast,
+        norm=not run.per_layer, limit=run.max_grad_norm, autocast=session.autocast,
     )  # fmt: skip
 
 
@@ -355,9 +422,9 @@ def _input_bytes(session: Session) -> int:
     width: Any = getattr(config, "hidden_size", None) or getattr(session.model, "embed_dim", 0)
     itemsize = 2 if run.precision == "bf16-weights" else 4
     if run.task == "text":
-        return run.batch_size * session.data.context * int(width) * itemsize
+        return _rows(session) * session.data.context * int(width) * itemsize
     patches: Any = getattr(getattr(session.model, "patch_embed", None), "num_patches", 0)
-    return run.batch_size * (int(patches) + 1) * int(width) * itemsize
+    return _rows(session) * (int(patches) + 1) * int(width) * itemsize
 
 
 def _title(run: Run, context: int | None) -> str:
@@ -377,3 +444,22 @@ def _notes(run: Run) -> list[str]:
             "in a refresh and where the rule needs it whole; --grad-accum 1 keeps one layer's"
         )
     return notes
+
+
+def _notes_on_ranks(session: Session) -> list[str]:
+    plan, run = session.plan, session.run
+    if plan.ranks is None:
+        return []
+    count, workers = plan.ranks.count, plan.layout.workers_count
+    apart = "all in step" if workers == 1 else f"{workers} workers of {count // workers} each, which train apart"
+    rows = f"{_rows(session)} of {run.batch_size} rows of a micro-batch"
+    whole = run.max_grad_norm is not None and not run.per_layer
+    sent = forecast(plan, count, whole=whole, micro_batches=run.grad_accum)
+    sending = f"a step sends {short_bytes(sent.per_step)} on average; DDP would send {short_bytes(sent.ddp)}"
+    return [f"this is rank {plan.ranks.rank} of {count}, {apart}; it computes {rows}", sending, *plan.notes]
+
+
+def _heads(run: Run) -> list[int]:
+    """How many heads are divided between workers, if any."""
+    heads = run.method.args.get("heads")
+    return [heads] if isinstance(heads, int) and "merge_every" in run.method.args else []

@@ -163,14 +163,14 @@ def _largest_rows(before: Run, run: Run, sheet: Sheet, gave_up: list[str], size:
     return Fit(run=best, sheet=sheet, gave_up=gave_up)
 
 
-def largest_batches(run: Run) -> tuple[Sheet, dict[int, int]]:
+def largest_batches(run: Run, *, works: bool = False) -> tuple[Sheet, dict[int, int]]:
     """(the ledger of the run as it is, by card in GB the largest micro-batch that fits it, 0 for none).
 
     Interpolated between traces of a few sizes; beyond the largest the last line goes on.
     """
     fewest = _fewest(run)
     points = [(rows, estimate(replace(run, batch_size=rows)).total) for rows in (fewest * n for n in BATCHES)]
-    return estimate(run), {card: _at_most(points, card << 30) for card in CARDS}
+    return estimate(run, works=works), {card: _at_most(points, card << 30) for card in CARDS}
 
 
 def _at_most(points: Sequence[tuple[int, int]], size: int) -> int:

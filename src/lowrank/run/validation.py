@@ -73,6 +73,23 @@ def refuse_occupied(out: Path) -> None:
         )
 
 
+def refuse_few(run: Run, ranks: int) -> None:
+    """Refuse more ranks than a run has rows, or more workers than it has heads.
+
+    Raises:
+        ValueError: naming what is too few.
+    """
+    workers = ranks if run.engine == "auto" else run.workers if isinstance(run.workers, int) else 1
+    heads, few = run.method.args.get("heads"), []
+    if isinstance(heads, int) and "merge_every" in run.method.args and heads < workers:
+        few.append((f"{heads} heads", f"--method.heads {workers}"))
+    if run.batch_size < ranks:
+        few.append((f"a batch of {run.batch_size}", f"--batch-size {ranks}"))
+    if few:
+        what, remedy = (" and ".join(texts) for texts in zip(*few, strict=True))
+        raise ValueError(f"{what} cannot be divided between {ranks} ranks: give {remedy}, or more")
+
+
 def refuse_changed(old: Run, new: Run) -> None:
     """Refuse to resume under settings that the checkpoint was not made with.
 

@@ -13,6 +13,7 @@ from lowrank.plan.network import Link, Outlook, Part
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session
 from lowrank.run.task import to_device
+from lowrank.run.validation import refuse_few
 
 
 def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook:
@@ -21,7 +22,7 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
     Raises:
         ValueError: fewer than two ranks, or fewer heads or rows than ranks.
     """
-    _refuse(session.run, ranks)
+    _check(session.run, ranks)
     run, method = session.run, session.plan.method
     found = forecast(session.plan, ranks, whole=run.max_grad_norm is not None and not run.per_layer)
     merging = found.merge_every is not None
@@ -50,7 +51,7 @@ def rank_of(run: Run, ranks: int) -> Run:
     Raises:
         ValueError: as ``outlook``.
     """
-    _refuse(run, ranks)
+    _check(run, ranks)
     args = dict(run.method.args)
     if isinstance(heads := args.get("heads"), int) and "merge_every" in args:
         args["heads"] = math.ceil(heads / ranks)
@@ -86,17 +87,10 @@ def _part(what: str, every: int, sent: int, scales: int, found: Forecast, link: 
     return Part(what=what, every=every, sent=sent, seconds=link.seconds(sent, found.ranks), scales=scales)
 
 
-def _refuse(run: Run, ranks: int) -> None:
+def _check(run: Run, ranks: int) -> None:
     if ranks < 2:
         raise ValueError(f"--ranks {ranks}: at least 2 are needed for a link to matter")
-    heads, few = run.method.args.get("heads"), []
-    if isinstance(heads, int) and "merge_every" in run.method.args and heads < ranks:
-        few.append((f"{heads} heads", f"--method.heads {ranks}"))
-    if run.batch_size < ranks:
-        few.append((f"a batch of {run.batch_size}", f"--batch-size {ranks}"))
-    if few:
-        what, remedy = (" and ".join(texts) for texts in zip(*few, strict=True))
-        raise ValueError(f"{what} cannot be divided between {ranks} ranks: give {remedy}, or more")
+    refuse_few(run, ranks)
 
 
 def _any_batch(session: Session) -> dict[str, torch.Tensor]:

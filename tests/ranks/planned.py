@@ -1,0 +1,56 @@
+"""What a rank of several takes, counted on real tensors by those that train, and as planned by one process alone."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import pytest
+from tests.ranks.worker import tiny_run
+
+from lowrank.distributed.process_group import ProcessGroup
+from lowrank.distributed.simulated import simulated
+from lowrank.plan.live_bytes import STATIC, FakeLiveBytes, LiveBytes, undisturbed
+from lowrank.plan.trace import Steps
+from lowrank.run.estimate import _made
+from lowrank.run.overrides import override, resolve
+
+RUNS: dict[str, dict[str, Any]] = {
+    "full-ddp": {"method": "full", "engine": "ddp"},
+    "galore-fsdp": {"method": "galore_8bit", "method.rank": 4, "engine": "fsdp", "checkpoint-activations": True},
+    "lte": {"method.heads": 4, "method.exchange": "int8", "method.rest": "local"},
+    "lte-mesh": {"method.heads": 4, "engine": "fsdp", "workers": 2},
+}
+
+
+def counted(ranks: ProcessGroup, names: Sequence[str], *, real: bool = True) -> dict[str, Any]:
+    """For each of ``RUNS`` the bytes of its static parts, the peak of each kind of step, and what its steps sent."""
+    found = {}
+    for name in names:
+        changes = {"model.n_layer": 3, "max-grad-norm": "none", "batch-size": 8, **RUNS[name]}
+        run = resolve(override(tiny_run(), {**changes, "device": "cpu"}))
+        with undisturbed():
+            live, _, _, setup = _made(run, LiveBytes if real else FakeLiveBytes, ranks=ranks)
+            static, before = {kind: live.counts.parts[kind] for kind in STATIC}, ranks.traffic.sent
+            with live:
+                Steps(live, setup).all()
+        peaks: dict[str, int] = {}
+        for (step, _), peak in live.counts.peaks.items():
+            peaks[step] = max(peaks.get(step, 0), peak.total)
+        del peaks["start"]
+        found[name] = {"static": static, "peaks": peaks, "sent": ranks.traffic.sent - before}
+    return found
+
+
+def check_planned(theirs: dict[str, Any], count: int, rank: int) -> None:
+    """Static parts and what is sent are exact; peaks but for what real ranks let go of a little later."""
+    for name, mine in planned(count, rank, tuple(theirs)).items():
+        assert mine["static"] == theirs[name]["static"]
+        assert mine["sent"] == theirs[name]["sent"]
+        assert mine["peaks"] == pytest.approx(theirs[name]["peaks"], rel=0.01)
+
+
+def planned(count: int, rank: int, names: Sequence[str]) -> dict[str, Any]:
+    """The same for a rank of several that are not there."""
+    with simulated(count, rank) as ranks:
+        return counted(ranks, names, real=False)
