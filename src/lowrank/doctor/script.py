@@ -31,6 +31,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.doctor.faults import Fault, examine
 from lowrank.doctor.watch import Clip, Watch
+from lowrank.infra.files import write_text_atomically
 from lowrank.infra.text import printable
 
 _OURS = tuple({str(Path(lowrank.__file__).parent), *(sysconfig.get_paths()[p] for p in ("stdlib", "purelib"))})
@@ -131,10 +132,7 @@ class _Session:
         if self.watch.stepped and self.watch.parameters:
             self.watch.settle()
             self._find_lines()
-            text = json.dumps([asdict(fault) for fault in examine(self.watch)])
-            before = self.found.with_suffix(".part")
-            before.write_text(text, encoding="utf-8")
-            before.replace(self.found)
+            write_text_atomically(self.found, json.dumps([asdict(fault) for fault in examine(self.watch)]))
             sys.stdout.flush()
             os._exit(0)
 

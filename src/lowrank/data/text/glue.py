@@ -265,7 +265,7 @@ def _from_hub(name: str, table: Table) -> tuple[list[Row], list[Row]]:
     """(train, dev) of the hub's copy, whose columns have plainer names and whose labels are numbers."""
     datasets = import_extra("datasets", "text")
     try:
-        found = datasets.load_dataset("nyu-mll/glue", name)
+        found = datasets.load_dataset("nyu-mll/glue", name, trust_remote_code=False)
     except Exception as error:  # of many kinds: there is no network, or the hub has no answer
         raise FileNotFoundError(
             f"GLUE's {name} could not be had from the hub ({type(error).__name__}): give a folder with train.tsv and "
