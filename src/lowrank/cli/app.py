@@ -91,12 +91,16 @@ Examples:
 """
 
 _COMPARE = """
-compare RECIPE --methods A,B,… [options]
-train several methods under one budget, and report
+compare RECIPE|EXPERIMENT|file.py:function [options]
+train several methods under one budget, and say what is true
 
 Trains a recipe under several methods with the same seeds and budget, each run in a folder of its own, and reports.
 Runs that exist already are not repeated, one that fails does not stop the others, so the same command again, perhaps
 with more methods or seeds, does what is missing.
+
+An experiment (arena-llama, heads-ranks-merge, sequential-parallel, layers-replaced, adam-galore-memory, vit-ranks,
+lte-galore, lora-rate, switching) also tunes each method by the same number of trials, on other seeds and another split
+than it reports, and ends in a sentence that claims what a paired test, corrected for all its comparisons, allows.
 
 A method may carry settings: lte:merge_every=1 or lora:rank=16:lr=3e-3. All options of lowrank train hold for every
 method; --method.X for those that have X.
@@ -104,6 +108,7 @@ method; --method.X for those that have X.
 Examples:
   lowrank compare gpt-mini --methods full,lora,multihead_lora,lte,relora --seeds 1,2,3 --out runs/first
   lowrank compare gpt-mini --methods lte:merge_every=1,lte:merge_every=10 --lrs 1e-3,2e-3,4e-3 --steps 200
+  lowrank compare arena-llama --data articles.csv --seeds 1,2,3,4,5 --out runs/arena
 """
 
 _REPORT = """
@@ -419,10 +424,15 @@ def every_command() -> list[Command]:
         Option(name="step_seconds", value="TIME", group="Ranks", help="what a rank computes; default: measured here"),
     )
     several = (
-        Option(name="methods", value="A,B,…", help="methods, each perhaps with settings; default the recipe's"),
-        Option(name="seeds", value="N,N,…", help="train every method under each of these; default the recipe's"),
+        Option(name="methods", value="A,B,…", help="methods, each perhaps with settings, or an experiment's by name"),
+        Option(name="seeds", value="N,N,…", help="report every method under each of these; fewer than 3: no test"),
         Option(name="lrs", value="X,X,…", help="learning rates to try; the table keeps the best of each method"),
         Option(name="out", value="DIR", help="holds one folder a run and the report; default runs/compare-<recipe>"),
+        Option(name="size", value="NAME", group="Experiment", help="small (two cores, the default) or paper (a GPU)"),
+        Option(name="preset", value="NAME", group="Experiment", help="as-meant (the default) or as-published"),
+        Option(name="trials", value="N", group="Experiment", help="points of its space that each method is tuned by"),
+        Option(name="equal", value="WHAT", group="Experiment", help="equal tokens (the default), seconds or memory"),
+        Option(name="jobs", value="N", group="Experiment", help="runs at a time; default 1"),
         changed,
         quiet,
     )

@@ -25,7 +25,9 @@ from lowrank.infra.signatures import Signature, module_file, read
 from lowrank.infra.text import printable
 from lowrank.methods.options import OPTIONS
 from lowrank.recipes import RECIPES, find
+from lowrank.recipes.experiments import EXPERIMENTS, find_experiment
 from lowrank.run import own_files
+from lowrank.run.experiment import Experiment
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 from lowrank.run.validation import refuse_changed, refuse_occupied, validated
@@ -86,6 +88,11 @@ def evaluate(parsed: Parsed) -> int:
 
 def compare(parsed: Parsed) -> int:
     """Many runs, the missing ones executed, and their report."""
+    found = find_experiment(parsed.positions[0], **parsed.only(("size", "preset")))
+    if found is not None:
+        return _experiment(parsed, found)
+    if extra := sorted(parsed.only(("size", "preset", "trials", "equal", "jobs"))):
+        raise UsageError(f"--{extra[0]} goes with an experiment, one of {', '.join(EXPERIMENTS)}: leave it out")
     base, offer = find(parsed.positions[0]), catalogue()
     texts = several(parsed, "methods", [base.method.name])
     for name in (re.split(r":(?=[\w.-]+=)", text)[0] for text in texts):
@@ -122,6 +129,45 @@ def compare(parsed: Parsed) -> int:
     for each in failed:
         print(printable(f"failed: {each.name}: {each.error}"), file=sys.stderr)
     return 1 if failed else 0
+
+
+def _experiment(parsed: Parsed, experiment: Experiment) -> int:
+    """An experiment's missing runs, its table and its sentence."""
+    from lowrank.distributed.process_group import world_size
+    from lowrank.infra.extras import import_extra
+    from lowrank.report.results import FILE
+    from lowrank.report.results_table import printed_results
+    from lowrank.run.experiment import chosen
+    from lowrank.train.arena import run_experiment
+
+    if world_size() > 1:
+        raise UsageError("lowrank compare trains its runs in processes of its own: start it without torchrun")
+    import_extra("scipy", "report")
+    own = ("size", "preset", "trials", "equal", "jobs", "methods", "seeds", "out", "quiet", "allow_changed_data", "lrs")
+    if "lrs" in parsed.options:
+        raise UsageError("an experiment tunes rates itself, over the space that it declares: leave --lrs out")
+    numbers = {name: whole(parsed.options[name], f"--{name}") for name in ("trials", "jobs") if name in parsed.options}
+    seeds = tuple(whole(text, "--seeds") for text in several(parsed, "seeds"))
+    experiment = chosen(
+        experiment,
+        changes=parsed.without(own),
+        methods=several(parsed, "methods"),
+        seeds=seeds,
+        trials=numbers.get("trials"),
+        equal=parsed.options.get("equal"),
+    )
+    out = Path(parsed.options.get("out", f"runs/{experiment.name}"))
+    words = {name: value for name, value in parsed.options.items() if name not in ("out", "quiet", "jobs")}
+    told = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in words.items()]
+    command = " ".join(["lowrank compare", parsed.positions[0], *told])
+    results = run_experiment(experiment, out, command=command, jobs=numbers.get("jobs", 1), say=_say)
+    print(printable(printed_results(results, shutil.get_terminal_size((100, 24)).columns)))
+    print(f"\n{out / FILE}")
+    return 1 if any(row.error for row in results.rows) else 0
+
+
+def _say(text: str) -> None:
+    print(printable(text), flush=True)
 
 
 def report(parsed: Parsed) -> int:

@@ -63,6 +63,7 @@ def train(
     init_from: Path | None = None,
     init_adapter: Path | None = None,
     allow_changed_data: bool = False,
+    judge: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
     """Train ``run`` into the folder ``out``, and return its summary (also ``out/summary.json``).
@@ -78,6 +79,7 @@ def train(
         init_adapter: start from the factors of an adapter's folder, ours or PEFT's, which are trained further.
         allow_changed_data: go on, although the data's content is not what the run was trained on, or differs between
             ranks.
+        judge: score the best checkpoint on the test split at the end, where the task asks for it.
         quiet: no progress line.
 
     Raises:
@@ -94,7 +96,7 @@ def train(
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
             how: dict[str, Any] = {"resume": resume, "elastic": elastic, "allow_changed_data": allow_changed_data}
             starts: dict[str, Any] = {"init_from": init_from, "init_adapter": init_adapter}
-            return _train(run, out, ranks, **how, **starts, writer=writer, quiet=quiet)
+            return _train(run, out, ranks, **how, **starts, writer=writer, judge=judge, quiet=quiet)
 
 
 def _train(
@@ -108,6 +110,7 @@ def _train(
     init_adapter: Path | None,
     allow_changed_data: bool,
     writer: bool,
+    judge: bool,
     quiet: bool,
 ) -> dict[str, Any]:
     """``train`` among its ranks; nothing of the model outlives this call, and so the group of processes may end."""
@@ -139,7 +142,8 @@ def _train(
     loop.coordinator.begin()
     with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
         loop.run_until(loop.end, stopping)
-        loop.judge()
+        if judge:
+            loop.judge()
     interrupted = stopping.is_set() and loop.step < loop.end
     summary = loop.summary(interrupted=interrupted)
     if writer:
