@@ -110,7 +110,7 @@ _TABLE_1: Mapping[Size, Sequence[tuple[int, int, int]]] = {
 def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     """Figures 5 and 6 of the ancestor: small updates one after the other, side by side, or both."""
     often = 25 if size == "small" else 100
-    methods = {
+    methods: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
         "lora r4": {"method": "lora", "method.rank": 4},
         "lora r16": {"method": "lora", "method.rank": 16},
