@@ -373,5 +373,5 @@ def _contenders(
 def _about(size: Size, preset: Preset) -> dict[str, Any]:
     small = size == "small"
     found: dict[str, Any] = {"size": size, "preset": preset, "caveat": _TEXT_CAVEAT if small else _PAPER_CAVEAT}
-    found |= {"seeds": (1, 2, 3) if small else (1, 2, 3, 4, 5), "test_batches": 40 if small else None}
+    found |= {"seeds": (1, 2, 3) if small else (1, 2, 3, 4, 5), "test_batches": 20 if small else None}
     return found | {"trials": 8 if small else 16}

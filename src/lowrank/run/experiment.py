@@ -12,6 +12,8 @@ a numeric option's space, the space is extended by the same ratio, at most twice
 
 from __future__ import annotations
 
+import functools
+import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
@@ -129,7 +131,7 @@ class Tuned:
     missing: Sequence[Attempt] = ()
     done: Sequence[Attempt] = ()
     best: Mapping[str, Setting] | None = None
-    edge: Sequence[str] = ()
+    edge: Sequence[str] = field(default_factory=list)
 
 
 def tune(contender: Contender, experiment: Experiment, known: Known) -> Tuned:
@@ -192,6 +194,12 @@ def reported(contender: Contender, experiment: Experiment, settings: Mapping[str
 
 def with_settings(run: Run, settings: Mapping[str, Setting], *, share: float, seed: int) -> Run:
     """The run with tuned settings, over a share of its steps (at least until its first merge), decaying to 0."""
+    return _with_settings(run, tuple(settings.items()), share, seed)
+
+
+@functools.lru_cache(maxsize=4096)  # asked for again after every batch of runs
+def _with_settings(run: Run, given: tuple[tuple[str, Setting], ...], share: float, seed: int) -> Run:
+    settings = dict(given)
     merge_every = run.method.args.get("merge_every") or settings.get("method.merge_every") or 1
     steps = max(round((run.steps or 0) * share), 1)
     if isinstance(merge_every, int):
@@ -201,29 +209,28 @@ def with_settings(run: Run, settings: Mapping[str, Setting], *, share: float, se
 
 
 def sample(space: Space, trials: int, seed: int) -> list[dict[str, Setting]]:
-    """At most ``trials`` different points, each value of an option as often as any other; the middle of small spaces.
+    """``trials`` different points, each value of an option as often as any other; all of a space that has no more.
 
     >>> [point["lr"] for point in sample({"lr": (1, 2, 3)}, 8, 0)]
     [1, 2, 3]
     >>> len(sample({"lr": (1, 2, 3, 4), "weight_decay": (0.0, 0.1)}, 4, 0))
     4
     """
-    count = min(trials, math.prod(len(values) for values in space.values()))
+    total = math.prod(len(values) for values in space.values())
+    if total <= trials:
+        return [dict(zip(space, row, strict=True)) for row in itertools.product(*space.values())]
     generator = random.Random(seed)
-    points: list[dict[str, Setting]] = []
-    columns: list[list[Setting]] = []
-    for number, values in enumerate(space.values()):
-        column = [values[(2 * k + 1) * len(values) // (2 * count)] for k in range(count)]
-        if len(values) < count:
-            column = [values[k % len(values)] for k in range(count)]
-        if number:
-            generator.shuffle(column)
-        columns.append(column)
-    for row in zip(*columns, strict=True) if columns else [()]:
-        point = dict(zip(space, row, strict=True))
-        if point not in points:
-            points.append(point)
-    return points
+    while True:
+        columns = []
+        for number, values in enumerate(space.values()):
+            spread = [values[(2 * k + 1) * len(values) // (2 * trials)] for k in range(trials)]
+            column = spread if len(values) >= trials else [values[k % len(values)] for k in range(trials)]
+            if number:
+                generator.shuffle(column)
+            columns.append(column)
+        rows = list(zip(*columns, strict=True))
+        if len(set(rows)) == trials:
+            return [dict(zip(space, row, strict=True)) for row in rows]
 
 
 def incomparable(experiment: Experiment) -> dict[str, str]:

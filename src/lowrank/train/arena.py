@@ -10,6 +10,7 @@ finished run's last checkpoint, and kept in ``test.json`` beside it.
 
 from __future__ import annotations
 
+import functools
 import hashlib
 import math
 import multiprocessing
@@ -53,6 +54,7 @@ from lowrank.train.step_time import measured
 
 Say = Callable[[str], None]
 FAILED, TEST, BUDGET = "failed.json", "test.json", "budget.json"
+_mark = functools.lru_cache(maxsize=4096)(fingerprint)
 _POINTS = 40  # of a curve in the file of results
 _BATCHES = (4, 3, 2, 1.5, 1.25)  # times the baseline's, tried for methods that leave memory
 
@@ -95,7 +97,7 @@ def run_experiment(
 
 def folder_of(root: Path, contender: Contender, run: Run) -> Path:
     """Where a run of a contender lies: its name, and a digest of everything that determines it."""
-    marks = [fingerprint(run)] + ([] if contender.start is None else [fingerprint(contender.start)])
+    marks = [_mark(run)] + ([] if contender.start is None else [_mark(contender.start)])
     slug = re.sub(r"[^\w.=-]+", "_", f"{contender.name}_{run.steps}_seed_{run.seed}").strip("_")
     return root / f"{slug[:60]}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:12]}"
 
