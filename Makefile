@@ -5,9 +5,9 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check gpu mutants torture clean
+.PHONY: demo test check gpu mutants torture evidence results clean
 
-demo: $(READY)  ## train gpt-mini with five methods, compare them, write the table, the curves and a sample
+demo: $(READY)  ## train gpt-mini with three methods under three seeds, compare them: table, curves, a sample, the sentence
 	$(BIN)/python examples/demo.py
 
 test: $(READY)  ## everything: lint, types and the whole suite
@@ -32,6 +32,12 @@ gpu: $(READY)  ## the tests that need a CUDA device, then what works there and h
 mutants: $(READY)  ## how many faults the suite notices: a fixed random sample of mutants, about an hour; in a clone of its own
 	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[mutants]"
 	$(BIN)/python tests/mutants.py
+
+evidence: $(READY)  ## docs/evidence.md anew from the committed results, without a run
+	PYTHONPATH=src $(BIN)/python -m benchmarks.evidence
+
+results: $(READY)  ## all nine experiments at the small size, one after the other, then the evidence; DATA=folder of the data
+	PYTHONPATH=src $(BIN)/python -m benchmarks.evidence --run $(or $(DATA),../shared/data)
 
 torture: $(READY)  ## every method killed, and its disk full, before each operation on a file; an hour
 	$(BIN)/python -m tests.hostile.torture

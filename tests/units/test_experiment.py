@@ -22,8 +22,12 @@ def experiment(space=SPACE, **changes):
 def tuned(made, value, **changes):
     """Tune the first contender with a function of settings for a run's value; the trials in order, and the end."""
     found, done = {}, []
+
+    def known(each):
+        return key(each) in found, found.get(key(each))
+
     while True:
-        state = tune(made.contenders[0], made, lambda each: (key(each) in found, found.get(key(each))))
+        state = tune(made.contenders[0], made, known)
         if not state.missing:
             return done, state
         done += state.missing

@@ -91,6 +91,9 @@ def compare(parsed: Parsed) -> int:
     found = find_experiment(parsed.positions[0], **parsed.only(("size", "preset")))
     if found is not None:
         return _experiment(parsed, found)
+    meant = nearest(parsed.positions[0], [*RECIPES, *EXPERIMENTS])
+    if parsed.positions[0] not in RECIPES and any(name in meant for name in EXPERIMENTS):
+        raise UsageError(f"there is no experiment {parsed.positions[0]!r}{meant}; there are {', '.join(EXPERIMENTS)}")
     if extra := sorted(parsed.only(("size", "preset", "trials", "equal", "jobs"))):
         raise UsageError(f"--{extra[0]} goes with an experiment, one of {', '.join(EXPERIMENTS)}: leave it out")
     base, offer = find(parsed.positions[0]), catalogue()
@@ -101,7 +104,7 @@ def compare(parsed: Parsed) -> int:
             own_files.given(name)
     from lowrank.distributed.process_group import world_size
     from lowrank.report.compare import execute, parse_variant, planned
-    from lowrank.report.table import find_results
+    from lowrank.report.table import find_results, verdicts
     from lowrank.train.loop import train as train_run
 
     if world_size() > 1:
@@ -125,7 +128,10 @@ def compare(parsed: Parsed) -> int:
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]
     if finished:
-        _show_report(find_results(finished), out)
+        results = find_results(finished)
+        _show_report(results, out)
+        for text in verdicts(results):
+            print(printable(f"\n{text}"))
     for each in failed:
         print(printable(f"failed: {each.name}: {each.error}"), file=sys.stderr)
     return 1 if failed else 0

@@ -22,6 +22,7 @@ from typing import Any, TypeAlias
 from lowrank.infra.log import read_log
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.text import one_line
+from lowrank.report.statistics import compare, sentence
 from lowrank.run.run import flat, names_that
 
 Table: TypeAlias = tuple[list[str], list[list[str]]]  # header and rows
@@ -292,6 +293,36 @@ def printed(results: Sequence[Result], width: int) -> str:
         header, body = cells(best_rates(rows(group.results)))
         parts.append(fitted_table(header, body, width))
     return "\n\n".join(parts)
+
+
+def verdicts(results: Sequence[Result]) -> list[str]:
+    """Of each group what its seeds allow to be said of the methods beside the first, in a sentence.
+
+    Nothing where rates were chosen by the very figures that would be tested.
+    """
+    told = []
+    for group in groups(results):
+        every = rows(group.results)
+        if len(every) < 2:
+            continue
+        lead = f"{one_line(group.title)}: " if group.title else ""
+        if len(best_rates(every)) < len(every):
+            told.append(
+                f"{lead}No test: several rates were tried on the split that is reported (an experiment does not)."
+            )
+            continue
+        auc = all(row.values("val_auc") for row in every)
+        name = "val_auc" if auc else "val_loss"
+        figures = {
+            row.label: {
+                each.settings["seed"]: float(each.summary[name])
+                for each in row.results
+                if isinstance(each.summary.get(name), (int, float))
+            }
+            for row in every
+        }
+        told.append(lead + sentence(compare(figures, every[0].label, lower=not auc)))
+    return told
 
 
 def fitted_table(header: Sequence[str], body: Sequence[Sequence[str]], width: int) -> str:
