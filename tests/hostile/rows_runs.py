@@ -165,8 +165,7 @@ CHECKPOINTS = [
     ),
     *(
         row(f"{name} of a manifest {what}", words, put(f"{LAST}/manifest.json", content), LAST, "manifest.json")
-        for name, words in COMMANDS.items()
-        if name != "init"
+        for name, words in {**COMMANDS, "eval the best": "eval text"}.items()
         for what, content in {"emptied": b"", "gone": None}.items()
     ),
     *(
@@ -184,6 +183,8 @@ CHECKPOINTS = [
         row(f"{name} without checkpoints", words, put("text/checkpoints", None), "text/checkpoints")
         for name, words in COMMANDS.items()
     ),
+    row("the best is gone", "eval text", put(LAST, None), f"{LAST}, which was the best, is gone", status=0),
+    row("the folder of checkpoints", "eval {text}/checkpoints", None, status=0, shows=("perplexity",)),
     row("resume NaN", RESUME, change(MODELS, nan), "nan", "step", writes=("text/*",)),
     row("eval NaN", "eval text", change(MODELS, nan), "text", "nan", "diverged"),
     row("generate NaN", "generate text", change(MODELS, nan), "not finite", "diverged"),

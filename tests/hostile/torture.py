@@ -34,6 +34,7 @@ from tests.runs.tiny import SMALL, tiny
 from lowrank.infra import checkpoint, checkpoint_files
 from lowrank.infra.files import LOCK
 from lowrank.infra.log import read_log
+from lowrank.methods import METHODS
 from lowrank.report.compare import execute, parse_variant, planned
 from lowrank.train.loop import train
 
@@ -202,7 +203,7 @@ def tell(methods: list[str]) -> int:
     """Every method, killed and with a full disk, and what came of it."""
     torch.set_num_threads(1)
     wrong = 0
-    for method in methods or ["full", *SMALL]:
+    for method in methods or METHODS:
         for full in (False, True):
             began = time.monotonic()
             with tempfile.TemporaryDirectory() as folder:

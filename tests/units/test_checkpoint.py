@@ -4,6 +4,7 @@ import errno
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -157,6 +158,23 @@ def test_the_best_of_every_kept_one_is_kept(tmp_path):
     assert [folder.name for folder in saved(tmp_path)] == [f"step-0000000{n}" for n in (1, 3, 4)]
     discard_after(tmp_path, 3)
     assert best(tmp_path).name == "step-00000001"
+
+
+def test_a_checkpoint_that_may_have_been_the_best_is_neither_passed_over_nor_pruned(tmp_path):
+    for step in (1, 2, 3):
+        save_some(tmp_path, step, keep=3, best=step < 3)
+    damaged = tmp_path / "step-00000002"
+    (damaged / "manifest.json").write_text("")
+    save_some(tmp_path, 4, keep=1)
+    assert [folder.name for folder in saved(tmp_path)] == [f"step-0000000{n}" for n in (1, 2, 4)]
+    with pytest.raises(CheckpointError, match=r"step-00000002 is damaged: .*whether it was the best.*step-00000004"):
+        best(tmp_path)
+    assert checkpoint.passed_over(tmp_path) == []
+    shutil.rmtree(damaged)
+    assert best(tmp_path).name == "step-00000001"
+    assert checkpoint.passed_over(tmp_path) == [f"{damaged}, which was the best, is gone: another takes its place"]
+    discard_after(tmp_path, 1)
+    assert checkpoint.passed_over(tmp_path) == []
 
 
 def test_the_best_of_a_run_begun_with_an_earlier_version(tmp_path):

@@ -20,6 +20,7 @@ from lowrank.infra.checkpoint import CheckpointError
 from lowrank.infra.log import read_log
 from lowrank.interop import export_adapter, read_adapter
 from lowrank.run import Run
+from lowrank.run.overrides import fingerprint
 from lowrank.run.session import restore
 from lowrank.train import train
 
@@ -124,6 +125,28 @@ def test_every_file_of_a_run_has_the_users_umask(tmp_path: Path) -> None:
         if path.stat().st_mode & 0o777 != (0o750 if path.is_dir() else 0o640)
     }
     assert not wrong
+
+
+def test_another_working_directory_changes_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A relative --data and --labels, where others of the same names lie, too."""
+    monkeypatch.chdir(tmp_path)
+    folder = class_folders(tmp_path / "pictures", 12)
+    rows = [f"{p.relative_to(folder)},{p.parent.name},{p.stem[:9]}" for p in sorted(folder.rglob("*.png"))]
+    Path("table.csv").write_text("\n".join(["path,label,patient", *rows]))
+    shape = ["--model.width", "16", "--model.depth", "1", "--model.heads", "2", "--model.patch_size", "14"]
+    words = ["vit-mini", "--data", "pictures", "--labels", "table.csv", "--data.size", "28", *shape, "--device", "cpu"]
+    assert main(["train", *words, "--batch-size", "4", "--steps", "2", "--quiet", "--out", "x"]) == 0
+    (tmp_path / "away" / "pictures").mkdir(parents=True)
+    (tmp_path / "away" / "table.csv").write_text("path,label\n")
+    monkeypatch.chdir(tmp_path / "away")
+    assert main(["eval", "../x"]) == 0
+    given = ["--data", "../pictures", "--labels", "../table.csv"]
+    assert main(["train", "--resume", "../x", "--steps", "3", *given, "--quiet"]) == 0
+    assert main(["train", "../x/run.json", "--quiet", "--out", "again"]) == 0
+    monkeypatch.chdir(tmp_path / "x" / "checkpoints" / "step-00000003")
+    assert main(["eval", "."]) == 0
+    told = [Run.read(tmp_path / run / "run.json") for run in ("x", "away/again")]
+    assert fingerprint(told[0]) == fingerprint(told[1])
 
 
 # --- memory ----------------------------------------------------------------------------------------------------------

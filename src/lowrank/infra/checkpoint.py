@@ -52,6 +52,7 @@ from lowrank.infra.checkpoint_tensors import PyTree, flatten, pack, unflatten, u
 from lowrank.infra.files import sync, user_mode_, write_json
 
 Kind = Literal["model", "optimizer"]
+BEST = "best.json"
 Attach: TypeAlias = Callable[[Path], object]
 
 
@@ -170,7 +171,7 @@ def publish_(temporary: Path, root: Path, step: int, *, keep: int, best: bool) -
     folder = _free_name(root, step)
     finish_(temporary, folder)
     if best:
-        write_json(root / "best.json", {"folder": folder.name, "step": step}, indent=None)
+        write_json(root / BEST, {"folder": folder.name, "step": step}, indent=None)
     prune_(root, keep)
     return folder
 
@@ -220,6 +221,17 @@ def foreign(root: Path) -> list[Path]:
     return [path for path in _beside(root) if path.name.startswith("step-") and not _is_ours(path)]
 
 
+def passed_over(root: Path) -> list[str]:
+    """What a reader should know of what is called like a checkpoint and not used, and of a best one that is gone."""
+    notes = [f"{path} is no checkpoint of this run, and is left alone" for path in foreign(root)]
+    recorded = _recorded_best(root)
+    if recorded is None or recorded.exists():
+        return notes
+    if any(_age(folder) > _age(recorded) and was_best(folder) for folder in saved(root)):
+        return notes  # a process died before it recorded that one
+    return [*notes, f"{recorded}, which was the best, is gone: another takes its place"]
+
+
 def latest(root: Path) -> Path:
     """Folder of the newest checkpoint.
 
@@ -251,15 +263,31 @@ def fingerprint(folder: Path) -> str:
 
 
 def best(root: Path) -> Path | None:
-    """Folder of the checkpoint that was best by validation, or None where none was marked."""
-    marked = [folder for folder in saved(root) if was_best(folder)]
-    if marked:
-        return marked[-1]
-    try:  # as written before 0.2
-        folder = root / json.loads((root / "best.json").read_text())["folder"]
+    """Folder of the checkpoint that was best by validation, or None where none was marked.
+
+    Raises:
+        CheckpointError: one that may have been it is damaged, so that an earlier one would be taken in its place.
+    """
+    for folder in reversed(_newest_of_each_step(root)):
+        marked = was_best(folder)
+        if marked is None:
+            raise CheckpointError(
+                f"checkpoint {folder} is damaged: {damage(folder)}, so that it cannot be known whether it was the best"
+                f"{_remedy(folder)}; or give the folder of the checkpoint that is meant"
+            )
+        if marked:
+            return folder
+    recorded = _recorded_best(root)
+    return recorded if recorded is not None and recorded.is_dir() else None
+
+
+def _recorded_best(root: Path) -> Path | None:
+    """What `best.json` names: the only mark in runs that were written before 0.2."""
+    try:
+        folder = root / json.loads((root / BEST).read_text())["folder"]
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return folder if folder.is_dir() else None
+    return folder if _is_named_like_ours(folder) else None
 
 
 def check_dtypes(held: Mapping[str, Tensor], state: Mapping[str, Tensor], saved: Checkpoint) -> None:
@@ -283,9 +311,12 @@ def is_checkpoint(folder: Path) -> bool:
 
 def discard_after(root: Path, step: int) -> None:
     """Remove the checkpoints beyond `step`: a run that goes on from there will write its own."""
+    recorded = _recorded_best(root)
+    if recorded is not None and step_of(recorded) > step:
+        (root / BEST).unlink()
     for folder in saved(root):
-        if _age(folder)[0] > step:
-            shutil.rmtree(folder)
+        if step_of(folder) > step:
+            _remove(folder)
 
 
 def finish_(unfinished: Path, folder: Path) -> None:
@@ -369,7 +400,16 @@ def _beside(root: Path) -> list[Path]:
 
 
 def _is_ours(path: Path) -> bool:
-    return re.fullmatch(r"step-\d{8,}(-\d+)?", path.name) is not None and path.is_dir() and not path.is_symlink()
+    return _is_named_like_ours(path) and path.is_dir() and not path.is_symlink()
+
+
+def _is_named_like_ours(path: Path) -> bool:
+    return re.fullmatch(r"step-\d{8,}(-\d+)?", path.name) is not None
+
+
+def _remove(folder: Path) -> None:
+    """Remove a checkpoint; of a process that dies meanwhile nothing is left that is called like one."""
+    shutil.rmtree(folder.rename(folder.with_name(f".writing-{folder.name}-removed")))
 
 
 def _remove_unfinished(root: Path) -> None:
@@ -380,10 +420,16 @@ def _remove_unfinished(root: Path) -> None:
 def prune_(root: Path, keep: int) -> None:
     """Remove all but the newest `keep` steps, and the best until the oldest of these, to which their best metric
     belongs; of one step only the newest revision stays."""
-    (root / ".best.json.writing").unlink(missing_ok=True)  # of a process that died
-    newest = list({_age(folder)[0]: folder for folder in saved(root)}.values())
+    _remove_unfinished(root)
+    (root / f".{BEST}.writing").unlink(missing_ok=True)  # of a process that died
+    newest = _newest_of_each_step(root)
     until = [folder for folder in newest if _age(folder) <= _age(newest[-keep:][0]) and was_best(folder)]
-    kept = {*newest[-keep:], until[-1] if until else best(root)}
+    unknown = [folder for folder in newest if was_best(folder) is None]  # damaged: it may have been the best
+    kept = {*newest[-keep:], *unknown, until[-1] if until else _recorded_best(root)}
     for folder in saved(root):
         if folder not in kept:
-            shutil.rmtree(folder)
+            _remove(folder)
+
+
+def _newest_of_each_step(root: Path) -> list[Path]:
+    return list({_age(folder)[0]: folder for folder in saved(root)}.values())

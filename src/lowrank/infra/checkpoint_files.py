@@ -51,9 +51,10 @@ def manifest(folder: Path) -> dict[str, dict[str, int]]:
     return files
 
 
-def was_best(folder: Path) -> bool:
-    """Whether a checkpoint was the best by validation when it was saved."""
-    return bool(_described(folder).get("best"))
+def was_best(folder: Path) -> bool | None:
+    """Whether a checkpoint was the best by validation when it was saved; None where its manifest is damaged."""
+    described = _described(folder)
+    return bool(described.get("best")) if described else None
 
 
 def refuse_newer(folder: Path, description: Mapping[str, Any] | None = None) -> None:

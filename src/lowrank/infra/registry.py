@@ -68,7 +68,10 @@ class Registry(Mapping[str, Callable[..., Any]]):
     def signature(self, name: str) -> Signature:
         """Read, not imported."""
         entry = self.entries[name]
-        return read(module_file(entry.module), entry.attribute)
+        return _READ(module_file(entry.module), entry.attribute)
+
+
+_READ = functools.cache(read)  # of this package's own files, which stay as they are
 
 
 def signature_in(functions: Mapping[str, Callable[..., Any]], name: str) -> Signature:

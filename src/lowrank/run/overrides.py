@@ -22,7 +22,7 @@ from lowrank.infra.convert import Setting, convert, nearest
 from lowrank.infra.registry import Registry, signature_in
 from lowrank.infra.signatures import Signature
 from lowrank.run import own_files
-from lowrank.run.run import Call, Run, flat, names_that
+from lowrank.run.run import Call, Run, flat, local_paths, names_that
 
 Functions = Mapping[str, Callable[..., Any]]
 _CALLS = ("model", "data", "method")
@@ -133,7 +133,7 @@ def fingerprint(run: Run, offer: Catalogue | None = None) -> str:
     otherwise are one run; so is a file of one's own, wherever it lies.
     """
     offer = offer or catalogue()
-    run = identified(resolve(run, offer))
+    run = with_whole_paths(identified(resolve(run, offer)))
     idle = names_that("counts", False)
     content = {name: value for name, value in flat(run.to_json()).items() if name not in idle}
     text = json.dumps(content, sort_keys=True, separators=(",", ":"), allow_nan=False)
@@ -144,6 +144,13 @@ def identified(run: Run) -> Run:
     """The run with the digests of its own files in their names' place."""
     named: dict[str, Any] = {kind: replace(getattr(run, kind), name=_identity(run, kind)) for kind in _CALLS}
     return replace(run, task=own_files.identity(run.task, run.files), **named)
+
+
+def with_whole_paths(run: Run) -> Run:
+    """The run with its local paths written whole: the same from whatever folder one looks."""
+    calls = {kind: getattr(run, kind) for kind in _CALLS}
+    whole: dict[str, Any] = {k: replace(c, args={**c.args, **local_paths(c.args)}) for k, c in calls.items()}
+    return replace(run, **whole)
 
 
 def options() -> dict[str, Any]:

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import json
 import math
+import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
@@ -22,6 +23,7 @@ from lowrank.run.own_files import short
 Settings: TypeAlias = Mapping[str, Setting]
 
 _CALLS = ("model", "data", "method")
+_PATHS = ("source", "labels", "tokenizer", "chat_template", "path", "weights")  # arguments of data and models
 _RETIRED = ("workers",)  # arguments of data "text" that changed no number, in runs written when there were some
 
 
@@ -55,36 +57,52 @@ _WRITTEN: Any = {"may_change": True, "counts": False, "labels": False}  # says w
 class Call:
     """A function by name, with arguments: `Call(name="lora", args={"rank": 8})`.
 
-    `fingerprint`: of data, the digest of what a run has trained on (`Data.fingerprint`); it says what was read, and
-    asks for nothing.
+    What a run has read, and asks for nothing:
+        fingerprint: of data, the digest of what was trained on (`Data.fingerprint`).
+        places: by argument, where a local path led to, from whatever folder one looks (`placed`).
     """
 
     name: str
     args: Settings = field(default_factory=dict)
     fingerprint: str = field(default="", compare=False)
+    places: Mapping[str, str] = field(default_factory=dict, compare=False)
 
     def __post_init__(self) -> None:
         object.__setattr__(self, "args", _frozen(self.args, self.name))
+        object.__setattr__(self, "places", MappingProxyType(dict(self.places)))
 
     def __hash__(self) -> int:
         return hash((self.name, frozenset(self.args.items())))
+
+    def placed(self) -> Call:
+        """The call with where its local paths lead to from here."""
+        return replace(self, places=local_paths(self.args))
 
     def __reduce__(self) -> Any:
         return Call.from_json, (self.to_json(),)
 
     def to_json(self) -> dict[str, Any]:
         content: dict[str, Any] = {"name": self.name, "args": _thawed(self.args)}
-        return content | ({"fingerprint": self.fingerprint} if self.fingerprint else {})
+        content |= {"fingerprint": self.fingerprint} if self.fingerprint else {}
+        return content | ({"places": dict(self.places)} if self.places else {})
 
     @staticmethod
     def from_json(content: Mapping[str, Any]) -> Call:
-        _refuse_unknown(content, ("name", "args", "fingerprint"), "a call")
+        """The call that `to_json` wrote; a path that leads elsewhere from this working directory is written whole."""
+        _refuse_unknown(content, ("name", "args", "fingerprint", "places"), "a call")
         name, fingerprint = content.get("name"), content.get("fingerprint", "")
         if not isinstance(name, str):
             raise ValueError(f"a call has a name, which is text, got {name!r}")
         if not isinstance(fingerprint, str):
             raise ValueError(f"a call's fingerprint is text, got {fingerprint!r}")
-        return Call(name=name, args=_mapping(content.get("args", {}), "a call's args"), fingerprint=fingerprint)
+        args, places = (_mapping(content.get(each, {}), f"a call's {each}") for each in ("args", "places"))
+        if not all(isinstance(place, str) for place in places.values()):
+            raise ValueError(f"a call's places are texts, got {dict(places)!r}")
+        here = local_paths(args)
+        moved = {
+            each: at for each, at in places.items() if each in args and at != here.get(each) and os.path.exists(at)
+        }
+        return Call(name=name, args={**args, **moved}, fingerprint=fingerprint, places=places)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -237,6 +255,12 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
         elif name not in ("per_method", "files"):
             found[name] = short(value) if name == "task" else value
     return found
+
+
+def local_paths(args: Mapping[str, Any]) -> dict[str, str]:
+    """Of the arguments that may be paths those that lead to something here, written whole."""
+    given = {name: os.path.expanduser(args[name]) for name in _PATHS if isinstance(args.get(name), str)}
+    return {name: os.path.realpath(path) for name, path in given.items() if os.path.exists(path)}  # "" is none
 
 
 def names_that(what: Literal["may_change", "counts", "labels"], answer: bool = True) -> frozenset[str]:

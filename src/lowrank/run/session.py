@@ -240,7 +240,7 @@ def without_tokenizer(run: Run, root: Path) -> str:
 
 def run_folder(folder: Path) -> Path:
     """The folder of the run: ``folder`` itself, or the run that the checkpoint ``folder`` belongs to."""
-    for candidate in (folder, *folder.parents[:2]):
+    for candidate in (folder, *folder.parents[:2], *folder.absolute().parents[:2]):
         if (candidate / "run.json").is_file():
             return candidate
     raise FileNotFoundError(f"{folder} is no run's folder: it has no run.json")
@@ -249,13 +249,21 @@ def run_folder(folder: Path) -> Path:
 def checkpoint_of(source: Path, which: Literal["best", "latest"]) -> Path:
     """The checkpoint that ``source`` is, wherever it lies with its run.json, or that is picked of the run there."""
     root = run_folder(source)
-    return source if source != root or checkpoint.is_checkpoint(source) else pick_checkpoint(root, which)
+    whole = source.absolute() in (root.absolute(), root.absolute() / "checkpoints")
+    return pick_checkpoint(root, which) if whole and not checkpoint.is_checkpoint(source) else source
 
 
 def pick_checkpoint(root: Path, which: Literal["best", "latest"]) -> Path:
-    """The checkpoint of a run that was best by validation, or the latest; the latest too where none was evaluated."""
-    best = checkpoint.best(root / "checkpoints") if which == "best" else None
-    return best or checkpoint.latest(root / "checkpoints")
+    """The checkpoint of a run that was best by validation, or the latest; the latest too where none was evaluated.
+
+    Raises:
+        CheckpointError: there is none, or one that may have been the best is damaged.
+    """
+    place = root / "checkpoints"
+    best = checkpoint.best(place) if which == "best" else None
+    for note in checkpoint.passed_over(place):
+        warnings.warn(note, stacklevel=2)
+    return best or checkpoint.latest(place)
 
 
 def load_plain_(model: nn.Module, source: Path) -> None:

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.infra.convert import describe
-from lowrank.run.overrides import Catalogue, catalogue, identified, resolve
+from lowrank.run.overrides import Catalogue, catalogue, identified, resolve, with_whole_paths
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run, flat, names_that
 
@@ -114,7 +114,7 @@ def refuse_changed(old: Run, new: Run) -> None:
 
 def _compared(run: Run) -> dict[str, Any]:
     """Settings by name; DDP and FSDP keep the same ranks in step."""
-    found = flat(identified(run).to_json())
+    found = flat(with_whole_paths(identified(run)).to_json())
     return found | {"engine": "ddp or fsdp"} if run.engine != "auto" else found
 
 

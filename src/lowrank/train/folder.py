@@ -102,8 +102,11 @@ def lock_folder(out: Path, ranks: ProcessGroup | None, *, writer: bool, new: boo
 def describe(session: Session, out: Path) -> None:
     """What the run is and what it runs on, into its folder."""
     out.mkdir(parents=True, exist_ok=True)
-    data = replace(session.run.data, fingerprint=session.data.fingerprint)
-    replace(session.run, data=data).write(out / "run.json")
+    run = session.run
+    data = replace(run.data.placed(), fingerprint=session.data.fingerprint)
+    if not getattr(session.data, "origin", True):  # a name, whatever lies here under it
+        data = replace(data, places={name: place for name, place in data.places.items() if name != "source"})
+    replace(run, data=data, model=run.model.placed()).write(out / "run.json")
     session.data.write_facts(out)
     if session.base is not None:
         session.base.write(out)

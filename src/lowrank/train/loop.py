@@ -117,8 +117,8 @@ def _train(
     found, notes = newest(out, ranks, writer=writer) if elastic else (None, [])
     if resume:
         found = checkpoint.latest(out / "checkpoints")
-    strangers = checkpoint.foreign(out / "checkpoints") if found is not None else []
-    notes += [f"{path} is no checkpoint of this run, and is left alone" for path in strangers]
+    if found is not None:
+        notes += checkpoint.passed_over(out / "checkpoints")
     saved = None if found is None else checkpoint.load(found)
     learnt = None if saved is None else learnt_by_run(out, saved)
     if saved is not None and learnt is None and (rebuilt := without_tokenizer(run, out)):
