@@ -193,6 +193,10 @@ CLAIMS = (
         says="GaLore is better than full training by AdamW, tuned (docs/log.md had found so, untuned)",
         experiment="arena-llama",
         judge=lambda r: better(r, "galore", ["full"]),
+        note=(
+            "The small space has a ratio for the embeddings' rate, none for the output layer's (`head_lr`); GaLore's "
+            "scale of 1/4 on matrices gives one in effect. The papers' size has both."
+        ),
     ),
 )
 

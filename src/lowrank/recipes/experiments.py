@@ -39,6 +39,7 @@ _PAPER_SPACE: Mapping[str, Sequence[Setting]] = {
     **_SPACE,
     "lr": _PAPER_RATES,
     "method.betas": ((0.9, 0.95), (0.9, 0.999)),
+    "method.head_lr": (1.0, 10.0),
     "method.vector_lr": (1.0, 0.1),
 }
 _TEXT_CAVEAT = (
