@@ -11,9 +11,10 @@ import ast
 import collections.abc
 import functools
 import inspect
+import itertools
 import typing
-from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, TypeVar, Union, get_type_hints
 
@@ -63,29 +64,34 @@ def read(file: Path, name: str) -> Signature:
     pairs = list(zip([*placed, *only], [*values, *node.args.kw_defaults], strict=True))
     kinds = {each.arg: source.annotation(each.annotation) for each, _ in pairs if each.annotation}
     defaults = {each.arg: REQUIRED if value is None else source.constant(value) for each, value in pairs}
-    for more in filter(None, map(source.also, node.decorator_list)):
+    for more in itertools.chain.from_iterable(map(source.also, node.decorator_list)):
         kinds, defaults = kinds | dict(more.kinds), defaults | dict(more.defaults)
     return _signature(name, ast.get_docstring(node), kinds, defaults)
 
 
-def also(more: Callable[..., Callable[[T], T]]) -> Callable[[Callable[..., T]], Callable[..., T]]:
-    """The function below takes the keyword arguments of ``more`` beside its own: its result is ``more(…)(result)``.
+def also(*more: Callable[..., Callable[[T], T]], **defaults: object) -> Callable[[Callable[..., T]], Callable[..., T]]:
+    """The function below takes the keyword arguments of each of ``more`` beside its own, by other ``defaults`` where
+    those are given: its result goes through each ``more(…)``.
 
-    @also(groups)
-    def galore(*, rank: int = 128) -> Method: ...        # galore(rank=4, head_lr=0.1)
+    @also(groups, head_lr=0.1)
+    def galore(*, rank: int = 128) -> Method: ...        # galore(rank=4, embedding_lr=0.2)
     """
-    added = inspect.signature(more).parameters.values()
+    takes = [inspect.signature(each).parameters for each in more]
+    added = [each.replace(default=defaults.get(each.name, each.default)) for names in takes for each in names.values()]
 
     def extended(function: Callable[..., T]) -> Callable[..., T]:
         own = inspect.signature(function)
 
         @functools.wraps(function)
         def both(*args: Any, **options: Any) -> T:
-            told = {each.name: options.pop(each.name) for each in added if each.name in options}
-            return more(**told)(function(*args, **options))
+            told = {each.name: options.pop(each.name, each.default) for each in added}
+            result = function(*args, **options)
+            for each, names in zip(more, takes, strict=True):
+                result = each(**{name: told[name] for name in names})(result)
+            return result
 
         both.__signature__ = own.replace(parameters=[*own.parameters.values(), *added])  # type: ignore[attr-defined]
-        both.__also__ = more, *getattr(function, "__also__", ())  # type: ignore[attr-defined]
+        both.__also__ = more  # type: ignore[attr-defined]
         return both
 
     return extended
@@ -126,15 +132,17 @@ class Source:
             elif isinstance(node, ast.ImportFrom) and node.module:
                 self.imports |= {alias.asname or alias.name: (node.module, alias.name) for alias in node.names}
 
-    def also(self, decorator: ast.expr) -> Signature | None:
-        """What a decorator ``also(more)`` adds: the signature of ``more``, of this file or of this package."""
+    def also(self, decorator: ast.expr) -> Iterator[Signature]:
+        """What a decorator ``also(more, …)`` adds: the signature of each, of this file or of this package."""
         match decorator:
-            case ast.Call(func=ast.Name(id="also"), args=[ast.Name(id=name)]):
-                if isinstance(self.names.get(name), ast.FunctionDef):
-                    return read(self.file, name)
-                module, original = self.imports.get(name, ("", ""))
-                return read(module_file(module), original) if module.startswith("lowrank.") else None
-        return None
+            case ast.Call(func=ast.Name(id="also"), args=more, keywords=keywords):
+                told = {str(each.arg): self.constant(each.value) for each in keywords}
+                for name in (each.id for each in more if isinstance(each, ast.Name)):
+                    module, original = self.imports.get(name, ("", name))
+                    if module.startswith("lowrank.") or name in self.names:
+                        found = read(module_file(module) if module else self.file, original)
+                        own = {each: told.get(each, value) for each, value in found.defaults.items()}
+                        yield replace(found, defaults=own)
 
     def annotation(self, node: ast.AST) -> Any:
         """The type that an annotation stands for."""

@@ -27,9 +27,9 @@ from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import groups
+from lowrank.methods.groups import adapted, groups
 from lowrank.methods.low_rank_gradients import BasisName, Embeddings, basis_named, embedding_rules
-from lowrank.methods.method import FACTORS, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.method import FACTORS, Adapt, Method, Use
 from lowrank.optim.projected import Projected
 from lowrank.optim.rules import AdamW, Rule
 
@@ -37,7 +37,7 @@ Kind = Literal["mixed", "explorers"]
 
 
 @register("method", family="both")
-@also(groups)
+@also(adapted, groups, rest="train")
 def lte_galore(
     kind: Kind = "mixed",
     *,
@@ -56,11 +56,7 @@ def lte_galore(
     scale: float = 0.25,
     basis: BasisName = "power",
     embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
     rest_every: int | None = None,
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """LTE + GaLore (Huh et al., arXiv 2402.16828; Zhao et al., 2403.03507): heads on some matrices, GaLore on others.
 
@@ -98,7 +94,7 @@ def lte_galore(
         )
     return Method(
         name="lte_galore",
-        adapt=(Adapt(target_modules, make, exclude_modules),),
+        adapt=(Adapt(target_modules, make),),
         rules=(
             Use(FACTORS, inside, decay=False),
             Use(galore_modules, elsewhere),
@@ -106,8 +102,5 @@ def lte_galore(
             Use("*", AdamW()),
         ),
         merge=Merge(merge_every, outer_lr=outer_lr, outer_momentum=outer_momentum, exchange=exchange, weigh=weigh),
-        rest=rest,
         rest_every=rest_every,
-        ties=ties,
-        freeze=freeze,
     )

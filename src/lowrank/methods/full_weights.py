@@ -10,8 +10,8 @@ from __future__ import annotations
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import groups
-from lowrank.methods.method import Method, Rest, Use
+from lowrank.methods.groups import groups, others
+from lowrank.methods.method import Method, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.dion import Dion
 from lowrank.optim.muon import Muon, MuonScale, Precision
@@ -22,17 +22,17 @@ from lowrank.optim.storage import Storage
 
 
 @register("method", family="none")
-@also(groups)
-def full_8bit(*, storage: Storage = "int8", rest: Rest = "train", freeze: Targets = ()) -> Method:
+@also(others, groups)
+def full_8bit(*, storage: Storage = "int8") -> Method:
     """Full training by AdamW whose moments are kept in 8 bits (Dettmers et al., arXiv 2110.02861), or in bfloat16.
 
     ``storage`` is ``int8`` (blocks of 256, dithered), ``bfloat16`` or ``float32``, which is ``full``.
     """
-    return Method(name="full_8bit", rules=(Use("*", AdamW(storage=storage)),), rest=rest, freeze=freeze)
+    return Method(name="full_8bit", rules=(Use("*", AdamW(storage=storage)),))
 
 
 @register("method", family="none")
-@also(groups)
+@also(others, groups)
 def muon(
     target_modules: Targets = "all-linear",
     *,
@@ -42,8 +42,6 @@ def muon(
     scale: MuonScale = "rms",
     precision: Precision = "float32",
     exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """Muon (Jordan et al. 2024; Liu et al., arXiv 2502.16982): orthogonalised momentum on matrices, AdamW elsewhere.
 
@@ -53,30 +51,28 @@ def muon(
     """
     rule = Muon(momentum=momentum, nesterov=nesterov, iterations=iterations, scale=scale, precision=precision)
     rules = (Use(target_modules, rule, exclude_modules=exclude_modules), Use("*", AdamW()))
-    return Method(name="muon", rules=rules, rest=rest, freeze=freeze)
+    return Method(name="muon", rules=rules)
 
 
 @register("method", family="none")
-@also(groups)
-def scale(*, momentum: float = 0.9, rest: Rest = "train", freeze: Targets = ()) -> Method:
+@also(others, groups)
+def scale(*, momentum: float = 0.9) -> Method:
     """SCALE (Glentis et al., arXiv 2506.16659): gradients normalised by column, momentum on the output layer alone.
 
     No matrix but the output layer has any state; vectors follow AdamW.
     """
     rules = (Use("head", ColumnNormalised(momentum=momentum)), Use("*", ColumnNormalised()))
-    return Method(name="scale", rules=rules, rest=rest, freeze=freeze)
+    return Method(name="scale", rules=rules)
 
 
 @register("method", family="none")
-@also(groups)
+@also(others, groups)
 def soap(
     target_modules: Targets = "all-linear",
     *,
     refresh_every: int = 10,
     largest: int = 10_000,
     exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """SOAP (Vyas et al., arXiv 2409.11321): Adam in the eigenbasis of Shampoo's preconditioners, AdamW elsewhere.
 
@@ -85,11 +81,11 @@ def soap(
     """
     rule = Soap(refresh_every=refresh_every, largest=largest)
     rules = (Use(target_modules, rule, exclude_modules=exclude_modules), Use("*", AdamW()))
-    return Method(name="soap", rules=rules, rest=rest, freeze=freeze)
+    return Method(name="soap", rules=rules)
 
 
 @register("method", family="none")
-@also(groups)
+@also(others, groups)
 def dion(
     target_modules: Targets = "all-linear",
     *,
@@ -97,8 +93,6 @@ def dion(
     momentum: float = 0.95,
     scale: MuonScale = "spectral",
     exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """Dion (Ahn et al., arXiv 2504.05295): orthonormal steps of low rank with error feedback, AdamW elsewhere.
 
@@ -107,11 +101,11 @@ def dion(
     """
     rule = Dion(rank=rank, momentum=momentum, scale=scale)
     rules = (Use(target_modules, rule, exclude_modules=exclude_modules), Use("*", AdamW()))
-    return Method(name="dion", rules=rules, rest=rest, freeze=freeze)
+    return Method(name="dion", rules=rules)
 
 
 @register("method", family="none")
-@also(groups)
+@also(others, groups)
 def adafactor(
     *,
     beta1: float | None = None,
@@ -119,8 +113,6 @@ def adafactor(
     decay_rate: float = -0.8,
     scale_parameter: bool = False,
     relative_step: bool = False,
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """Adafactor (Shazeer and Stern, arXiv 1804.04235) on every parameter: row and column means for second moments.
 
@@ -135,4 +127,4 @@ def adafactor(
         scale_parameter=scale_parameter,
         relative_step=relative_step,
     )
-    return Method(name="adafactor", rules=(Use("*", rule),), rest=rest, freeze=freeze)
+    return Method(name="adafactor", rules=(Use("*", rule),))

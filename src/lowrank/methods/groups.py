@@ -17,9 +17,27 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
-from lowrank.methods.method import Groups, Method
+from lowrank.adapters.targets import Targets
+from lowrank.methods.method import Groups, Method, Rest, Ties
 from lowrank.optim.pairs import PairRule
 from lowrank.optim.rules import Rule
+
+
+def others(*, rest: Rest = "train", freeze: Targets = ()) -> Callable[[Method], Method]:
+    """What becomes of the parameters that a method did not choose, and which are frozen in any case."""
+    return lambda method: replace(method, rest=rest, freeze=freeze)
+
+
+def adapted(
+    *, exclude_modules: Targets = (), rest: Rest = "auto", ties: Ties = "adapt", freeze: Targets = ()
+) -> Callable[[Method], Method]:
+    """As ``others``, and what is left out of the layers with adapters, and becomes of tied ones."""
+
+    def left_out(method: Method) -> Method:
+        adapt = tuple(replace(each, exclude_modules=exclude_modules) for each in method.adapt)
+        return replace(method, adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+
+    return left_out
 
 
 def groups(

@@ -9,6 +9,8 @@ layer, which are up to half of a small model: ``adamw`` (as published), ``adamw8
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from dataclasses import replace
 from typing import Literal
 
 from lowrank.adapters.targets import Targets
@@ -21,6 +23,7 @@ from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.lifts import Rescale, Residual, Signed
 from lowrank.optim.muon import Muon
+from lowrank.optim.pairs import PairRule
 from lowrank.optim.projected import ErrorFeedback, Projected, ProjectedSide, Transport
 from lowrank.optim.refresh import Lazy
 from lowrank.optim.rules import AdamW, Rule
@@ -38,8 +41,22 @@ def basis_named(name: str) -> Basis:
     return _BASES[name]
 
 
+def projected(
+    *, embeddings: Embeddings = "adamw", exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
+) -> Callable[[Method], Method]:
+    """What these methods share: the rule of the embeddings, which matrices are left out, and all else."""
+
+    def chosen(method: Method) -> Method:
+        matrices, *others = method.rules
+        matrices = replace(matrices, exclude_modules=exclude_modules)
+        rules = (matrices, *embedding_rules(embeddings, matrices.rule), *others)
+        return replace(method, rules=rules, rest=rest, freeze=freeze)
+
+    return chosen
+
+
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def galore(
     target_modules: Targets = "all-linear",
     *,
@@ -50,10 +67,6 @@ def galore(
     side: ProjectedSide = "short",
     transport: Transport = "keep",
     lazy: bool = False,
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """GaLore (Zhao et al., arXiv 2403.03507): AdamW in the leading singular subspace of the gradient.
 
@@ -72,11 +85,11 @@ def galore(
         transport=transport,
         lazy=Lazy() if lazy else None,
     )
-    return _method("galore", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("galore", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups, embeddings="adamw8bit")
 def galore_8bit(
     target_modules: Targets = "all-linear",
     *,
@@ -86,10 +99,6 @@ def galore_8bit(
     basis: BasisName = "power",
     basis_storage: BasisStorage = "float32",
     lazy: bool = False,
-    embeddings: Embeddings = "adamw8bit",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """8-bit GaLore (Zhao et al., arXiv 2403.03507, section 4.3): GaLore with AdamW's moments in block-wise int8.
 
@@ -104,11 +113,11 @@ def galore_8bit(
         basis_storage=basis_storage,
         lazy=Lazy() if lazy else None,
     )
-    return _method("galore_8bit", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("galore_8bit", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def galore_adafactor(
     target_modules: Targets = "all-linear",
     *,
@@ -116,18 +125,14 @@ def galore_adafactor(
     refresh_every: int = 200,
     scale: float = 0.25,
     basis: BasisName = "power",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """GaLore with Adafactor (Zhao et al., arXiv 2403.03507; Shazeer and Stern, arXiv 1804.04235) in the subspace."""
     rule = Projected(inner=Adafactor(), rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis))
-    return _method("galore_adafactor", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("galore_adafactor", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def apollo(
     target_modules: Targets = "all-linear",
     *,
@@ -135,21 +140,17 @@ def apollo(
     refresh_every: int = 200,
     scale: float = 1.0,
     basis: BasisName = "gaussian",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """APOLLO (Zhu et al., arXiv 2412.05270): the raw gradient, each channel scaled as in a random subspace.
 
     The subspace only estimates each channel's step length; the gradient is the direction.
     """
     rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Rescale())
-    return _method("apollo", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("apollo", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def apollo_mini(
     target_modules: Targets = "all-linear",
     *,
@@ -157,10 +158,6 @@ def apollo_mini(
     refresh_every: int = 200,
     scale: float = 128.0,
     basis: BasisName = "gaussian",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """APOLLO-Mini (Zhu et al., arXiv 2412.05270): rank 1 and one step length for the whole matrix, times √scale.
 
@@ -173,11 +170,11 @@ def apollo_mini(
         basis=basis_named(basis),
         lift=Rescale(scope="tensor"),
     )
-    return _method("apollo_mini", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("apollo_mini", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def fira(
     target_modules: Targets = "all-linear",
     *,
@@ -185,21 +182,17 @@ def fira(
     refresh_every: int = 200,
     scale: float = 0.25,
     basis: BasisName = "power",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """Fira (Chen et al., arXiv 2410.01623): GaLore, plus the gradient outside the subspace at the inside's step length.
 
     ``scale`` multiplies both (the paper's α).
     """
     rule = Projected(rank=rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis), lift=Residual())
-    return _method("fira", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("fira", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def galore_muon(
     target_modules: Targets = "all-linear",
     *,
@@ -209,10 +202,6 @@ def galore_muon(
     momentum: float = 0.95,
     basis: BasisName = "power",
     side: ProjectedSide = "short",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """Muon inside GaLore's subspace (Zhao et al., arXiv 2403.03507; Liu et al., arXiv 2502.16982).
 
@@ -228,21 +217,17 @@ def galore_muon(
         side=side,
         transport="keep" if basis == "gaussian" else "rotate",
     )
-    return _method("galore_muon", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("galore_muon", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def ldadam(
     target_modules: Targets = "all-linear",
     *,
     rank: int = 16,
     scale: float = 1.0,
     follow: float = 0.908,
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """LDAdam (Robert et al., arXiv 2410.16103): a new subspace at every step, moments carried over, error feedback.
 
@@ -260,11 +245,11 @@ def ldadam(
         error_feedback=ErrorFeedback(moments=True),
         follow=follow,
     )
-    return _method("ldadam", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("ldadam", rule, target_modules)
 
 
 @register("method", family="projected")
-@also(groups)
+@also(projected, groups)
 def frugal(
     target_modules: Targets = "all-linear",
     *,
@@ -273,10 +258,6 @@ def frugal(
     scale: float = 1.0,
     outside: float = 1.0,
     basis: BasisName = "power",
-    embeddings: Embeddings = "adamw",
-    exclude_modules: Targets = (),
-    rest: Rest = "train",
-    freeze: Targets = (),
 ) -> Method:
     """FRUGAL (Zmushko et al., arXiv 2411.07837): AdamW inside the subspace, sign descent outside, which has no state.
 
@@ -292,29 +273,20 @@ def frugal(
         lift=Signed(outside=outside),
         transport="reset",
     )
-    return _method("frugal", rule, target_modules, exclude_modules, embeddings, rest, freeze)
+    return _method("frugal", rule, target_modules)
 
 
-def _method(
-    name: str,
-    rule: Projected,
-    target_modules: Targets,
-    exclude_modules: Targets,
-    embeddings: Embeddings,
-    rest: Rest,
-    freeze: Targets,
-) -> Method:
-    rules = (Use(target_modules, rule, exclude_modules=exclude_modules), *embedding_rules(embeddings, rule))
-    return Method(name=name, rules=(*rules, Use("*", AdamW())), rest=rest, freeze=freeze)
+def _method(name: str, rule: Projected, target_modules: Targets) -> Method:
+    return Method(name=name, rules=(Use(target_modules, rule), Use("*", AdamW())))
 
 
-def embedding_rules(embeddings: Embeddings, rule: Projected) -> tuple[Use, ...]:
+def embedding_rules(embeddings: Embeddings, rule: Rule | PairRule) -> tuple[Use, ...]:
     """The rule of embeddings and output layer; empty where that is the catch-all's AdamW.
 
     Raises:
         ValueError: an unknown choice.
     """
-    chosen: dict[str, Rule | None] = {"adamw": None, "adamw8bit": AdamW(storage="int8"), "project": rule}
+    chosen: dict[str, Rule | PairRule | None] = {"adamw": None, "adamw8bit": AdamW(storage="int8"), "project": rule}
     if embeddings not in chosen:
         raise ValueError(f"embeddings={embeddings!r} is unknown; it is one of {', '.join(chosen)}")
     found = chosen[embeddings]

@@ -10,8 +10,8 @@ from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import groups
-from lowrank.methods.method import FACTOR_B, FACTORS, Adapt, Method, Rest, Ties, Use
+from lowrank.methods.groups import adapted, groups, others
+from lowrank.methods.method import FACTOR_B, FACTORS, Adapt, Method, Use
 from lowrank.methods.schedule import Rewarm
 from lowrank.optim.muon import MuonScale
 from lowrank.optim.products import LoraMuon, LoraRite
@@ -20,25 +20,23 @@ from lowrank.optim.storage import Storage
 
 
 @register("method", family="none")
-@also(groups)
-def full(*, storage: Storage = "float32", rest: Rest = "train", freeze: Targets = ()) -> Method:
+@also(others, groups)
+def full(*, storage: Storage = "float32") -> Method:
     """Full training: every weight, by AdamW (Loshchilov and Hutter, arXiv 1711.05101).
 
     ``storage="bfloat16"`` keeps its moments in half the bytes; ``full_8bit`` in a quarter.
     """
-    return Method(name="full", rules=(Use("*", AdamW(storage=storage)),), rest=rest, freeze=freeze)
+    return Method(name="full", rules=(Use("*", AdamW(storage=storage)),))
 
 
 @register("method", family="none")
-@also(groups)
-def frozen(
-    target_modules: Targets = "attention", *, exclude_modules: Targets = (), rest: Rest = "train", freeze: Targets = ()
-) -> Method:
+@also(others, groups)
+def frozen(target_modules: Targets = "attention", *, exclude_modules: Targets = ()) -> Method:
     """The control of every comparison: the targets frozen as they are, no adapter, everything else trained.
 
     What an adapter method gains over this is due to its adapters. Not from a paper.
     """
-    return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),), rest=rest, freeze=freeze)
+    return Method(name="frozen", adapt=(Adapt(target_modules, Unchanged(), exclude_modules),))
 
 
 @register("method", family="none")
@@ -49,92 +47,56 @@ def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> M
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def lora(
-    target_modules: Targets = ("q", "v"),
-    *,
-    rank: int = 8,
-    alpha: float | None = 16,
-    dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
+    target_modules: Targets = ("q", "v"), *, rank: int = 8, alpha: float | None = 16, dropout: float = 0.0
 ) -> Method:
     """LoRA (Hu et al., arXiv 2106.09685): W + (alpha/rank)·B A, on q and v as in the paper.
 
     A starts Kaiming-uniform, B at zero.
     """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
-    adapt = (Adapt(target_modules, make, exclude_modules),)
-    return Method(name="lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+    return Method(name="lora", adapt=(Adapt(target_modules, make),))
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def rslora(
-    target_modules: Targets = ("q", "v"),
-    *,
-    rank: int = 8,
-    alpha: float | None = 16,
-    dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
+    target_modules: Targets = ("q", "v"), *, rank: int = 8, alpha: float | None = 16, dropout: float = 0.0
 ) -> Method:
     """Rank-stabilised LoRA (Kalajdzievski, arXiv 2312.03732): LoRA at scale alpha/√rank.
 
     High ranks then learn as fast as low ones.
     """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout, rank_stabilised=True)
-    adapt = (Adapt(target_modules, make, exclude_modules),)
-    return Method(name="rslora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+    return Method(name="rslora", adapt=(Adapt(target_modules, make),))
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def dora(
-    target_modules: Targets = "all-linear",
-    *,
-    rank: int = 8,
-    alpha: float | None = 16,
-    dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
+    target_modules: Targets = "all-linear", *, rank: int = 8, alpha: float | None = 16, dropout: float = 0.0
 ) -> Method:
     """DoRA (Liu et al., arXiv 2402.09353): the weight's magnitude and direction apart, LoRA on the direction."""
     make = DoRA(LoRA(rank=rank, alpha=alpha, dropout=dropout))
-    adapt = (Adapt(target_modules, make, exclude_modules),)
-    return Method(name="dora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+    return Method(name="dora", adapt=(Adapt(target_modules, make),))
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def pissa(
-    target_modules: Targets = "all-linear",
-    *,
-    rank: int = 16,
-    alpha: float | None = None,
-    dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
+    target_modules: Targets = "all-linear", *, rank: int = 16, alpha: float | None = None, dropout: float = 0.0
 ) -> Method:
     """PiSSA (Meng et al., arXiv 2404.02948): LoRA that starts from the leading singular vectors of W.
 
     The scale is 1 by default (``alpha`` None means alpha = rank).
     """
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout, init="pissa")
-    adapt = (Adapt(target_modules, make, exclude_modules),)
-    return Method(name="pissa", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+    return Method(name="pissa", adapt=(Adapt(target_modules, make),))
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def lora_plus(
     target_modules: Targets = ("q", "v"),
     *,
@@ -142,35 +104,24 @@ def lora_plus(
     alpha: float | None = 16,
     ratio: float = 16.0,
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """LoRA+ (Hayou et al., arXiv 2402.12354): LoRA with ``ratio`` times the learning rate for B (the paper's λ)."""
     make = LoRA(rank=rank, alpha=alpha, dropout=dropout)
     return Method(
         name="lora_plus",
-        adapt=(Adapt(target_modules, make, exclude_modules),),
+        adapt=(Adapt(target_modules, make),),
         rules=(Use(FACTOR_B, AdamW(), lr=ratio, decay=False), Use("*", AdamW())),
-        rest=rest,
-        ties=ties,
-        freeze=freeze,
     )
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def lora_rite(
     target_modules: Targets = "all-linear",
     *,
     rank: int = 16,
     alpha: float | None = None,
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """LoRA-RITE (Yen et al., arXiv 2410.20625): LoRA whose steps on BA do not depend on how BA is split.
 
@@ -178,12 +129,12 @@ def lora_rite(
     default (``alpha`` None means alpha = rank).
     """
     rules = (Use(FACTORS, LoraRite(), decay=False), Use("*", AdamW()))
-    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),)
-    return Method(name="lora_rite", adapt=adapt, rules=rules, rest=rest, ties=ties, freeze=freeze)
+    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout)),)
+    return Method(name="lora_rite", adapt=adapt, rules=rules)
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def lora_muon(
     target_modules: Targets = "all-linear",
     *,
@@ -192,10 +143,6 @@ def lora_muon(
     momentum: float = 0.95,
     scale: MuonScale = "rms",
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """LoRA-Muon (Cesista et al., arXiv 2606.12921): Muon's step on BA, half by each factor; AdamW elsewhere.
 
@@ -203,12 +150,12 @@ def lora_muon(
     (``alpha`` None means alpha = rank).
     """
     rules = (Use(FACTORS, LoraMuon(momentum=momentum, scale=scale), decay=False), Use("*", AdamW()))
-    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),)
-    return Method(name="lora_muon", adapt=adapt, rules=rules, rest=rest, ties=ties, freeze=freeze)
+    adapt = (Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout)),)
+    return Method(name="lora_muon", adapt=adapt, rules=rules)
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def multihead_lora(
     target_modules: Targets = "all-linear",
     *,
@@ -217,10 +164,6 @@ def multihead_lora(
     alpha: float | None = None,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """Multi-head LoRA (Huh et al., arXiv 2402.16828, section 3.2): W + (s/N) Σ_h B_h A_h, all heads on every batch.
 
@@ -228,12 +171,11 @@ def multihead_lora(
     4·rank, as for ``lte``.
     """
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, init=init, dropout=dropout)
-    adapt = (Adapt(target_modules, make, exclude_modules),)
-    return Method(name="multihead_lora", adapt=adapt, rest=rest, ties=ties, freeze=freeze)
+    return Method(name="multihead_lora", adapt=(Adapt(target_modules, make),))
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def lte(
     target_modules: Targets = "all-linear",
     *,
@@ -250,11 +192,7 @@ def lte(
     overlap: bool = False,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
     rest_every: int | None = None,
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged regularly.
 
@@ -273,7 +211,7 @@ def lte(
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
     return Method(
         name="lte",
-        adapt=(Adapt(target_modules, make, exclude_modules),),
+        adapt=(Adapt(target_modules, make),),
         merge=Merge(
             merge_every,
             keep=keep,
@@ -284,15 +222,12 @@ def lte(
             weigh=weigh,
             overlap=overlap,
         ),
-        rest=rest,
         rest_every=rest_every,
-        ties=ties,
-        freeze=freeze,
     )
 
 
 @register("method", family="adapter")
-@also(groups)
+@also(adapted, groups)
 def relora(
     target_modules: Targets = "all-linear",
     *,
@@ -302,10 +237,6 @@ def relora(
     forget: float = 0.9,
     restart_warmup: int | None = None,
     dropout: float = 0.0,
-    exclude_modules: Targets = (),
-    rest: Rest = "auto",
-    ties: Ties = "adapt",
-    freeze: Targets = (),
 ) -> Method:
     """ReLoRA (Lialin et al., arXiv 2307.05695): LoRA merged and restarted every ``merge_every`` steps.
 
@@ -317,12 +248,9 @@ def relora(
     warmup = min(100, merge_every // 10) if restart_warmup is None else restart_warmup
     return Method(
         name="relora",
-        adapt=(Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout), exclude_modules),),
+        adapt=(Adapt(target_modules, LoRA(rank=rank, alpha=alpha, dropout=dropout)),),
         merge=Merge(merge_every, keep=False, forget=forget),
         lr=Rewarm(every=merge_every, warmup=warmup),
-        rest=rest,
-        ties=ties,
-        freeze=freeze,
     )
 
 
