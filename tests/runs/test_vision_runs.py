@@ -214,7 +214,7 @@ def test_images_are_predicted_as_they_are_read(tmp_path: Path, file: Path, monke
         (["--model.image_size", "30"], "not a multiple of the patch"),
         (["--data", "none.npz"], "no file or folder none.npz"),
         (["--labels", "x.csv"], "data.labels has no effect"),
-        (["--data.augment", "flip"], "there are hflip, vflip"),
+        (["--data.augment", "flip"], "it is one of hflip, vflip"),
     ],
 )
 def test_bad_input_is_one_clear_message(

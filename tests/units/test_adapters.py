@@ -12,8 +12,9 @@ from torch.utils.checkpoint import checkpoint
 
 import lowrank
 from lowrank.adapters import AdaptedEmbedding, AdaptedLinear, LoRA, Site
-from lowrank.adapters.adapter import check_integer, shard_sizes
+from lowrank.adapters.adapter import shard_sizes
 from lowrank.adapters.layers import is_linear, matrix_of
+from lowrank.infra.checks import check_integer
 
 
 def adapted(model: nn.Module, **options: object) -> nn.Module:

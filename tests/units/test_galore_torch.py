@@ -328,9 +328,9 @@ def matrix():
 @pytest.mark.parametrize(
     ("group", "message"),
     [
-        ({"rank": 0}, "rank=0 must be a positive whole number"),
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
         ({"rank": 1.5}, "rank=1.5"),
-        ({"rank": 2, "update_proj_gap": 0}, "update_proj_gap=0 must be a positive whole number"),
+        ({"rank": 2, "update_proj_gap": 0}, "update_proj_gap=0 must be a whole number of at least 1"),
         ({"rank": 2, "proj_type": "short"}, "one of std, reverse_std, left, right, full"),
     ],
 )

@@ -99,7 +99,7 @@ WRONG_FILES = [
     ("x", {"val_images": None, "train_labels": None}, {}, r"lacks train_labels, val_images.* it has test_images"),
     ("x", b"not a zip", {}, r"no \.npz file, or a damaged one"),
     ("breastmnist", {"test_labels": np.array([2] * 12)}, {}, r"from 2 to 2.*takes whole numbers from 0 to 1"),
-    ("x", {}, {"dataset": "lungmnist"}, "none of MedMNIST's"),
+    ("x", {}, {"dataset": "lungmnist"}, "it is one of .*pathmnist"),
     ("x", {}, {"size": 64}, r"data\.size=64, and .* holds images of 28 pixels"),
     ("breastmnist", {}, {"kind": "ordinal"}, "the task of breastmnist is binary"),
     ("x", {"train_labels": np.ones((24, 3), int)}, {"kind": "multi-class"}, "3 labels to an image"),

@@ -293,9 +293,9 @@ def test_sides(side, shape, inside):
 @pytest.mark.parametrize(
     ("options", "message"),
     [
-        ({"rank": 0}, "rank=0 must be a positive whole number"),
-        ({"rank": 2.5}, "rank=2.5 must be a positive whole number"),
-        ({"rank": True}, "rank=True must be a positive whole number"),
+        ({"rank": 0}, "rank=0 must be a whole number of at least 1"),
+        ({"rank": 2.5}, "rank=2.5 must be a whole number of at least 1"),
+        ({"rank": True}, "rank=True must be a whole number of at least 1"),
         ({"refresh_every": 0}, "refresh_every=0"),
         ({"side": "std"}, "side='std' is unknown; it is one of short, long, left, right, both"),
         ({"transport": "move"}, "one of keep, rotate, reset"),

@@ -171,10 +171,3 @@ def shard_sizes(batch: int, heads: int) -> list[int]:
     [3, 3, 2, 2]
     """
     return [batch // heads + (h < batch % heads) for h in range(heads)]
-
-
-def check_integer(name: str, value: object, least: int = 1) -> int:
-    """``value`` as an int; ValueError, calling it ``name``, unless it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
-    return value

@@ -19,9 +19,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Site, check_integer, shard_sizes
+from lowrank.adapters.adapter import Site, shard_sizes
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.split_adapter import SplitAdapter
+from lowrank.infra.checks import check_integer
 from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
 

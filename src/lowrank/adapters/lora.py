@@ -25,15 +25,16 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Additive, Site, check_integer, shard_sizes
+from lowrank.adapters.adapter import Additive, Site, shard_sizes
 from lowrank.adapters.low_rank_product import SMALL, add_low_rank_, linear_low_rank, takes_kernel
 from lowrank.adapters.split_adapter import SplitAdapter
+from lowrank.infra.checks import check_choice, check_integer
 from lowrank.infra.seeds import draw_normal, generator
 from lowrank.linalg.kernels import chosen
 from lowrank.linalg.rounding import wide
@@ -71,8 +72,7 @@ class LoRA:
     def __post_init__(self) -> None:
         check_integer("rank", self.rank)
         check_integer("heads", self.heads)
-        if self.init not in get_args(Init):
-            raise ValueError(f"init={self.init!r} is unknown; it is one of {', '.join(get_args(Init))}")
+        check_choice("init", self.init, Init)
         if not 0.0 <= self.dropout < 1.0:
             raise ValueError(f"dropout={self.dropout} must lie in [0, 1)")
         if self.alpha is not None and not self.alpha > 0:

@@ -17,17 +17,18 @@ At outer_lr 1 and μ = 0 that is the plain merge. M is one float32 matrix per ad
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.adapter import Adapter, check_integer
+from lowrank.adapters.adapter import Adapter
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.layers import AdaptedQuantised, adapted_layers, dequantise_, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import is_sharded, unsharded_parameter
+from lowrank.infra.checks import check_choice, check_integer
 from lowrank.linalg.rounding import wide
 
 Weigh = Literal["equal", "tokens", "steps", "seconds"]
@@ -68,10 +69,8 @@ class Merge:
             raise ValueError(f"outer_lr={self.outer_lr} must be above 0 and finite: at 0 merges would add nothing")
         if not 0.0 <= self.outer_momentum < 1.0:
             raise ValueError(f"outer_momentum={self.outer_momentum} must lie in [0, 1)")
-        for option, allowed in (("exchange", get_args(Compression)), ("weigh", get_args(Weigh))):
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"{option}={getattr(self, option)!r} is unknown; it is one of {', '.join(allowed)}")
-
+        check_choice("exchange", self.exchange, Compression)
+        check_choice("weigh", self.weigh, Weigh)
         if self.overlap and not self.keep:
             raise ValueError(
                 "overlap=True goes on with factors that are in flight, and keep=False restarts them: use keep=True, "

@@ -25,6 +25,7 @@ from lowrank.adapters import Dense, LoRA, Merge
 from lowrank.adapters.compression import Compression
 from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
+from lowrank.infra.checks import check_choice
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
 from lowrank.methods.groups import adapted, groups
@@ -77,8 +78,7 @@ def lte_galore(
     Raises:
         ValueError: an unknown kind, or an alpha for explorers.
     """
-    if kind not in ("mixed", "explorers"):
-        raise ValueError(f"kind={kind!r} is unknown; it is 'mixed' or 'explorers'")
+    check_choice("kind", kind, Kind)
     if kind == "explorers" and alpha is not None:
         raise ValueError(f"alpha={alpha} is LoRA's scale; explorers have none: leave it out, and see scale=")
     elsewhere = Projected(rank=galore_rank, refresh_every=refresh_every, scale=scale, basis=basis_named(basis))

@@ -14,7 +14,7 @@ from dataclasses import replace
 from typing import Literal
 
 from lowrank.adapters.targets import Targets
-from lowrank.infra.convert import nearest
+from lowrank.infra.checks import check_choice
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
 from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
@@ -36,8 +36,7 @@ _BASES: dict[str, Basis] = {"power": PowerIteration(), "svd": SVD(), "gaussian":
 
 def basis_named(name: str) -> Basis:
     """The basis that a method's ``basis`` names; ValueError for another word."""
-    if name not in _BASES:
-        raise ValueError(f"basis={name!r} is unknown; it is one of {', '.join(_BASES)}{nearest(name, _BASES)}")
+    check_choice("basis", name, _BASES)
     return _BASES[name]
 
 
@@ -287,7 +286,6 @@ def embedding_rules(embeddings: Embeddings, rule: Rule | PairRule) -> tuple[Use,
         ValueError: an unknown choice.
     """
     chosen: dict[str, Rule | PairRule | None] = {"adamw": None, "adamw8bit": AdamW(storage="int8"), "project": rule}
-    if embeddings not in chosen:
-        raise ValueError(f"embeddings={embeddings!r} is unknown; it is one of {', '.join(chosen)}")
+    check_choice("embeddings", embeddings, Embeddings)
     found = chosen[embeddings]
     return () if found is None else (Use("embeddings", found),)

@@ -9,11 +9,12 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass, field, fields
-from typing import Literal, get_args
+from typing import Literal
 
 from lowrank.adapters import Adapter, Merge, Site, Unchanged
 from lowrank.adapters.adapter import splits_batch
 from lowrank.adapters.targets import Targets, as_list
+from lowrank.infra.checks import check_choice, check_integer
 from lowrank.methods.schedule import Schedule, constant
 from lowrank.optim.pairs import PairRule
 from lowrank.optim.projected import Projected
@@ -133,11 +134,10 @@ class Method:
     name: str = "method"
 
     def __post_init__(self) -> None:
-        for option, allowed in (("rest", get_args(Rest)), ("ties", get_args(Ties))):
-            if getattr(self, option) not in allowed:
-                raise ValueError(f"{option}={getattr(self, option)!r} is unknown; it is one of {', '.join(allowed)}")
-        if self.rest_every is not None and self.rest_every < 1:
-            raise ValueError(f"rest_every={self.rest_every} must be at least 1 step")
+        check_choice("rest", self.rest, Rest)
+        check_choice("ties", self.ties, Ties)
+        if self.rest_every is not None:
+            check_integer("rest_every", self.rest_every)
         if self.rest_every is not None and self.rest in ("train", "freeze"):
             raise ValueError(
                 f"rest_every={self.rest_every} averages a rest that trains on each rank by itself, and not "

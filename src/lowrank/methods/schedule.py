@@ -20,7 +20,9 @@ from __future__ import annotations
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Literal, get_args
+from typing import Literal
+
+from lowrank.infra.checks import check_choice
 
 Schedule = Callable[[int], float]
 Shape = Literal["cosine", "linear", "constant"]
@@ -70,8 +72,7 @@ class Envelope:
             raise ValueError(f"warmup={self.warmup} must lie between 0 and the run's {self.steps} steps")
         if not 0.0 <= self.min_ratio <= 1.0:
             raise ValueError(f"min_ratio={self.min_ratio} must lie between 0 and 1")
-        if self.shape not in get_args(Shape):
-            raise ValueError(f"schedule {self.shape!r} is none of {', '.join(get_args(Shape))}")
+        check_choice("schedule", self.shape, Shape)
 
     def __call__(self, step: int) -> float:
         if step < self.warmup:

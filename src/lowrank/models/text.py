@@ -19,6 +19,7 @@ from torch.utils.checkpoint import checkpoint
 
 from lowrank.data.text.corpora import Corpus
 from lowrank.data.text.fit import positions_of
+from lowrank.infra.checks import check_choice
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.linalg.quantised_linear import Quantised
@@ -274,9 +275,7 @@ def _looks_local(path: str) -> bool:
 
 
 def weights_dtype(name: str) -> torch.dtype | Literal["auto"]:
-    if name == "auto":
-        return "auto"
-    allowed = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-    if name not in allowed:
-        raise ValueError(f"model.dtype={name!r} is unknown; it is one of auto, {', '.join(allowed)}")
-    return allowed[name]
+    known: dict[str, torch.dtype | Literal["auto"]] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+    known |= {"float16": torch.float16, "auto": "auto"}
+    check_choice("model.dtype", name, known)
+    return known[name]

@@ -24,11 +24,12 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice
 from lowrank.linalg.basis import orthonormalise, random_basis
 from lowrank.optim.muon import MuonScale, gain_by_shape
 from lowrank.optim.normalised import LayerRule
 from lowrank.optim.rules import AdamW, Rule, State
-from lowrank.optim.storage import check_storage, wide
+from lowrank.optim.storage import wide
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +59,7 @@ class Dion(LayerRule):
             raise ValueError(f"rank={self.rank} must be at least 1")
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
-        check_storage("scale", self.scale, MuonScale)
+        check_choice("scale", self.scale, MuonScale)
 
     def init(self, like: Tensor) -> State:
         if like.dim() < 2:

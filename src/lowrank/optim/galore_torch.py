@@ -30,6 +30,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice
 from lowrank.infra.seeds import generator
 from lowrank.linalg.basis import SVD
 from lowrank.linalg.rounding import round_into_, wide
@@ -194,8 +195,7 @@ def _projected(inner: Any, rank: int, update_proj_gap: int, scale: float, proj_t
 
 
 def _check_group(group: dict[str, Any]) -> None:
-    if group["proj_type"] not in SIDES:
-        raise ValueError(f"proj_type={group['proj_type']!r} is unknown; it is one of {', '.join(SIDES)}")
+    check_choice("proj_type", group["proj_type"], SIDES)
     try:
         _projected(AdamW(), group["rank"], group["update_proj_gap"], group["scale"], group["proj_type"])
     except ValueError as error:

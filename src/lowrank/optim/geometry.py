@@ -5,19 +5,13 @@ from __future__ import annotations
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from functools import lru_cache
-from typing import Literal, get_args
+from typing import Literal
 
 from torch import Tensor
 
 from lowrank.linalg.basis import Side
 
 ProjectedSide = Literal["short", "long", "left", "right", "both"]
-
-
-def check_side(side: str) -> None:
-    """Raise ValueError for an unknown side."""
-    if side not in get_args(ProjectedSide):
-        raise ValueError(f"side={side!r} is unknown; it is one of {', '.join(get_args(ProjectedSide))}")
 
 
 def sides_of(side: ProjectedSide, rows: int, cols: int) -> tuple[Side, ...]:

@@ -21,11 +21,12 @@ from __future__ import annotations
 
 from abc import ABC, abstractmethod
 from dataclasses import dataclass
-from typing import Any, ClassVar, Literal, cast, get_args
+from typing import Any, ClassVar, Literal, cast
 
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice
 from lowrank.linalg.subspace import Subspace, Subspaces
 from lowrank.optim.rules import State
 from lowrank.optim.stacks import apart, copied, joined, joined_states
@@ -104,8 +105,7 @@ class _ByLength(Lift):
     limiter: float | None = 1.01
 
     def __post_init__(self) -> None:
-        if self.scope not in get_args(Scope):
-            raise ValueError(f"scope={self.scope!r} is unknown; it is one of {', '.join(get_args(Scope))}")
+        check_choice("scope", self.scope, Scope)
         if self.limiter is not None and not self.limiter >= 1.0:
             raise ValueError(f"limiter={self.limiter} must be at least 1 (the papers' is 1.01), or None for none")
 

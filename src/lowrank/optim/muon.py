@@ -25,9 +25,9 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice, check_integer
 from lowrank.linalg.kernels import chosen
 from lowrank.optim.normalised import NormalisedMomentum
-from lowrank.optim.storage import check_storage
 
 MuonScale = Literal["rms", "keller", "spectral", "none"]
 Precision = Literal["float32", "bfloat16"]
@@ -60,10 +60,9 @@ class Muon(NormalisedMomentum):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        if self.iterations < 1:
-            raise ValueError(f"iterations={self.iterations} must be at least 1")
-        check_storage("scale", self.scale, MuonScale)
-        check_storage("precision", self.precision, Precision)
+        check_integer("iterations", self.iterations)
+        check_choice("scale", self.scale, MuonScale)
+        check_choice("precision", self.precision, Precision)
 
     def gain(self, out_features: int, in_features: int) -> float:
         return gain_by_shape(self.scale, out_features, in_features)

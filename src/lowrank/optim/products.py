@@ -37,10 +37,11 @@ from typing import cast
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice
 from lowrank.optim.muon import MuonScale, gain_by_shape, orthogonalised
 from lowrank.optim.pairs import Pair, PairRule
 from lowrank.optim.rules import AdamW, State
-from lowrank.optim.storage import check_storage, wide
+from lowrank.optim.storage import wide
 
 FLOOR = 1e-8  # the least eigenvalue that is inverted, as a share of the largest
 
@@ -127,7 +128,7 @@ class LoraMuon(ProductRule):
     def __post_init__(self) -> None:
         if not 0.0 <= self.momentum < 1.0:
             raise ValueError(f"momentum={self.momentum} must lie in [0, 1)")
-        check_storage("scale", self.scale, MuonScale)
+        check_choice("scale", self.scale, MuonScale)
 
     def factor_state(self, own: Tensor, other: Tensor) -> State:
         return {"momentum_buffer": own.new_zeros(own.shape)}

@@ -40,15 +40,16 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, cast, get_args
+from typing import Any, Literal, cast
 
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice, check_integer
 from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, Side, orthonormalise
 from lowrank.linalg.kernels import chosen, rate, takes
 from lowrank.linalg.subspace import Subspace, Subspaces, residual
-from lowrank.optim.geometry import ProjectedSide, basis_shapes, check_side, inside_shape, matrices_of, sides_of
+from lowrank.optim.geometry import ProjectedSide, basis_shapes, inside_shape, matrices_of, sides_of
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.refresh import (
     Lazy,
@@ -69,7 +70,7 @@ from lowrank.optim.refresh import (
 )
 from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
 from lowrank.optim.stacks import alike, joined
-from lowrank.optim.storage import BasisStorage, allocate, basis_code, check_storage, read, wide, write_
+from lowrank.optim.storage import BasisStorage, allocate, basis_code, read, wide, write_
 
 Transport = Literal["keep", "rotate", "statistics", "reset"]
 
@@ -157,13 +158,10 @@ class Projected(Rule):
 
     def __post_init__(self) -> None:
         for name in ("rank", "refresh_every"):
-            value = getattr(self, name)
-            if isinstance(value, bool) or not isinstance(value, int) or value < 1:
-                raise ValueError(f"{name}={value!r} must be a positive whole number")
-        check_side(self.side)
-        if self.transport not in get_args(Transport):
-            raise ValueError(f"transport={self.transport!r} is unknown; it is one of {', '.join(get_args(Transport))}")
-        check_storage("basis_storage", self.basis_storage, BasisStorage)
+            check_integer(name, getattr(self, name))
+        check_choice("side", self.side, ProjectedSide)
+        check_choice("transport", self.transport, Transport)
+        check_choice("basis_storage", self.basis_storage, BasisStorage)
         check_rule(self.inner, "inner=")
         self.lift.check(self.side)
         self._check_pairs()

@@ -23,13 +23,14 @@ from typing import Any, ClassVar, cast
 import torch
 from torch import Tensor
 
+from lowrank.infra.checks import check_choice
 from lowrank.linalg.kernels import chosen, rate
 from lowrank.linalg.kernels import takes as kernels_take
 from lowrank.linalg.parts import parts
 from lowrank.linalg.quantise import split
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.stacks import add_one_, alike, joined, joined_states
-from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, check_storage, read, wide, write_
+from lowrank.optim.storage import FIRST, SECOND, Storage, allocate, read, wide, write_
 
 State = dict[str, "Tensor | State"]
 Move = Callable[[Tensor, int], Tensor]  # (a moment, the power of the gradient in it) -> that moment in another basis
@@ -219,7 +220,7 @@ class AdamW(Rule):
             raise ValueError(f"betas={self.betas} must be two numbers in [0, 1)")
         if self.eps < 0:
             raise ValueError(f"eps={self.eps} must not be negative")
-        check_storage("storage", self.storage)
+        check_choice("storage", self.storage, Storage)
 
     def init(self, like: Tensor) -> State:
         return {

@@ -16,7 +16,7 @@ Bytes for n numbers in b = ceil(n/256) blocks, n rounded up to a multiple of b f
 from __future__ import annotations
 
 from functools import cache
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import torch
 from torch import Tensor
@@ -36,13 +36,6 @@ SECOND = Code(signed=False, power=4)  # a second moment: not negative, and never
 def basis_code(storage: str) -> Code:
     """How a basis is coded: uniformly."""
     return Code(bits=4 if storage == "int4" else 8)
-
-
-def check_storage(name: str, value: str, allowed: Any = Storage) -> None:
-    """Raise ValueError unless ``value``, of the argument ``name``, is one of the kinds of storage in ``allowed``."""
-    kinds = get_args(allowed)
-    if value not in kinds:
-        raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(kinds)}")
 
 
 def allocate(like: Tensor, storage: str, code: Code) -> Stored:

@@ -22,6 +22,7 @@ from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, is_sharded
 from lowrank.distributed.workers import ProcessLayout, process_layout
+from lowrank.infra.checks import check_choice
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import OneFactor
@@ -150,8 +151,7 @@ class Plan:
             for row in self.rows:
                 if row.is_factor and row.rule is not None:
                     check_forgets(row.rule, torch.empty(row.shape, dtype=row.dtype, device="meta"), row.name)
-        if merge not in ("auto", "manual"):
-            raise ValueError(f"merge={merge!r} is unknown; it is 'auto' or 'manual'")
+        check_choice("merge", merge, ("auto", "manual"))
         synchroniser = self.synchroniser(automatic=merge == "auto")
         synchroniser.keep_reference_copies_()
         synchroniser.watch_weights_()

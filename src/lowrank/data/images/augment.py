@@ -19,7 +19,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.infra.convert import nearest
+from lowrank.infra.checks import check_choice
 
 AUGMENTATIONS = ("hflip", "vflip", "crop", "randaugment")
 MAGNITUDE = 9 / 30
@@ -33,10 +33,7 @@ def check_augment(names: Sequence[str]) -> tuple[str, ...]:
         ValueError: an unknown one.
     """
     for name in names:
-        if name not in AUGMENTATIONS:
-            raise ValueError(
-                f"data.augment={name!r}{nearest(name, AUGMENTATIONS)}; there are {', '.join(AUGMENTATIONS)}"
-            )
+        check_choice("data.augment", name, AUGMENTATIONS)
     return tuple(names)
 
 

@@ -17,9 +17,11 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, get_args
+from typing import Any, Literal
 
 import numpy as np
+
+from lowrank.infra.checks import check_choice
 
 Fit = Literal["pad", "crop", "stretch"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
@@ -50,8 +52,7 @@ class Reading:
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST:
             raise ValueError(f"data.size={self.size} must be at least 1, and at most {LARGEST}")
-        if self.fit not in get_args(Fit):
-            raise ValueError(f"data.fit={self.fit!r} is unknown; it is one of {', '.join(get_args(Fit))}")
+        check_choice("data.fit", self.fit, Fit)
         window_limits(self.window)
 
 

@@ -21,6 +21,7 @@ import numpy as np
 from lowrank.data.cache import cache_root
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, stored
 from lowrank.data.split_names import SPLITS
+from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
 
 SIZES = (28, 64, 128, 224)
@@ -83,10 +84,8 @@ def read_npz(path: Path, options: Options) -> ImageSet:
         ValueError: other keys, shapes or labels than the layout has; no such set.
     """
     name = options.dataset or _recognised(path)
-    if name is not None and name not in NAMES:
-        raise ValueError(
-            f"data.dataset={name!r} is none of MedMNIST's{nearest(name, NAMES)}; it is one of {', '.join(NAMES)}"
-        )
+    if name is not None:
+        check_choice("data.dataset", name, NAMES)
     arrays, digest = _arrays(path, options.unpack_large)
     labels = {split: _labels(arrays[f"{split}_labels"], path, split) for split in SPLITS}
     if not len(labels["train"]):

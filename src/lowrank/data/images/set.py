@@ -23,6 +23,7 @@ import numpy as np
 
 from lowrank.data.cache import cache_root, locked, published, remove_leftovers
 from lowrank.data.images.decode import Fit
+from lowrank.infra.checks import check_choice
 from lowrank.infra.files import write_text_atomically
 
 Kind = Literal["binary", "multi-class", "multi-label", "ordinal"]
@@ -71,8 +72,7 @@ class ImageSet:
     pixels: str = ""
 
     def __post_init__(self) -> None:
-        if self.kind not in KINDS:
-            raise ValueError(f"data.kind={self.kind!r} is unknown; it is one of {', '.join(KINDS)}")
+        check_choice("data.kind", self.kind, KINDS)
         if len(self.classes) < (1 if self.kind == "multi-label" else 2):
             raise ValueError(
                 f"{self.name} has only the class {', '.join(self.classes)}: there is nothing to tell apart"

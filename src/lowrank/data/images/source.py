@@ -27,6 +27,7 @@ from lowrank.data.images.decode import Fit, Reading
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split, some
 from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS
+from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
 from lowrank.infra.files import write_json
 from lowrank.infra.registry import register
@@ -202,8 +203,7 @@ def images(
     Raises:
         ValueError, OSError: no such source, or it does not hold what it should; options that do not fit the source.
     """
-    if balance not in BALANCES:
-        raise ValueError(f"data.balance={balance!r}{nearest(balance, BALANCES)}; it is one of {', '.join(BALANCES)}")
+    check_choice("data.balance", balance, BALANCES)
     names = check_augment(augment)
     options = Options(
         dataset=dataset,
