@@ -205,7 +205,7 @@ def test_steps_have_the_length_that_the_scale_says() -> None:
     [
         (lambda: Muon(momentum=1.0), "momentum=1.0 must lie in"),
         (lambda: Muon(momentum=0.0), "nesterov=True needs a momentum"),
-        (lambda: Muon(iterations=0), "iterations=0 must be at least 1"),
+        (lambda: Muon(iterations=0), "iterations=0 must be a whole number of at least 1"),
         (lambda: lowrank.methods.muon(scale="rm"), "scale='rm' is unknown; it is one of rms, keller"),
         (lambda: lowrank.methods.muon(precision="half"), "precision='half' is unknown"),
         (lambda: Soap(refresh_every=0), "refresh_every=0 must be at least 1"),

@@ -108,6 +108,19 @@ class Merge:
             change = change.add_(momentum, alpha=self.outer_momentum)
         return change.mul_(self.outer_lr).add_(W)
 
+    def check_steps(self, steps: int) -> None:
+        """Raise ValueError where a run of so many steps would never merge."""
+        if self.merge_every > steps:
+            raise ValueError(
+                f"merge_every={self.merge_every} is longer than the run of {steps} steps: nothing would ever merge; "
+                f"use at most {steps}"
+            )
+        if self.overlap and 2 * self.merge_every > steps:
+            raise ValueError(
+                f"overlap=True merges at step {2 * self.merge_every} what was sent at step {self.merge_every}, and the "
+                f"run has {steps} steps: use merge_every of at most {steps // 2}, or overlap=False"
+            )
+
     def due(self, steps: int) -> bool:
         """Whether a merge is due after ``steps`` completed steps.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from typing import Any, get_args
 
 from lowrank.infra.convert import nearest
@@ -10,7 +9,7 @@ from lowrank.infra.convert import nearest
 
 def check_choice(name: str, value: object, allowed: Any) -> None:
     """ValueError, calling it ``name``, unless ``value`` is one of ``allowed``: names, or a Literal of them."""
-    names: Iterable[str] = get_args(allowed) or tuple(allowed)
+    names: tuple[str, ...] = get_args(allowed) or tuple(allowed)
     if value not in names:
         raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(names)}{nearest(str(value), names)}")
 

@@ -16,7 +16,6 @@ step, so a resumed run is bitwise the run that was never stopped, on a CPU.
 from __future__ import annotations
 
 import math
-import signal
 import statistics
 import threading
 import time
@@ -50,6 +49,7 @@ from lowrank.train.elastic import newest
 from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder
 from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
+from lowrank.train.signals import asked_to_stop
 
 __all__ = ["NotFinite", "train"]
 
@@ -140,7 +140,7 @@ def _train(
         describe(session, out)
     loop.saver.prepare()
     loop.coordinator.begin()
-    with loop.recording(notes, after=loop.step if resume or elastic else None), _signals() as stopping:
+    with loop.recording(notes, after=loop.step if resume or elastic else None), asked_to_stop() as stopping:
         loop.run_until(loop.end, stopping)
         if judge:
             loop.judge()
@@ -177,7 +177,8 @@ class _Loop:
         self.end = min(run.stop_at or self.steps, self.steps)
         self.eval_every = self._eval_every()
         self.batches = Prefetch(self.source.batch, end=self.end * run.grad_accum)
-        self._check_merge()
+        if (merge := session.plan.method.merge) is not None:
+            merge.check_steps(self.steps)
         self.envelope = Envelope(
             steps=self.steps, warmup=run.warmup_steps(self.steps), min_ratio=run.min_lr_ratio, shape=run.schedule
         )
@@ -209,19 +210,6 @@ class _Loop:
         missing = self.eval_every == 0 and self.session.run.eval_every != "never"
         why = "note: the data has no val split, so there is no evaluation and no best checkpoint, only the latest"
         return [*self.coordinator.notes(), *([f"{why} (--eval-every never says that it is meant)"] if missing else [])]
-
-    def _check_merge(self) -> None:
-        merge = self.session.plan.method.merge
-        if merge is not None and merge.merge_every > self.steps:
-            raise ValueError(
-                f"merge_every={merge.merge_every} is longer than the run of {self.steps} steps: nothing would ever "
-                f"merge; use at most {self.steps}"
-            )
-        if merge is not None and merge.overlap and 2 * merge.merge_every > self.steps:
-            raise ValueError(
-                f"overlap=True merges at step {2 * merge.merge_every} what was sent at step {merge.merge_every}, and "
-                f"the run has {self.steps} steps: use merge_every of at most {self.steps // 2}, or overlap=False"
-            )
 
     # --- the loop ------------------------------------------------------------------------------------------------
 
@@ -364,12 +352,8 @@ class _Loop:
         """Evaluate on the validation split; whether it is the best so far."""
         session = self.session
         batches = session.data.evaluation("val", session.run.batch_size, session.run.eval_batches)
-        where: dict[str, Any] = {
-            "device": session.device,
-            "autocast": session.autocast,
-            "ranks": self.coordinator.ranks,
-        }
-        where["sharing"] = self.coordinator.sharing
+        where: dict[str, Any] = {"ranks": self.coordinator.ranks, "sharing": self.coordinator.sharing}
+        where |= {"device": session.device, "autocast": session.autocast}
         with self.memory.watching("evaluation"):
             metrics = evaluate(session.model, batches, session.task, **where)
         self.latest_metrics = {f"val_{name}": value for name, value in metrics.items()}
@@ -465,24 +449,3 @@ def _seconds(records: list[dict[str, Any]]) -> float:
     """Seconds of training, evaluations and checkpoints apart: each record holds the mean of the steps before it."""
     steps = [0, *(record["step"] for record in records)]
     return sum(r["step_seconds"] * (r["step"] - before) for before, r in zip(steps, records, strict=False))
-
-
-@contextmanager
-def _signals() -> Iterator[threading.Event]:
-    """An event that Ctrl-C or SIGTERM sets; a second one interrupts at once. Only the main thread can have handlers."""
-    stopping = threading.Event()
-    if threading.current_thread() is not threading.main_thread():
-        yield stopping
-        return
-
-    def ask(number: int, frame: object) -> None:
-        if stopping.is_set():
-            raise KeyboardInterrupt
-        stopping.set()
-
-    before = {number: signal.signal(number, ask) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield stopping
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
