@@ -4,9 +4,7 @@ static       bytes of weights, factors, kept copies and state, every method × G
 peaks        the first step's peak by the profiler's memory events, and what is held after the forward pass
 published    GaLore's table 6 (arXiv 2403.03507): weights and optimizer state in decimal GB
 
-python -m benchmarks.ledger            about ten minutes on two idle cores; writes results/ledger_….json
-
-The committed result is of a part of it: GPT alone, as far as a busy machine came.
+python -m benchmarks.ledger            about five minutes on two cores; writes results/ledger_….json
 """
 
 from __future__ import annotations
@@ -19,7 +17,7 @@ from torch.profiler import ProfilerActivity, profile
 
 from benchmarks.common import save
 from lowrank.methods import METHODS
-from lowrank.plan.live_bytes import STATIC, FakeLiveBytes, LiveBytes, without_guesses
+from lowrank.plan.live_bytes import STATIC, FakeLiveBytes, LiveBytes, undisturbed
 from lowrank.plan.trace import Setup, Steps
 from lowrank.recipes import find
 from lowrank.run.estimate import _made, estimate
@@ -66,7 +64,7 @@ def static_parts() -> dict[str, Any]:
                     continue
                 parts = []
                 for kind in (FakeLiveBytes, LiveBytes):
-                    with without_guesses():
+                    with undisturbed():
                         live, *held = _made(run, kind)  # what is let go is no longer counted
                     parts.append({name: live.counts.parts[name] for name in STATIC})
                     assert parts[-1]["weights"]
@@ -78,15 +76,14 @@ def static_parts() -> dict[str, Any]:
 
 
 def configurations() -> Iterator[tuple[str, Run]]:
-    """Every method on every model, with batch, checkpointing and per-layer steps varied over them."""
+    """Every method on every model, with batch, checkpointing, per-layer steps and precision varied over them."""
     for i, model in enumerate(MODELS):
         for j, method in enumerate(METHODS):
-            for k in range(2):
-                changes = {"batch_size": (4, 12)[k], "checkpoint_activations": (i + j + k) % 2 == 0}
-                changes |= {"per_layer": (i + j) % 3 == 0, "precision": ("fp32", "bf16-weights")[(j // 2) % 2]}
-                run = run_of(model, method, **changes)
-                if run is not None:
-                    yield f"{model} {method} {' '.join(f'{name}={value}' for name, value in changes.items())}", run
+            changes = {"batch_size": (4, 12)[(i + j) % 2], "checkpoint_activations": (i + j // 2) % 2 == 0}
+            changes |= {"per_layer": (i + j) % 3 == 0, "precision": ("fp32", "bf16-weights")[(j // 2) % 2]}
+            run = run_of(model, method, **changes)
+            if run is not None:
+                yield f"{model} {method} {' '.join(f'{name}={value}' for name, value in changes.items())}", run
 
 
 def profiled(setup: Setup, held: int) -> int:
@@ -110,7 +107,7 @@ def peaks() -> dict[str, Any]:
     for name, run in configurations():
         sheet = estimate(run, on_card=False)
         predicted = max(peak.total for (step, _), peak in sheet.counts.peaks.items() if step == "first")
-        with without_guesses():
+        with undisturbed():
             live, _, _, setup = _made(run, LiveBytes)
         gc.collect()
         counted = profiled(setup, live.counts.now)
@@ -140,7 +137,7 @@ def published() -> dict[str, Any]:
         row: dict[str, Any] = {"published": {"weights": weights, "full": adamw, "galore": galore}}
         for method in ("full", "galore"):
             run = resolve(override(find(f"llama-{size}"), {"device": "cpu", "method": method}))
-            with without_guesses():
+            with undisturbed():
                 live, *held = _made(run, FakeLiveBytes)
             parts = dict(live.counts.parts)
             del held

@@ -13,10 +13,11 @@ from torch import Tensor
 
 import lowrank
 from lowrank.cli import main
-from lowrank.plan.live_bytes import LiveBytes
+from lowrank.plan.live_bytes import Counts, LiveBytes, Peak
 from lowrank.plan.sheet import Sheet, gib, parse_size
 from lowrank.recipes import find
 from lowrank.run import estimate as estimating
+from lowrank.run import fit
 from lowrank.run.estimate import estimate
 from lowrank.run.fit import _at_most, fitted
 from lowrank.run.overrides import override, resolve
@@ -303,6 +304,21 @@ def test_what_cannot_be_made_to_fit(capsys: pytest.CaptureFixture[str]) -> None:
         assert message in capsys.readouterr().err
 
 
+def test_what_was_not_needed_is_taken_back(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Where 8-bit GaLore alone makes a run fit, checkpointing and narrow numbers, tried before it, are not given up."""
+    real = estimate(small("gpt-mini"))
+
+    def pretended(run: Run) -> Sheet:
+        total = 1 << 20 if run.method.name == "galore_8bit" else 1 << 40
+        return replace(real, on_card=False, counts=Counts(peaks={("first", "backward"): Peak(total, {})}))
+
+    monkeypatch.setattr(fit, "estimate", pretended)
+    found = fitted(small("gpt-mini"), 1 << 30)
+    assert found.gave_up == ["full AdamW: 8-bit GaLore (--method galore_8bit)"]
+    assert (found.run.precision, found.run.checkpoint_activations) == ("fp32", False)
+    assert found.run.batch_size == small("gpt-mini").batch_size
+
+
 def test_between_traces_batches_are_on_lines() -> None:
     points = [(1, 100), (8, 800), (64, 8000)]
     assert [_at_most(points, size) for size in (99, 100, 450, 800, 4400, 16000)] == [0, 1, 4, 8, 36, 126]
@@ -315,13 +331,17 @@ def test_a_run_records_its_peaks_and_says_beforehand_that_it_will_not_fit(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 20)
-    lte = ["--method", "lte", "--method.rank", "2", "--method.merge_every", "3", "--steps", "4"]
-    words = ["train", "gpt-mini", *SHAPE, *lte, "--eval-batches", "1", "--max-grad-norm", "none", "--device", "cpu"]
-    assert main([*words, "--out", str(tmp_path / "run")]) == 0
+    both = ["--method", "lte_galore", "--method.rank", "2", "--method.merge_every", "3", "--method.refresh_every", "2"]
+    words = ["train", "gpt-mini", *SHAPE, *both, "--steps", "4", "--eval-batches", "1", "--max-grad-norm", "none"]
+    assert main([*words, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
     assert "this run is predicted not to fit: it needs " in said.err + said.out
     found = json.loads((tmp_path / "run" / memory.MEMORY).read_text())
-    assert set(found["measured_peak_bytes"]) == {"first", "ordinary", "merge", "evaluation"}
+    assert set(found["measured_peak_bytes"]) == {"first", "ordinary", "refresh", "merge", "evaluation"}
     predicted = found["predicted"]["by_step"]
     for step in ("first", "ordinary"):
         assert found["measured_peak_bytes"][step] == pytest.approx(predicted[step], rel=0.03)
+    assert main(["report", str(tmp_path / "run"), "--out", str(tmp_path / "page")]) == 0
+    page = (tmp_path / "page" / "report.md").read_text()
+    assert f"{gib(predicted['first'])} / {gib(found['measured_peak_bytes']['first'])}" in page
+    assert (tmp_path / "page" / "memory.png").read_bytes().startswith(b"\x89PNG")

@@ -15,16 +15,17 @@ import gc
 import warnings
 import weakref
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from functools import cache
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode, in_kernel_invocation_manager
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils._pytree import tree_iter
+from torch.utils._pytree import tree_map_only
 
 from lowrank.distributed.shards import is_sharded, to_local
 from lowrank.plan.work import AGAIN, BACKWARD, FORWARD, STEP, Amount, Kind, Work, described
@@ -159,17 +160,20 @@ class LiveBytes(TorchDispatchMode):
         if place not in counts.peaks or counts.now > counts.peaks[place].total:
             counts.peaks[place] = Peak(counts.now, dict(counts.parts), counts.rounding)
 
+    @classmethod
+    def _should_skip_dynamo(cls) -> bool:
+        return False  # otherwise torch imports its compiler at the first operation
+
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         if any(hasattr(kind, "device_mesh") for kind in types):
             return NotImplemented  # a sharded tensor: what it makes of it for its shard comes here again
         out = self.call(func, args, kwargs or {})
         added = False
-        for tensor in tree_iter(out):
-            if isinstance(tensor, Tensor):
-                storage = tensor.untyped_storage()
-                if storage._cdata not in self._held:
-                    self._add(storage, self.kind)
-                    added = True
+        for tensor in _tensors((out,)):
+            storage = tensor.untyped_storage()
+            if storage._cdata not in self._held:
+                self._add(storage, self.kind)
+                added = True
         if added:
             self._note()
         if func.namespace == "c10d":
@@ -201,21 +205,36 @@ class LiveBytes(TorchDispatchMode):
 
 
 class FakeLiveBytes(LiveBytes):
-    """The same on fake tensors (module docstring)."""
+    """The same on fake tensors (module docstring).
+
+    Operations go straight to torch's kernels for the meta device, which know shapes alone; torch's own fake mode, which
+    takes several times as long, answers where there is none.
+    """
 
     def __init__(self) -> None:
         super().__init__()
         self.fake = FakeTensorMode(allow_non_fake_inputs=True)
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
-        tensors = list(_tensors((args, kwargs)))
+        if func is torch.ops.prim.device.default:
+            return args[0].fake_device
+        tensors = [*_tensors(args), *_tensors(kwargs.values())]
         fakes = [t for t in tensors if isinstance(t, FakeTensor)]
-        if func is torch.ops.aten._local_scalar_dense.default and fakes:
-            return _answer(args[0])
         if tensors and not fakes:
             return func(*args, **kwargs)
-        with self.fake:
-            out = func(*args, **kwargs)
+        if func is torch.ops.aten._local_scalar_dense.default:
+            return _answer(args[0])
+        if fakes and _changes_numbers_alone(func):
+            return args[0] if func._schema.returns else None
+        if len(fakes) < len(tensors):
+            args, kwargs = tree_map_only(Tensor, self.without_numbers, (args, kwargs))
+        try:
+            if func._overloadpacket in _BY_DEVICE:
+                raise NotImplementedError
+            out = self._shaped(func, args, kwargs, _device(fakes, kwargs))
+        except NotImplementedError:
+            with self.fake:
+                out = func(*args, **kwargs)
         if not tensors and isinstance(out, Tensor) and out.device.type == "cpu":
             small = out.numel() <= 1 or (func._overloadpacket in _RANGES and out.numel() <= _SMALL)
             return func(*args, **kwargs) if small else out
@@ -223,7 +242,46 @@ class FakeLiveBytes(LiveBytes):
             out.is_answer_of_all = True
         return out
 
+    def without_numbers(self, tensor: Tensor) -> FakeTensor:
+        """A tensor of the same shape, dtype and device."""
+        return tensor if isinstance(tensor, FakeTensor) else self.fake.from_tensor(tensor)
 
+    def _shaped(self, func: Any, args: Any, kwargs: Mapping[str, Any], device: torch.device) -> Any:
+        """What an operation makes; looked up where it has been seen on tensors like these, and makes new memory."""
+        if kwargs.get("device") is not None:
+            kwargs = {**kwargs, "device": _META}
+        known = None
+        key: tuple[Any, ...] | None = (func, torch.get_default_dtype(), *_form(args), *_form(kwargs.values()), *kwargs)
+        try:
+            known = _KNOWN.get(key)
+        except TypeError:  # an argument that is no key
+            key = None
+        with in_kernel_invocation_manager(self.fake):
+            if known is not None:
+                shape, stride, dtype = known
+                out = torch.empty_strided(shape, stride, dtype=dtype, device=_META)
+            else:
+                out = func(*args, **kwargs)
+        if key is not None and known is None and _is_new(out, args):
+            _KNOWN[key] = tuple(out.shape), out.stride(), out.dtype
+        return self._faked(out, device)
+
+    def _faked(self, out: Any, device: torch.device) -> Any:
+        if isinstance(out, (tuple, list)):
+            return type(out)(self._faked(one, device) for one in out)
+        if not isinstance(out, Tensor) or isinstance(out, FakeTensor):
+            return out
+        return FakeTensor(self.fake, out, device)
+
+
+_META = torch.device("meta")
+_KNOWN: dict[Any, tuple[tuple[int, ...], tuple[int, ...], torch.dtype]] = {}  # results by operation and arguments
+_BY_DEVICE = (  # statistics of another dtype on a CPU, which the kernels for the meta device do not know
+    torch.ops.aten.native_layer_norm,
+    torch.ops.aten.native_group_norm,
+    torch.ops.aten.native_batch_norm,
+    torch.ops.aten._native_batch_norm_legit,
+)
 _RANGES, _SMALL = (torch.ops.aten.arange, torch.ops.aten.linspace), 1 << 16
 
 
@@ -234,8 +292,46 @@ def _answer(scalar: Tensor) -> bool | int | float:
     return 0.0 if scalar.is_floating_point() else 0
 
 
-def _tensors(values: Any) -> Iterator[Tensor]:
-    return (value for value in tree_iter(values) if isinstance(value, Tensor))
+def _form(values: Iterable[Any]) -> Iterator[object]:
+    """What of an operation's arguments decides the shape of its result."""
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value.shape, value.stride(), value.dtype
+        elif isinstance(value, (tuple, list)):
+            yield (*_form(value),)
+        else:
+            yield type(value), value
+
+
+def _is_new(out: Any, args: Any) -> bool:
+    """Whether the one result of an operation is memory of its own, all of it (``_unsafe_view``'s is not, unsaid)."""
+    if not isinstance(out, Tensor) or isinstance(out, FakeTensor):
+        return False
+    storage = out.untyped_storage()
+    whole = storage.nbytes() == out.numel() * out.element_size()
+    return whole and all(storage._cdata != t.untyped_storage()._cdata for t in _tensors(args))
+
+
+@cache
+def _changes_numbers_alone(func: Any) -> bool:
+    """Whether an operation is in place and makes nothing."""
+    return func._overloadpacket.__name__.endswith("_") and torch.Tag.inplace_view not in func.tags
+
+
+def _device(fakes: Sequence[FakeTensor], kwargs: Mapping[str, Any]) -> torch.device:
+    """Where the result of an operation lies."""
+    if kwargs.get("device") is not None:
+        return torch.device(kwargs["device"])
+    devices = (t.fake_device for t in fakes)
+    return next((device for device in devices if device.type != "cpu"), torch.device("cpu"))
+
+
+def _tensors(values: Iterable[Any]) -> Iterator[Tensor]:
+    for value in values:
+        if isinstance(value, Tensor):
+            yield value
+        elif isinstance(value, (tuple, list)):
+            yield from _tensors(value)
 
 
 @contextmanager

@@ -13,6 +13,7 @@ from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
 from lowrank.infra.pages import filled
 from lowrank.infra.text import one_line
+from lowrank.report.memory import draw, peaks
 from lowrank.report.table import (
     Result,
     Row,
@@ -30,13 +31,15 @@ from lowrank.report.table import (
 # Okabe and Ito's colours, which people with colour blindness tell apart; beyond eight methods the dashes change.
 _COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000", "#8C6D1F")
 _DASHES = ("-", "--", ":", "-.")
+PEAKS = "Peaks of memory by kind of step, predicted / measured:"
 _POINTS = 2000  # of a curve; more cannot be seen
 
 Series: TypeAlias = Sequence[tuple[int, float]]
 
 
 def write(results: Sequence[Result], out: Path) -> None:
-    """Write `report.md`, `report.html` and `curves.png` (a picture more for each further group) into a folder.
+    """Write `report.md`, `report.html`, `curves.png` and, of runs that measured it, `memory.png` into a folder;
+    pictures more for each further group.
 
     Raises:
         ImportError: matplotlib or jinja2 is missing.
@@ -50,9 +53,15 @@ def write(results: Sequence[Result], out: Path) -> None:
         picture = out / ("curves.png" if number == 1 else f"curves_{number}.png")
         draw_curves(chosen, picture)
         tried = cells(every) if len(every) > len(chosen) else None
-        sections.append(_section(group.title, chosen, tried, picture))
+        memory, sheets = peaks(chosen)
+        bars = out / picture.name.replace("curves", "memory")
+        if sheets:
+            draw(sheets, bars)
+        sections.append(_section(group.title, chosen, tried, picture) | _memory(memory, bars))
         markdown += [f"## {one_line(group.title)}"] if group.title else []
         markdown += [markdown_table(*cells(chosen)), f"![loss curves]({picture.name})"]
+        if memory:
+            markdown += [PEAKS, markdown_table(*memory), f"![memory of a step]({bars.name})"]
         markdown += ["Every learning rate tried:", markdown_table(*tried)] if tried else []
     write_text_atomically(out / "report.md", "\n\n".join(markdown) + "\n")
     write_text_atomically(out / "report.html", _page(results, sections, apart(found)))
@@ -142,6 +151,11 @@ def _page(results: Sequence[Result], sections: Sequence[Mapping[str, Any]], apar
         shared={name: said(value) for name, value in shared.items()},
         runs=_runs(results),
     )
+
+
+def _memory(peaks: Table | None, bars: Path) -> dict[str, Any]:
+    """What the page shows of the runs' memory, where they have it measured."""
+    return {"peaks": peaks, "bars": base64.b64encode(bars.read_bytes()).decode() if peaks else None, "about": PEAKS}
 
 
 def _section(title: str, chosen: Sequence[Row], tried: Table | None, picture: Path) -> dict[str, Any]:

@@ -1,13 +1,18 @@
-"""Methods side by side in memory: one picture of stacked bars (matplotlib)."""
+"""Memory of methods side by side: one picture of stacked bars (matplotlib), and peaks as predicted and as measured."""
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 
 from lowrank.infra.extras import import_extra
+from lowrank.infra.files import read_json
 from lowrank.plan.live_bytes import KINDS
-from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet
+from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet, gib
+from lowrank.report.table import Row, Table
+from lowrank.run.estimate import estimate, on_card
+from lowrank.run.own_files import is_own
+from lowrank.run.run import Run
 
 _COLOURS = (
     "#0072B2",
@@ -23,7 +28,33 @@ _COLOURS = (
     "#F0E442",
     "#882255",
 )
-_GIB = 1 << 30
+MEMORY = "memory.json"  # in a run's folder, of what its training measured
+_KINDS_OF_STEP = ("first", "ordinary", "refresh", "merge", "evaluation")
+
+
+def peaks(chosen: Sequence[Row]) -> tuple[Table | None, dict[str, Sheet]]:
+    """(peaks of torch's bytes by kind of step, predicted / measured; the predictions by name) of the first run of each
+    row that was measured. What cannot be predicted without its data or somebody's file is left out."""
+    body, sheets = [], {}
+    for row in chosen:
+        folder = row.results[0].folder
+        if not (folder / MEMORY).is_file():
+            continue
+        measured = read_json(folder / MEMORY).get("measured_peak_bytes", {})
+        try:
+            run = Run.read(folder / "run.json")
+            if any(map(is_own, (run.task, run.model.name, run.data.name, run.method.name))):
+                continue
+            sheets[row.label] = sheet = estimate(run, on_card=on_card(run))
+        except (ValueError, RuntimeError, ImportError, OSError):
+            continue
+        predicted = sheet.by_step()
+        cells = [
+            f"{gib(predicted[k]) if k in predicted else '–'} / {gib(measured[k])}" if k in measured else "–"
+            for k in _KINDS_OF_STEP
+        ]
+        body.append([row.label, *cells])
+    return ((["method", *_KINDS_OF_STEP], body) if body else None), sheets
 
 
 def draw(sheets: Mapping[str, Sheet], path: Path) -> None:
@@ -36,19 +67,25 @@ def draw(sheets: Mapping[str, Sheet], path: Path) -> None:
     figure = Figure(figsize=(max(6.0, 1.3 * len(sheets) + 3), 5.2), layout="constrained")
     axes = figure.subplots()
     names, below = list(sheets), [0.0] * len(sheets)
+    most = max(sheet.total for sheet in sheets.values())
+    unit, size = ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
     for kind, colour in zip(KINDS, _COLOURS, strict=True):
-        sizes = [sheet.peak.parts.get(kind, 0) / _GIB for sheet in sheets.values()]
+        sizes = [sheet.peak.parts.get(kind, 0) / size for sheet in sheets.values()]
         if any(sizes):
             axes.bar(names, sizes, bottom=below, color=colour, label=kind, width=0.65)
             below = [a + b for a, b in zip(below, sizes, strict=True)]
-    axes.bar(names, [CUDA_CONTEXT / _GIB] * len(names), bottom=below, color="#dddddd", label="CUDA context", width=0.65)
-    top = max(sheet.total for sheet in sheets.values()) / _GIB * 1.08
+    context = [CUDA_CONTEXT / size * sheet.on_card for sheet in sheets.values()]
+    if any(context):
+        axes.bar(names, context, bottom=below, color="#dddddd", label="CUDA context", width=0.65)
+    top = most / size * 1.08
     for card in CARDS:
-        if card <= top:
-            axes.axhline(card, color="#444444", linewidth=0.8, linestyle="--")
-            axes.annotate(f"{card} GB", (1.005, card), xycoords=("axes fraction", "data"), fontsize=9, va="center")
+        if card << 30 <= top * size:
+            axes.axhline((card << 30) / size, color="#444444", linewidth=0.8, linestyle="--")
+            axes.annotate(
+                f"{card} GB", (1.005, (card << 30) / size), xycoords=("axes fraction", "data"), fontsize=9, va="center"
+            )
     axes.set_ylim(0, top)
-    axes.set_ylabel("GiB at the peak")
+    axes.set_ylabel(f"{unit} at the peak")
     axes.set_title("memory of a training step", loc="left")
     handles, labels = axes.get_legend_handles_labels()
     figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9)

@@ -3,17 +3,18 @@
     fitted(run, size)      the run, changed until it fits, and what it gave up
     largest_batches(run)   the micro-batch that fits each of the usual cards
 
-A stage gives something up and keeps what earlier ones gave up. Within a stage micro-batches are made smaller, and
-accumulated to the same step, which changes no number but by rounding.
+Concessions are added one by one, the least lossy first, until the run fits; then those that are not needed beside the
+others are taken back. Micro-batches are made smaller first, and accumulated to the same step, which changes no number
+but by rounding.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lowrank.plan.sheet import CARDS, Sheet, gib
+from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet, gib
 from lowrank.run.estimate import estimate
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
@@ -21,6 +22,7 @@ from lowrank.run.validation import validate
 
 BATCHES = (1, 8, 64)  # traced; between them what is held grows by the same amount with each row
 Change = Callable[[Run], Run | None]
+Concession = tuple[Change, str]  # and what it gives up, in words
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -39,34 +41,68 @@ def fitted(run: Run, size: int) -> Fit:
         ValueError: nothing does; the message says what the smallest needs, and which part of it is the largest.
     """
     smallest: Sheet | None = None
-    for changed, gave_up in _stages(run):
-        sheet = estimate(_of_rows(changed, _fewest(changed)))
+    given: list[Concession] = []
+    for concession in (None, *_CONCESSIONS):
+        changed = _with(run, given if concession is None else [*given, concession])
+        if changed is None:
+            continue
+        given += [] if concession is None else [concession]
+        sheet = _least(changed)
         if smallest is None or sheet.total < smallest.total:
             smallest = sheet
         if sheet.total <= size:
-            return _largest_rows(run, changed, sheet, gave_up, size)
+            return _largest_rows(run, *_needed(run, given, changed, sheet, size), size)
     assert smallest is not None
-    kind, most = max(smallest.peak.parts.items(), key=lambda item: item[1])
-    raise ValueError(
-        f"nothing found fits {gib(size)}: the least needs {gib(smallest.total)} ({smallest.title}), of which "
-        f"{kind} are {gib(most)}; a smaller model, a shorter --data.context, or several ranks with --engine fsdp help"
-    )
+    raise ValueError(_no_fit(smallest, size))
 
 
-def _stages(run: Run) -> Iterator[tuple[Run, list[str]]]:
-    """(the run with all that has been given up so far, what that is)."""
-    gave_up: list[str] = []
-    yield run, []
-    for change, what in _CHANGES:
+def _with(run: Run, concessions: Sequence[Concession]) -> Run | None:
+    """The run with all of these; None where one changes nothing or contradicts the rest."""
+    for change, _ in concessions:
         changed = change(run)
         if changed is None:
-            continue
+            return None
         try:
             validate(changed)
         except ValueError:
+            return None
+        run = changed
+    return run
+
+
+def _least(run: Run) -> Sheet:
+    """The ledger of the run in micro-batches of the fewest rows."""
+    return estimate(_of_rows(run, _fewest(run)))
+
+
+def _needed(
+    run: Run, given: Sequence[Concession], changed: Run, sheet: Sheet, size: int
+) -> tuple[Run, Sheet, list[str]]:
+    """Take back what is not needed, beginning with the most lossy; the last is, since without it nothing fitted."""
+    kept = list(given)
+    for concession in reversed(given[:-1]):
+        fewer = [each for each in kept if each is not concession]
+        tried = _with(run, fewer)
+        if tried is None:
             continue
-        run, gave_up = changed, [*gave_up, what]
-        yield run, gave_up
+        found = sheet if tried == changed else _least(tried)
+        if found.total <= size:
+            kept, changed, sheet = fewer, tried, found
+    return changed, sheet, [what for _, what in kept]
+
+
+def _no_fit(smallest: Sheet, size: int) -> str:
+    kind, most = max(smallest.peak.parts.items(), key=lambda item: item[1])
+    helps = {
+        "weights": "a smaller model, or several ranks with --engine fsdp, which hold a part each",
+        "activations": "a shorter --data.context",
+        "logits and loss": "a shorter --data.context, or a smaller vocabulary",
+    }.get(kind, "a smaller model, a shorter --data.context, or several ranks with --engine fsdp")
+    context = f", and {gib(CUDA_CONTEXT)} are CUDA's context" if smallest.on_card else ""
+    return (
+        f"nothing found fits {gib(size)}: the least needs {gib(smallest.total)} ({smallest.title}), of which "
+        f"{kind} are {gib(most)}{context}; what would help: {helps}"
+    )
 
 
 def _set(**changes: object) -> Change:
@@ -117,7 +153,7 @@ def _one_micro_batch(run: Run) -> Run | None:
     return replace(run, grad_accum=1) if run.per_layer and run.grad_accum > 1 else None
 
 
-_CHANGES: tuple[tuple[Change, str], ...] = (
+_CONCESSIONS: tuple[Concession, ...] = (
     (_set(checkpoint_activations=True), "time: each block is computed twice (--checkpoint-activations)"),
     (_autocast, "precision: products in bfloat16 (--precision bf16)"),
     (_narrow, "precision: weights in bfloat16, rounded stochastically (--precision bf16-weights)"),

@@ -16,13 +16,16 @@ import torch
 
 from lowrank.infra.files import read_json, write_json
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.refresh import is_due
+from lowrank.optim.rules import State
+from lowrank.optim.state import leaves
 from lowrank.plan.live_bytes import LiveBytes
 from lowrank.plan.sheet import Sheet, gib
 from lowrank.plan.trace import hold_static
+from lowrank.report.memory import MEMORY
 from lowrank.run.estimate import estimate
 from lowrank.run.session import Session
 
-MEMORY = "memory.json"
 SHARE = 8  # a run whose weights, gradients and state take less than this part of the memory is not predicted
 
 
@@ -32,6 +35,7 @@ class RunMemory:
     def __init__(self, session: Session, optimizer: Optimizer, *, alone: bool):
         self.session, self.optimizer = session, optimizer
         self.measured: dict[str, int] = {}
+        self._clocks: list[State] | None = None
         self._counts = alone and not session.run.compile and not session.plan.shards
         self.predicted = self._prediction() if alone else None
 
@@ -53,10 +57,24 @@ class RunMemory:
 
     def kind_of_step(self, done: int) -> str:
         """Of the step after ``done`` steps."""
-        merge = self.session.plan.method.merge
-        if not self.measured:
+        if done == 0:
             return "first"
-        return "merge" if merge is not None and merge.due(done + 1) else "ordinary"
+        merge = self.session.plan.method.merge
+        if merge is not None and merge.due(done + 1):
+            return "merge"
+        return "refresh" if self._refreshes() else "ordinary"
+
+    def _refreshes(self) -> bool:
+        """Whether a basis is refreshed in the coming step; not asked once such a step is measured."""
+        if "refresh" in self.measured or not self._counts:
+            return False
+        if self._clocks is None:
+            states = [dict(leaves(state)) for state in self.optimizer.state.values()]
+            due = [(state, path) for state in states for path in state if path.rpartition(".")[2] == "due"]
+            self._clocks = [
+                {"due": state[path], "step": state[path.removesuffix("due") + "step"]} for state, path in due
+            ]
+        return any(map(is_due, self._clocks))
 
     @contextmanager
     def watching(self, kind: str) -> Iterator[None]:
