@@ -332,6 +332,7 @@ def test_a_run_records_its_peaks_and_says_beforehand_that_it_will_not_fit(
 ) -> None:
     monkeypatch.setattr(memory, "memory_of", lambda device: 1 << 20)
     both = ["--method", "lte_galore", "--method.rank", "2", "--method.merge_every", "3", "--method.refresh_every", "2"]
+    both += ["--method.galore_rank", "4"]
     words = ["train", "gpt-mini", *SHAPE, *both, "--steps", "4", "--eval-batches", "1", "--max-grad-norm", "none"]
     assert main([*words, "--device", "cpu", "--out", str(tmp_path / "run")]) == 0
     said = capsys.readouterr()
