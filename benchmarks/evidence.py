@@ -190,7 +190,7 @@ CLAIMS = (
         judge=lambda r: better(r, "svd", ["power"]),
     ),
     Claim(
-        says="GaLore is better than full training by AdamW with eight settings tried (docs/log.md had found so, untuned)",
+        says="GaLore is better than full training by AdamW, eight settings each (docs/log.md had found so, untuned)",
         experiment="arena-llama",
         judge=lambda r: better(r, "galore", ["full"]),
         note=(
