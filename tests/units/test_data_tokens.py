@@ -13,9 +13,10 @@ from hypothesis import strategies as st
 
 from lowrank.data import check_vocabulary, open_source, prepare
 from lowrank.data.cache import cache_root
-from lowrank.data.text.prepare import SplitWriter, _terminal_progress, encode_group, grouped
+from lowrank.data.text.prepare import SplitWriter, encode_group, grouped
 from lowrank.data.text.source import Piece
 from lowrank.data.text.tokenizers import Bytes
+from lowrank.infra.progress import bar_on_terminal
 
 Write = Callable[[str, str | bytes], Path]
 TEXT = "".join(f"The {n}th line of a text that is long enough.\n" for n in range(500))
@@ -171,7 +172,7 @@ def test_progress_is_one_line_on_a_terminal_and_silent_elsewhere(
     prepare(write("a.txt", TEXT))
     assert capsys.readouterr() == ("", "")
     monkeypatch.setattr(sys.stderr, "isatty", lambda: True)
-    show = _terminal_progress(delay=0)
+    show = bar_on_terminal(delay=0)
     show(10**6, 4 * 10**6)
     show(4 * 10**6, 4 * 10**6)
     shown = capsys.readouterr().err

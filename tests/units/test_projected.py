@@ -298,7 +298,7 @@ def test_sides(side, shape, inside):
         ({"rank": True}, "rank=True must be a whole number of at least 1"),
         ({"refresh_every": 0}, "refresh_every=0"),
         ({"side": "std"}, "side='std' is unknown; it is one of short, long, left, right, both"),
-        ({"transport": "move"}, "one of keep, rotate, reset"),
+        ({"transport": "move"}, "one of keep, rotate, statistics, reset"),
         ({"basis_storage": "int2"}, "one of float32, bfloat16, int8, int4"),
         ({"basis": Gaussian(), "transport": "rotate"}, "drawn anew"),
         ({"basis": Gaussian(), "lazy": Lazy()}, "drawn anew"),

@@ -100,7 +100,9 @@ class Call:
             raise ValueError(f"a call's places are texts, got {dict(places)!r}")
         here = local_paths(args)
         moved = {
-            each: at for each, at in places.items() if each in args and at != here.get(each) and os.path.exists(at)
+            each: at
+            for each, at in places.items()
+            if at != here.get(each) and _leads_to(args.get(each), at) and os.path.exists(at)
         }
         return Call(name=name, args={**args, **moved}, fingerprint=fingerprint, places=places)
 
@@ -260,7 +262,13 @@ def flat(content: Mapping[str, Any]) -> dict[str, Any]:
 def local_paths(args: Mapping[str, Any]) -> dict[str, str]:
     """Of the arguments that may be paths those that lead to something here, written whole."""
     given = {name: os.path.expanduser(args[name]) for name in _PATHS if isinstance(args.get(name), str)}
-    return {name: os.path.realpath(path) for name, path in given.items() if os.path.exists(path)}  # "" is none
+    return {name: os.path.abspath(path) for name, path in given.items() if os.path.exists(path)}  # "" is none
+
+
+def _leads_to(typed: object, place: str) -> bool:
+    """Whether a path as typed can be that place, from some folder: an edited run.json names another."""
+    parts = [part for part in Path(str(typed)).expanduser().parts if part not in (".", "..")]
+    return Path(place).parts[-len(parts) :] == tuple(parts) if parts else False
 
 
 def names_that(what: Literal["may_change", "counts", "labels"], answer: bool = True) -> frozenset[str]:
