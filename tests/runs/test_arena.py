@@ -147,5 +147,6 @@ def test_a_small_experiment_end_to_end(tmp_path):
         assert row.curve["val"][-1] == (8, pytest.approx(row.figures["val_loss"], abs=1e-5))
     assert found.mean("full") == pytest.approx(GOLDEN["full"], abs=0.02)
     assert found.mean("frozen") == pytest.approx(GOLDEN["frozen"], abs=0.02)
-    assert all(row.steps_to_baseline == 8 for row in found.rows if row.method == "full")
+    reached = {row.steps_to_baseline for row in found.rows if row.method == "full"}
+    assert 8 in reached <= {8, None}  # its mean: a seed above it never comes there
     assert "with 3 seeds" in findings(found)[0] or "frozen is worse than full" in findings(found)[0]

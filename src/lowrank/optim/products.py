@@ -101,7 +101,8 @@ class LoraRite(ProductRule):
         now, plain = (other.double() @ root).to(m.dtype), (g.double() @ root).to(m.dtype)
         turn = now.mT @ basis
         turned = turn @ v @ turn.mT
-        fall = (torch.linalg.eigvalsh(v) - torch.linalg.eigvalsh(turned)).amax(dim=-1).clamp(min=0)
+        before, after = (torch.linalg.eigvalsh(square.double()) for square in (v, turned))  # a small difference of them
+        fall = (before - after).amax(dim=-1).clamp(min=0).to(m.dtype)
         escaped.copy_((escaped + fall) * decay2)
         v.copy_(turned * decay2 + plain.mT @ plain * ((1 - decay2) / plain.shape[-2]))
         whiten = inverse_root(v.double(), escaped.double()).to(m.dtype)
