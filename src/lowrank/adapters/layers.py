@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, Additive
 from lowrank.infra.seeds import generator
-from lowrank.linalg.quantised_linear import dense_weight, dequantised, is_quantised
+from lowrank.linalg.quantised_linear import dense_weight, dequantised, is_quantised, keep_unpacked_
 from lowrank.linalg.rounding import round_into_, wide
 
 if TYPE_CHECKING:
@@ -222,8 +222,7 @@ class AdaptedQuantised(AdaptedLinear):
 
     def __init__(self, original: nn.Module, adapters: dict[str, Adapter], parts: dict[str, slice]):
         super().__init__(original, adapters, parts)
-        # On some CPUs a product in evaluation packs the weight otherwise, and later ones have no gradient.
-        original.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+        keep_unpacked_(original)
 
     @property
     def matrix(self) -> Tensor:

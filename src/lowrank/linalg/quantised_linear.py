@@ -44,6 +44,17 @@ def is_quantised(module: nn.Module) -> bool:
     return getattr(weight, "quant_state", None) is not None or weight.dtype is torch.int8
 
 
+def keep_unpacked_(module: nn.Module) -> None:
+    """Have the codes of a layer stay as they are in evaluation.
+
+    On some CPUs bitsandbytes packs them otherwise there, which no layer of odd sizes survives, and products with what
+    is packed have no gradient when training goes on.
+    """
+    module.support_avx512bf16_for_cpu = False  # type: ignore[assignment]
+    if getattr(getattr(module.weight, "quant_state", None), "packing_format_for_cpu", False):
+        module.state_dict()  # unpacks them in place
+
+
 def held(module: nn.Module) -> Iterator[Tensor]:
     """Every tensor that stands for a quantised weight: codes, scales, tables."""
     weight: Any = module.weight

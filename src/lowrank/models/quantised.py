@@ -13,7 +13,7 @@ import torch
 from torch import nn
 
 from lowrank.infra.extras import import_extra
-from lowrank.linalg.quantised_linear import Quantised, bitsandbytes, is_quantised, quantised
+from lowrank.linalg.quantised_linear import Quantised, bitsandbytes, is_quantised, keep_unpacked_, quantised
 
 
 def quantise_(model: nn.Module, kind: Quantised, *, double: bool = True, spare: list[str] | None = None) -> nn.Module:
@@ -84,12 +84,14 @@ def quantised_as(model: nn.Module, config: Any) -> nn.Module:
 
 
 def settle_quantised_(model: nn.Module) -> None:
-    """Let 4-bit layers that compute in float32 by default do so in their input's dtype, as ``nn.Linear`` does, and let
-    8-bit ones not warn at every product."""
+    """Let 4-bit layers that compute in float32 by default do so in their input's dtype, as ``nn.Linear`` does, and keep
+    their codes in evaluation; let 8-bit ones not warn at every product."""
     logging.getLogger("bitsandbytes.autograd._functions").setLevel(logging.ERROR)
     for module in model.modules():
-        if is_quantised(module) and getattr(module, "compute_dtype", None) is torch.float32:
-            module.compute_dtype, module.compute_type_is_set = None, True  # type: ignore[assignment]
+        if is_quantised(module):
+            keep_unpacked_(module)
+            if getattr(module, "compute_dtype", None) is torch.float32:
+                module.compute_dtype, module.compute_type_is_set = None, True  # type: ignore[assignment]
 
 
 def is_quantised_model(model: nn.Module) -> bool:

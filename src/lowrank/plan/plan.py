@@ -17,12 +17,13 @@ import torch
 from torch import nn
 
 from lowrank.adapters import Adapter, SplitAdapter
-from lowrank.adapters.layers import adapted_layers
+from lowrank.adapters.layers import adapted_layers, quantised_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, is_sharded
 from lowrank.distributed.workers import ProcessLayout, process_layout
 from lowrank.infra.checks import check_choice
+from lowrank.linalg.quantised_linear import keep_unpacked_
 from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import OneFactor
@@ -243,6 +244,8 @@ def apply_(
     binding = Binding(model, method, seed, layout)
     binding.check_rest()
     try:
+        for layer in quantised_layers(model).values():
+            keep_unpacked_(layer)
         binding.place_adapters()
         rows = binding.rows()
     except Exception:
