@@ -88,9 +88,11 @@ class ProcessGroup(Group):
     def mesh(self) -> Any:
         """torch's device mesh of one dimension with these ranks."""
         from torch.distributed.device_mesh import DeviceMesh
+        from torch.utils._python_dispatch import _disable_current_modes
 
         if self._mesh is None:
-            self._mesh = DeviceMesh.from_group(self.process_group, self.device.type)
+            with _disable_current_modes():  # the ranks' numbers are no bytes of a model that is being counted
+                self._mesh = DeviceMesh.from_group(self.process_group, self.device.type)
         return self._mesh
 
     def close(self) -> None:
