@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -13,6 +13,7 @@ from lowrank.doctor.faults import Fault, examine, untied
 from lowrank.doctor.watch import Watch
 from lowrank.infra.environment import available_memory
 from lowrank.infra.progress import short_bytes
+from lowrank.plan.measure import loss_of
 
 
 def check(
@@ -37,11 +38,7 @@ def check(
         ValueError: no copy of the model fits beside it, or the optimizer steps within the backward pass, by hooks that
             a copy does not have (``lowrank doctor`` watches the script itself).
     """
-    if loss is None and not isinstance(batch, Mapping):
-        raise TypeError(
-            f"the default loss is model(**batch).loss, and the batch is a {type(batch).__name__}: give loss=lambda "
-            "model, batch: …"
-        )
+    loss = loss or loss_of(batch)
     _refuse_too_large(model, optimizer)
     devices = {p.device for p in model.parameters() if p.device.type == "cuda"}
     with torch.random.fork_rng(devices=[d.index or 0 for d in devices]), torch.enable_grad():
@@ -53,8 +50,7 @@ def check(
         stepping.zero_grad()
         with Watch() as watch:
             watch.model(copied)
-            value = copied(**batch).loss if loss is None else loss(copied, batch)
-            value.backward()
+            loss(copied, batch).backward()
             stepping.step()
             watch.settle()
     return [*untied(Watch(roots=[model])), *examine(watch)]  # a copy shares no memory that is not one parameter's

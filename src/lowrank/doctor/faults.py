@@ -9,13 +9,12 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
-from functools import cache
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.adapters.targets import output_layers
+from lowrank.adapters.targets import linear_layers
 from lowrank.doctor.watch import LOW_PRECISION, Watch, Watched
 from lowrank.infra.loaded import looks_new
 
@@ -99,14 +98,8 @@ def no_gradient(watch: Watch) -> Iterator[Fault]:
 
 def frozen_head(watch: Watch) -> Iterator[Fault]:
     for root in watch.roots:
-        heads = output_layers(root)
-        for name, module in root.named_modules():
-            own = list(module.parameters(recurse=False))
-            weight = module._parameters.get("weight")
-            by_name = name.rpartition(".")[2] in ("head", "classifier", "fc", "score", "lm_head")
-            if weight is None or weight.dim() != 2 or not (id(module) in heads or by_name):
-                continue
-            if not any(p.requires_grad for p in own) and looks_new(module):
+        for name, module in ((layer.name, layer.module) for layer in linear_layers(root) if "head" in layer.groups):
+            if not any(p.requires_grad for p in module.parameters()) and looks_new(module):
                 yield Fault(
                     "frozen head",
                     f"{name} is frozen and looks as initialised: the output stays a random one",
@@ -333,15 +326,13 @@ EXAMINATIONS: tuple[Callable[[Watch], Iterable[Fault]], ...] = (
 )
 
 
-@cache
-def _factor_name() -> re.Pattern[str]:
-    return re.compile(r"lora|vera|(^|[._])(linear_[ab]_|w_[ab]_|[ABm]$)", re.I)
+_FACTOR = re.compile(r"lora|vera|(^|[._])(linear_[ab]_|w_[ab]_|[ABm]$)", re.I)
 
 
 def _factors(watch: Watch) -> set[int]:
     """The ids of trained matrices that are factors of adapters: by their name, or as a pair B A that starts at zero
     beside a frozen weight."""
-    named = {i for i, w in watch.parameters.items() if w.parameter.dim() >= 2 and _factor_name().search(w.name)}
+    named = {i for i, w in watch.parameters.items() if w.parameter.dim() >= 2 and _FACTOR.search(w.name)}
     return named | {i for a, b in _pairs(watch) for i in (a, b)}
 
 

@@ -90,13 +90,7 @@ def ledger(model: nn.Module, optimizer_or_plan: Any, batch: Any, loss: Loss | No
         TypeError: something else was given as the optimizer, or a batch that the default loss cannot take.
         ValueError: the loss is no scalar, or trains nothing.
     """
-    if loss is None:
-        if not isinstance(batch, Mapping):
-            raise TypeError(
-                f"the default loss is model(**batch).loss, and the batch is a {type(batch).__name__}: give loss=lambda "
-                "model, batch: …"
-            )
-        loss = _own_loss
+    loss = loss or loss_of(batch)
     live = FakeLiveBytes()
     modes = [(module, module.training, module.__dict__.get("on_read")) for module in model.modules()]
     try:
@@ -141,6 +135,20 @@ def _traced(live: FakeLiveBytes, model: nn.Module, given: Any, batch: Any, loss:
         )
         Steps(live, setup).all()
     return _with_late_state(static, live.counts.peaks)
+
+
+def loss_of(batch: Any) -> Loss:
+    """The default loss, ``model(**batch).loss``.
+
+    Raises:
+        TypeError: a batch that it cannot take.
+    """
+    if not isinstance(batch, Mapping):
+        raise TypeError(
+            f"the default loss is model(**batch).loss, and the batch is a {type(batch).__name__}: give loss=lambda "
+            "model, batch: …"
+        )
+    return _own_loss
 
 
 def _own_loss(model: nn.Module, batch: Mapping[str, Any]) -> Tensor:
