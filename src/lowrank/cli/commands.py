@@ -149,9 +149,11 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     if world_size() > 1:
         raise UsageError("lowrank compare trains its runs in processes of its own: start it without torchrun")
     import_extra("scipy", "report")
-    own = ("size", "preset", "trials", "equal", "jobs", "methods", "seeds", "out", "quiet", "allow_changed_data", "lrs")
+    own = ("size", "preset", "trials", "equal", "jobs", "methods", "seeds", "out", "quiet")
     if "lrs" in parsed.options:
         raise UsageError("an experiment tunes rates itself, over the space that it declares: leave --lrs out")
+    if "allow_changed_data" in parsed.options:
+        raise UsageError("runs on other data stand in no table together: leave --allow-changed-data out, or --out NEW")
     numbers = {name: whole(parsed.options[name], f"--{name}") for name in ("trials", "jobs") if name in parsed.options}
     seeds = tuple(whole(text, "--seeds") for text in several(parsed, "seeds"))
     experiment = chosen(

@@ -8,22 +8,27 @@ The validation metric that decides which checkpoint is best is AUC.
 
 from __future__ import annotations
 
+import re
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.data.images.medmnist import NAMES
+from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.set import Kind
+from lowrank.data.images.source import ImageData
+from lowrank.evaluate.collected import Collected
 from lowrank.evaluate.image_metrics import image_metrics
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
+from lowrank.run.run import Run
 from lowrank.run.task import Batch
 
-if TYPE_CHECKING:
-    from lowrank.data.images.source import ImageData
+ASSUMED_CLASSES = 1000
 
 
 @register("task", "images")
@@ -46,33 +51,43 @@ class ImageTask:
     def tally(self) -> ImageTally:
         return ImageTally()
 
+    def stand_in(self, run: Run) -> tuple[ImageData, list[str]]:
+        args = run.data.args
+        source, size = str(args.get("source")), int(str(args.get("size") or 28))
+        if source in NAMES:
+            return ImageData.without_images(medmnist_facts(source, size)), []
+        stem = re.sub(r"(_\d+)?\.npz$", "", Path(source).name)
+        if stem in NAMES:
+            return ImageData.without_images(medmnist_facts(stem, size)), []
+        count = 10 if source == "digits" else ASSUMED_CLASSES
+        unknown = f"the classes of {source} are not known before it is read: {count} assumed"
+        facts = {
+            "kind": "multi-class",
+            "classes": tuple(map(str, range(count))),
+            "reading": {"size": size, "grey": source == "digits"},
+            "spec": {"size": size},
+        }
+        return ImageData.without_images(facts), [] if source == "digits" else [unknown]
+
+    def any_batch(self, model: nn.Module, data: ImageData, rows: int) -> Batch:
+        spec: Any = getattr(model, "image_spec", None) or data.spec
+        several = (len(data.classes),) if data.set.kind == "multi-label" else ()
+        labels = torch.zeros(rows, *several, dtype=torch.int64)
+        return {"images": torch.zeros(rows, 3, spec.size, spec.size), "labels": labels}
+
     def report(self, data: ImageData, tally: ImageTally, folder: Path, split: str) -> list[str]:
         from lowrank.evaluate.image_report import report  # and the libraries that draw
 
         return report(data, tally, folder, split)
 
 
-class ImageTally:
-    """Collects labels and scores: the metrics are of the whole split and not means over batches."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self._scores: list[Tensor] = []
-        self._labels: list[Tensor] = []
+class ImageTally(Collected):
+    """Collects labels and scores."""
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         logits = logits_of(model, batch["images"])
-        self.total += float(image_loss(logits, batch["labels"]))
-        self._scores.append(probabilities(logits, several=batch["labels"].dim() == 2).cpu())
-        self._labels.append(batch["labels"].cpu())
-
-    def counted(self) -> dict[str, Any]:
-        return {"total": self.total, "scores": self._scores, "labels": self._labels}
-
-    def absorb(self, counted: dict[str, Any]) -> None:
-        self.total += counted["total"]
-        self._scores += counted["scores"]
-        self._labels += counted["labels"]
+        labels = batch["labels"]
+        self.keep(image_loss(logits, labels), probabilities(logits, several=labels.dim() == 2), labels)
 
     @property
     def scores(self) -> np.ndarray:
@@ -81,9 +96,7 @@ class ImageTally:
         Raises:
             FloatingPointError: the model gave NaN.
         """
-        scores = torch.cat(self._scores).numpy()
-        check_finite(scores)
-        return scores
+        return self.answers("images")
 
     @property
     def labels(self) -> np.ndarray:
@@ -109,13 +122,3 @@ def image_loss(logits: Tensor, labels: Tensor, weights: Tensor | None = None) ->
 def probabilities(logits: Tensor, *, several: bool) -> Tensor:
     """Logits (batch, classes) → probabilities: a softmax, or with ``several`` labels a sigmoid of each."""
     return logits.sigmoid() if several else logits.softmax(dim=1)
-
-
-def check_finite(scores: np.ndarray) -> None:
-    """Raise FloatingPointError where a model's probabilities (n, classes) are none."""
-    wrong = int((~np.isfinite(scores).all(axis=1)).sum())
-    if wrong:
-        raise FloatingPointError(
-            f"the model's answers to {wrong} of {len(scores)} images are not finite: a weight of it, or a product of "
-            "them, is NaN or infinite; use an earlier checkpoint, or --precision fp32"
-        )

@@ -21,8 +21,9 @@ from lowrank.data.images.batches import to_model
 from lowrank.data.images.decode import Damaged, Reading, image_files, read_image
 from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
+from lowrank.evaluate.collected import check_finite
 from lowrank.evaluate.image_metrics import predicted
-from lowrank.evaluate.image_task import check_finite, probabilities
+from lowrank.evaluate.image_task import probabilities
 from lowrank.infra import checkpoint
 from lowrank.infra.files import write_text_atomically
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
@@ -100,7 +101,7 @@ def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: I
     several = data.kind == "multi-label"
     x = to_model(np.stack([array for _, array in images]), data.spec).to(next(model.parameters()).device)
     scores = probabilities(logits_of(model, x), several=several).cpu().numpy()
-    check_finite(scores)
+    check_finite(scores, "images")
     answers = predicted(scores, data.kind)
     made = []
     for (name, _), row, answer in zip(images, scores, answers, strict=True):

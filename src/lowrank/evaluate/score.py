@@ -34,11 +34,10 @@ from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
 from lowrank.models.text import load_pretrained, without_bars
 from lowrank.models.vision import timm_config
-from lowrank.run.estimate import stand_in
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
-from lowrank.run.session import Session, open_session, restore
+from lowrank.run.session import Session, open_session, restore, task_of
 
 
 def score(
@@ -126,7 +125,7 @@ def planned_session(run: Run) -> Session:
     )
     if needs_data:
         return open_session(run)
-    data, _ = stand_in(run)
+    data, _ = task_of(run).stand_in(run)
     return open_session(run, data=data)
 
 

@@ -15,8 +15,11 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from lowrank.data.text.glue import TABLES
+from lowrank.evaluate.collected import Collected
 from lowrank.infra.registry import register
-from lowrank.run.task import Batch
+from lowrank.run.run import Run
+from lowrank.run.task import Batch, Unread
 
 
 @register("task", "sequences")
@@ -39,6 +42,17 @@ class SequenceTask:
     def tally(self) -> SequenceTally:
         return SequenceTally()
 
+    def stand_in(self, run: Run) -> tuple[Unread, list[str]]:
+        args = run.data.args
+        longest, name = str(args.get("context", "auto")), str(args.get("name", "auto"))
+        outputs = len(TABLES[name].classes) or 1 if name in TABLES else 2
+        return Unread(512 if longest == "auto" else int(longest), outputs=outputs), []
+
+    def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
+        ids = torch.zeros(rows, data.context, dtype=torch.int64)
+        labels = torch.zeros(rows, dtype=torch.float32 if data.outputs == 1 else torch.int64)
+        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
+
     def report(self, data: Any, tally: SequenceTally, folder: Path, split: str) -> list[str]:
         return []
 
@@ -56,27 +70,12 @@ def sequence_loss(outputs: Tensor, labels: Tensor) -> Tensor:
     return F.cross_entropy(outputs, labels, reduction="sum")
 
 
-class SequenceTally:
-    """Collects outputs and labels: the metrics are of the whole split and not means over batches."""
-
-    def __init__(self) -> None:
-        self.total = 0.0
-        self._outputs: list[Tensor] = []
-        self._labels: list[Tensor] = []
+class SequenceTally(Collected):
+    """Collects outputs and labels."""
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         outputs = _outputs(model, batch)
-        self.total += float(sequence_loss(outputs, batch["labels"]))
-        self._outputs.append(outputs.cpu())
-        self._labels.append(batch["labels"].cpu())
-
-    def counted(self) -> dict[str, Any]:
-        return {"total": self.total, "outputs": self._outputs, "labels": self._labels}
-
-    def absorb(self, counted: dict[str, Any]) -> None:
-        self.total += counted["total"]
-        self._outputs += counted["outputs"]
-        self._labels += counted["labels"]
+        self.keep(sequence_loss(outputs, batch["labels"]), outputs, batch["labels"])
 
     def result(self) -> dict[str, float]:
         """``loss`` a sequence, ``score``, and by kind ``accuracy`` and ``f1``, or ``pearson`` and ``spearman``.
@@ -84,12 +83,7 @@ class SequenceTally:
         Raises:
             FloatingPointError: the model gave NaN.
         """
-        outputs, labels = torch.cat(self._outputs).numpy(), torch.cat(self._labels).numpy()
-        if not np.isfinite(outputs).all():
-            raise FloatingPointError(
-                "the model's answers are not finite: its weights have diverged, or were damaged; use an earlier "
-                "checkpoint, or --precision fp32"
-            )
+        outputs, labels = self.answers("sequences"), torch.cat(self._labels).numpy()
         found = score_metrics(outputs[:, 0], labels) if labels.dtype.kind == "f" else class_metrics(outputs, labels)
         return {"loss": self.total / len(labels), **found, "sequences": len(labels)}
 

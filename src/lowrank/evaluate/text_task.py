@@ -3,14 +3,20 @@
 from __future__ import annotations
 
 import math
+import re
 from pathlib import Path
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from lowrank.infra.registry import register
 from lowrank.models.text import next_token_loss
-from lowrank.run.task import Batch
+from lowrank.run.run import Run
+from lowrank.run.task import Batch, Unread
+
+ASSUMED_CHARACTERS = 256
+_IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
 
 
 @register("task", "text")
@@ -32,6 +38,20 @@ class TextTask:
 
     def tally(self) -> TextTally:
         return TextTally(self)
+
+    def stand_in(self, run: Run) -> tuple[Unread, list[str]]:
+        args = run.data.args
+        told = args.get("context") or 1024
+        context = None if told == "auto" else int(str(told))
+        given = run.model.args.get("vocab_size")
+        if isinstance(given, int) or run.model.name == "pretrained":
+            return Unread(context, given if isinstance(given, int) else 0), []
+        ids, notes = _vocabulary(str(args.get("tokenizer", "bytes")))
+        return Unread(context, ids), notes
+
+    def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
+        ids = torch.zeros(rows, data.context, dtype=torch.int64)
+        return {"input_ids": ids, "labels": torch.zeros_like(ids)}
 
     def report(self, data: Any, tally: TextTally, folder: Path, split: str) -> list[str]:
         return []
@@ -75,6 +95,15 @@ class TextTally:
             "published_convention": _exp(self.means / (self.batches + 1)),
             "tokens": self.tokens,
         }
+
+
+def _vocabulary(tokenizer: str) -> tuple[int, list[str]]:
+    if tokenizer in _IDS:
+        return _IDS[tokenizer], []
+    if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
+        return int(match[1]), []
+    what = f"the data's vocabulary under the tokenizer {tokenizer} is not known before it is read: "
+    return ASSUMED_CHARACTERS, [f"{what}{ASSUMED_CHARACTERS} ids are assumed; --model.vocab_size N says it"]
 
 
 def _exp(x: float) -> float:

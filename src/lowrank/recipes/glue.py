@@ -48,7 +48,7 @@ def glue_cola() -> Run:
     """Is a sentence acceptable English? 8,551 sentences; Matthews' correlation.
 
     Command:  lowrank train glue-cola --data CoLA --model.path roberta-base --method galore
-    Time:     30 epochs: about half an hour on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("cola", batch_size=32)
@@ -58,7 +58,7 @@ def glue_sst2() -> Run:
     """Is a review positive? 67,349 sentences; accuracy.
 
     Command:  lowrank train glue-sst2 --data SST-2 --model.path roberta-base
-    Time:     30 epochs: hours on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("sst2")
@@ -68,7 +68,7 @@ def glue_mrpc() -> Run:
     """Do two sentences say the same? 3,668 pairs; F1.
 
     Command:  lowrank train glue-mrpc --data MRPC --model.path roberta-base
-    Time:     30 epochs: a quarter of an hour on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("mrpc")
@@ -78,7 +78,7 @@ def glue_stsb() -> Run:
     """How alike are two sentences, from 0 to 5? 5,749 pairs; Pearson's and Spearman's correlation.
 
     Command:  lowrank train glue-stsb --data STS-B --model.path roberta-base
-    Time:     30 epochs: half an hour on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("stsb")
@@ -88,7 +88,7 @@ def glue_qqp() -> Run:
     """Do two questions ask the same? 363,846 pairs; accuracy and F1.
 
     Command:  lowrank train glue-qqp --data QQP --model.path roberta-base
-    Time:     30 epochs: a day on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("qqp")
@@ -98,7 +98,7 @@ def glue_mnli() -> Run:
     """Does one sentence follow from another, contradict it, or neither? 392,702 pairs; accuracy on the matched half.
 
     Command:  lowrank train glue-mnli --data MNLI --model.path roberta-base
-    Time:     30 epochs: a day on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("mnli")
@@ -108,7 +108,7 @@ def glue_qnli() -> Run:
     """Does a sentence answer a question? 104,743 pairs; accuracy.
 
     Command:  lowrank train glue-qnli --data QNLI --model.path roberta-base
-    Time:     30 epochs: hours on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("qnli")
@@ -118,7 +118,7 @@ def glue_rte() -> Run:
     """Does one sentence follow from another? 2,490 pairs; accuracy.
 
     Command:  lowrank train glue-rte --data RTE --model.path roberta-base
-    Time:     30 epochs: a quarter of an hour on one GPU
+    Time:     30 epochs: not measured
     Expected: not measured here; see the module for the paper's average
     """
     return _glue("rte")
@@ -128,7 +128,7 @@ def glue_wnli() -> Run:
     """Which noun does a pronoun stand for? 635 pairs; accuracy, which few models raise above the majority's 56 %.
 
     Command:  lowrank train glue-wnli --data WNLI --model.path roberta-base
-    Time:     30 epochs: minutes on one GPU
+    Time:     30 epochs: not measured
     Expected: accuracy 0.56, the majority's
     """
     return _glue("wnli")

@@ -9,7 +9,7 @@ from lowrank.plan.sheet import Sheet
 from lowrank.plan.speed import Machine, Pace, Speed, pace, parts_of
 from lowrank.plan.work import Amount, Kind
 from lowrank.run.run import Run
-from lowrank.run.session import pick_device
+from lowrank.run.session import pick_device, task_of
 
 CALIBRATE = "lowrank plan --calibrate measures it in a minute"
 _DAY = 86_400
@@ -58,7 +58,7 @@ def duration(run: Run, sheet: Sheet, *, ranks: int = 1) -> list[str]:
 def _seconds(run: Run, sheet: Sheet, found: Pace, machine: Machine, ranks: int) -> list[str]:
     parts = {name: seconds / found.total for name, seconds in vars(found).items() if name != "evaluation"}
     shares = [f"{name} {share:.0%}" for name, share in parts.items() if share >= 0.005]
-    unit, size = "tokens" if run.task == "text" else "images", sheet.size * run.grad_accum
+    unit, size = task_of(run).unit, sheet.size * run.grad_accum
     alone = "" if ranks == 1 else ", without what it sends"
     lines = [
         f"{found.total:.3g} s a step{alone} ({', '.join(shares)})",

@@ -9,20 +9,13 @@ assumed and said. Weights are not loaded: a model that would be is made from its
 
 from __future__ import annotations
 
-import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.data.images.medmnist import NAMES
-from lowrank.data.images.medmnist import facts as medmnist_facts
-from lowrank.data.images.source import ImageData
-from lowrank.data.text.finetuning import default_context
-from lowrank.data.text.glue import TABLES
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.simulated import simulated
@@ -38,14 +31,13 @@ from lowrank.plan.speed import Rhythm
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
 from lowrank.run.overrides import catalogue
 from lowrank.run.run import Call, Run
-from lowrank.run.session import Session, open_session, to_bfloat16_
+from lowrank.run.session import Session, open_session, task_of, to_bfloat16_
+from lowrank.run.task import Batch
 from lowrank.run.validation import refuse_few
 
 _FEW = (2, 3)  # blocks of the models that are traced
 _MICRO_BATCHES = 2
-_IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
 Device = Literal["auto", "cpu", "cuda"]
-ASSUMED_CHARACTERS, ASSUMED_CLASSES = 256, 1000
 
 
 def estimate(run: Run, *, on_card: bool = True, ranks: int = 1, works: bool = False) -> Sheet:
@@ -108,7 +100,7 @@ def _estimated(
     counts.peaks |= {p: peak for p, peak in whole.counts.peaks.items() if p[0] == STARTING}
     saved = None if per_block is None or run.checkpoint_activations else (per_block, _input_bytes(session))
     return Sheet(
-        title=_title(run, getattr(session.data, "context", None)),
+        title=_title(session),
         counts=counts,
         static=static,
         parameters=plan.parameters_total,
@@ -118,7 +110,7 @@ def _estimated(
         per_block=saved,
         layers=layers,
         rhythm=rhythm_of(session),
-        size=run.batch_size * (session.data.context if run.task == "text" else 1),
+        size=session.task.size(any_batch(session)),
         notes=[*notes, *_notes(run), *_notes_on_ranks(session)],
     )
 
@@ -162,7 +154,7 @@ def fake_session(
 ) -> tuple[Session, list[str]]:
     """(the session of a run, what was assumed); of the model's repeated blocks only the first few are kept where
     ``blocks`` says so. To be called inside a ``FakeLiveBytes``."""
-    data, notes = stand_in(run)
+    data, notes = task_of(run).stand_in(run)
     session = open_session(
         replace(run, device=device), data=data, ranks=ranks, make=lambda run, data: _make(run, data, blocks)
     )
@@ -203,16 +195,11 @@ def _pretrained(path: str, dtype: str, quantise: Any) -> nn.Module:
     import transformers
 
     from lowrank.models.quantised import quantise_, quantised_as
-    from lowrank.models.text import weights_dtype
 
     if not path:
         raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
-    model: Any = transformers.AutoModelForCausalLM
     config = _configuration(path)
-    own = getattr(config, "dtype", None) or torch.float32
-    made: nn.Module = model.from_config(
-        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
-    )
+    made = _of_transformers(transformers.AutoModelForCausalLM, config, dtype)
     made = quantised_as(made, config) if quantise is None else quantise_(made, quantise)
     return _marked(made, ())
 
@@ -220,15 +207,9 @@ def _pretrained(path: str, dtype: str, quantise: Any) -> nn.Module:
 def _sequence_classifier(path: str, outputs: int, dtype: str) -> nn.Module:
     import transformers
 
-    from lowrank.models.text import weights_dtype
-
     config = _configuration(path)
     config.num_labels = outputs
-    auto: Any = transformers.AutoModelForSequenceClassification
-    own = getattr(config, "dtype", None) or torch.float32
-    made: nn.Module = auto.from_config(
-        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
-    )
+    made = _of_transformers(transformers.AutoModelForSequenceClassification, config, dtype)
     return _marked(made, ("classifier", "score"))
 
 
@@ -237,8 +218,17 @@ def _hf_vit(path: str, classes: int) -> nn.Module:
 
     config = _configuration(path)
     config.num_labels = classes
-    model: Any = transformers.AutoModelForImageClassification
-    made: nn.Module = model.from_config(config, trust_remote_code=False, dtype=torch.float32)
+    return _of_transformers(transformers.AutoModelForImageClassification, config, "float32")
+
+
+def _of_transformers(auto: Any, config: Any, dtype: str) -> nn.Module:
+    """The model of a configuration; ``dtype`` is that of its weights, or "auto" for the configuration's own."""
+    from lowrank.models.text import weights_dtype
+
+    own = getattr(config, "dtype", None) or torch.float32
+    made: nn.Module = auto.from_config(
+        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
+    )
     return made
 
 
@@ -269,70 +259,6 @@ def _marked(model: nn.Module, fresh: tuple[str, ...]) -> nn.Module:
     return model
 
 
-# --- what stands for the data ----------------------------------------------------------------------------------------
-
-
-@dataclass(frozen=True)
-class Unread:
-    """Stands for text that a plan need not look at; its context may be left to the model."""
-
-    context: int | None
-    vocab_size: int = 0
-    outputs: int = 1  # of a model of sequences
-    end_of_document: int | None = None
-
-    def check_vocabulary(self, vocab_size: int) -> None:
-        pass  # there are no ids to check
-
-    def for_model(self, model: nn.Module) -> Unread:
-        return self if self.context is not None else replace(self, context=default_context(model))
-
-
-def stand_in(run: Run) -> tuple[Any, list[str]]:
-    """(what stands for a run's data, what was assumed of it); nothing is opened."""
-    args = run.data.args
-    if run.task == "images":
-        return _no_images(args)
-    if run.task == "sequences":
-        longest, name = str(args.get("context", "auto")), str(args.get("name", "auto"))
-        outputs = len(TABLES[name].classes) or 1 if name in TABLES else 2
-        return Unread(512 if longest == "auto" else int(longest), outputs=outputs), []
-    told = args.get("context") or 1024
-    context = None if told == "auto" else int(str(told))
-    given = run.model.args.get("vocab_size")
-    if isinstance(given, int) or run.model.name == "pretrained":
-        return Unread(context, given if isinstance(given, int) else 0), []
-    ids, notes = _vocabulary(str(args.get("tokenizer", "bytes")))
-    return Unread(context, ids), notes
-
-
-def _vocabulary(tokenizer: str) -> tuple[int, list[str]]:
-    if tokenizer in _IDS:
-        return _IDS[tokenizer], []
-    if match := re.fullmatch(r"bpe:(\d+)", tokenizer):
-        return int(match[1]), []
-    what = f"the data's vocabulary under the tokenizer {tokenizer} is not known before it is read: "
-    return ASSUMED_CHARACTERS, [f"{what}{ASSUMED_CHARACTERS} ids are assumed; --model.vocab_size N says it"]
-
-
-def _no_images(args: Mapping[str, Any]) -> tuple[ImageData, list[str]]:
-    source, size = str(args.get("source")), int(str(args.get("size") or 28))
-    if source in NAMES:
-        return ImageData.without_images(medmnist_facts(source, size)), []
-    stem = re.sub(r"(_\d+)?\.npz$", "", Path(source).name)
-    if stem in NAMES:
-        return ImageData.without_images(medmnist_facts(stem, size)), []
-    count = 10 if source == "digits" else ASSUMED_CLASSES
-    notes = [] if source == "digits" else [f"the classes of {source} are not known before it is read: {count} assumed"]
-    facts = {
-        "kind": "multi-class",
-        "classes": tuple(map(str, range(count))),
-        "reading": {"size": size, "grey": source == "digits"},
-        "spec": {"size": size},
-    }
-    return ImageData.without_images(facts), notes
-
-
 def rhythm_of(session: Session) -> Rhythm:
     """How often what happens in a session's run."""
     run, plan = session.run, session.plan
@@ -345,22 +271,9 @@ def rhythm_of(session: Session) -> Rhythm:
     )
 
 
-def _any_batch(session: Session) -> dict[str, Tensor]:
+def any_batch(session: Session) -> Batch:
     """A batch of the run's shape, or a rank's share of it."""
-    run, data, rows = session.run, session.data, _rows(session)
-    if run.task == "sequences":
-        ids, labels = torch.zeros(rows, data.context, dtype=torch.int64), torch.zeros(rows)
-        labels = labels if data.outputs == 1 else labels.long()
-        return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-    if run.task != "images":
-        ids = torch.zeros(rows, data.context, dtype=torch.int64)
-        return {"input_ids": ids, "labels": torch.zeros_like(ids)}
-    size = getattr(session.model, "image_spec", None)
-    side = data.spec.size if size is None else size.size
-    labels = torch.zeros(rows, dtype=torch.int64)
-    if data.set.kind == "multi-label":
-        labels = torch.zeros(rows, len(data.classes), dtype=torch.int64)
-    return {"images": torch.zeros(rows, 3, side, side), "labels": labels}
+    return session.task.any_batch(session.model, session.data, _rows(session))
 
 
 def _rows(session: Session) -> int:
@@ -384,7 +297,7 @@ def _setup(session: Session) -> Setup:
     )
     if session.plan.ranks is not None and not run.per_layer and not session.plan.shards:
         optimizer.sum_during_backward(accumulate, whole=run.max_grad_norm is not None)
-    batch = _any_batch(session)
+    batch = any_batch(session)
     session.model.train()
 
     def loss() -> Tensor:
@@ -421,14 +334,14 @@ def _input_bytes(session: Session) -> int:
     config: Any = getattr(session.model, "config", None)
     width: Any = getattr(config, "hidden_size", None) or getattr(session.model, "embed_dim", 0)
     itemsize = 2 if run.precision == "bf16-weights" else 4
-    if run.task == "text":
-        return _rows(session) * session.data.context * int(width) * itemsize
     patches: Any = getattr(getattr(session.model, "patch_embed", None), "num_patches", 0)
-    return _rows(session) * (int(patches) + 1) * int(width) * itemsize
+    tokens = getattr(session.data, "context", int(patches) + 1)
+    return _rows(session) * tokens * int(width) * itemsize
 
 
-def _title(run: Run, context: int | None) -> str:
-    size = f"{run.batch_size} × {context} tokens" if run.task == "text" else f"{run.batch_size} images"
+def _title(session: Session) -> str:
+    run, context = session.run, getattr(session.data, "context", None)
+    size = f"{run.batch_size} {session.task.unit}" if context is None else f"{run.batch_size} × {context} tokens"
     how = [run.precision] + ["per layer"] * run.per_layer + ["checkpointed"] * run.checkpoint_activations
     times = f", {run.grad_accum} micro-batches a step" if run.grad_accum > 1 else ""
     return f"{run.recipe}, {run.method.name}: {size}{times} ({', '.join(how)})"

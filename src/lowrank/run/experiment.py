@@ -22,7 +22,7 @@ from typing import Any, Literal, TypeAlias
 
 from lowrank.infra.convert import Setting, nearest
 from lowrank.run.overrides import override, resolve
-from lowrank.run.run import Call, Run, flat
+from lowrank.run.run import Run, flat
 
 Equal = Literal["tokens", "seconds", "memory"]
 Space: TypeAlias = Mapping[str, Sequence[Setting]]
@@ -282,11 +282,6 @@ def chosen(
         if not methods or each.name in methods or each.name == experiment.baseline
     ]
     return replace(experiment, **{name: value for name, value in others.items() if value})
-
-
-def method_of(run: Run) -> dict[str, Any]:
-    call: Call = run.method
-    return call.to_json()
 
 
 def _of_starts(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -128,7 +128,13 @@ def open_session(
     plan = apply_(model, method, seed=run.seed, ranks=ranks, workers=_workers(run))
     if run.engine == "fsdp" and plan.intra_worker is not None:
         shard_(plan)
-    return Session(run, offer.function("task", run)(), data, model, plan, device, autocast, needs_scaler, base)
+    return Session(run, task_of(run), data, model, plan, device, autocast, needs_scaler, base)
+
+
+def task_of(run: Run) -> Task:
+    """What a run learns."""
+    task: Task = catalogue().function("task", run)()
+    return task
 
 
 def to_bfloat16_(model: nn.Module) -> None:

@@ -5,11 +5,17 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 
 from __future__ import annotations
 
+from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor, nn
+
+from lowrank.data.text.finetuning import default_context
+
+if TYPE_CHECKING:
+    from lowrank.run.run import Run
 
 Batch = dict[str, Tensor]
 
@@ -61,10 +67,34 @@ class Task(Protocol):
 
     def tally(self) -> Tally: ...
 
+    def stand_in(self, run: Run) -> tuple[Any, list[str]]:
+        """(what stands for a run's data in a plan of it, what was assumed of it); nothing is opened."""
+        ...
+
+    def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
+        """A batch of ``rows`` of what a model takes, of the data (or what stands for it); its numbers do not matter."""
+        ...
+
     def report(self, data: Any, tally: Any, folder: Path, split: str) -> list[str]:
         """Where it is ``judged``: write into a run's ``folder`` what the ``tally`` of a split shows beyond its metrics;
         gives what is worth saying."""
         ...
+
+
+@dataclass(frozen=True)
+class Unread:
+    """Stands for text that a plan need not look at; its context may be left to the model."""
+
+    context: int | None
+    vocab_size: int = 0
+    outputs: int = 1  # of a model of sequences
+    end_of_document: int | None = None
+
+    def check_vocabulary(self, vocab_size: int) -> None:
+        pass  # there are no ids to check
+
+    def for_model(self, model: nn.Module) -> Unread:
+        return self if self.context is not None else replace(self, context=default_context(model))
 
 
 def to_device(batch: Batch, device: torch.device) -> Batch:

@@ -40,13 +40,12 @@ from lowrank.run.experiment import (
     Tuned,
     Value,
     incomparable,
-    method_of,
     reported,
     tune,
 )
 from lowrank.run.overrides import fingerprint, override
 from lowrank.run.run import Run, flat
-from lowrank.run.session import open_session
+from lowrank.run.session import open_session, task_of
 from lowrank.run.validation import validate
 from lowrank.train.loop import train
 from lowrank.train.memory import MEMORY
@@ -328,18 +327,18 @@ def _trial(each: Attempt, experiment: Experiment, root: Path, failed: Mapping[Pa
 
 def _row(each: Attempt, edge: Sequence[str], experiment: Experiment, root: Path, failed: Mapping[Path, str]) -> Row:
     place, run = folder_of(root, each.contender, each.run), each.run
-    about: Any = {"method": each.contender.name, "seed": run.seed, "steps": each.steps, "call": method_of(run)}
+    about: Any = {"method": each.contender.name, "seed": run.seed, "steps": each.steps, "call": run.method.to_json()}
     about |= {"settings": dict(each.settings), "edge": list(edge)}
     if error := _failure(place, failed):
         return Row(**about, error=error)
     summary, test, log = read_json(place / "summary.json"), read_json(place / TEST), read_log(place / "log.jsonl")
-    context = run.data.args.get("context")
-    size = run.batch_size * run.grad_accum * (context if isinstance(context, int) else 1)
+    unit, context = task_of(run).unit, run.data.args.get("context")
+    size = run.batch_size * run.grad_accum * (context if unit == "tokens" and isinstance(context, int) else 1)
     peaks = read_json(place / MEMORY).get("measured_peak_bytes", {}) if (place / MEMORY).is_file() else {}
     sent = summary.get("bytes_sent_per_step")
     return Row(
         **about,
-        budget={"tokens" if run.task == "text" else "images": size * each.steps, "batch_size": run.batch_size},
+        budget={unit: size * each.steps, "batch_size": run.batch_size},
         figures={n: v for n, v in summary.items() if n.startswith("val_")} | {f"test_{n}": v for n, v in test.items()},
         peak_bytes=max(peaks.values(), default=summary.get("peak_bytes")),
         state_bytes=summary.get("state_bytes"),

@@ -10,6 +10,7 @@ import torch
 
 from lowrank.plan.communication import Forecast, forecast
 from lowrank.plan.network import Link, Outlook, Part
+from lowrank.run.estimate import any_batch
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session
 from lowrank.run.task import to_device
@@ -59,13 +60,9 @@ def rank_of(run: Run, ranks: int) -> Run:
 
 
 def measured(session: Session, steps: int = 3) -> float:
-    """Seconds of a step of a session here, on arbitrary tokens or its first images: the median, after one to warm up.
-
-    Raises:
-        ValueError: images that are not here.
-    """
+    """Seconds of a step of a session here, on any data of its shape: the median, after one to warm up."""
     run, task, device = session.run, session.task, session.device
-    batch = to_device(_any_batch(session), device)
+    batch = to_device(any_batch(session), device)
     optimizer = session.plan.optimizer(run.lr, run.weight_decay, per_layer=run.per_layer, accumulate=run.grad_accum)
     session.model.train()
     seconds = []
@@ -91,15 +88,3 @@ def _check(run: Run, ranks: int) -> None:
     if ranks < 2:
         raise ValueError(f"--ranks {ranks}: at least 2 are needed for a link to matter")
     refuse_few(run, ranks)
-
-
-def _any_batch(session: Session) -> dict[str, torch.Tensor]:
-    run, data = session.run, session.data
-    if run.task == "text":
-        vocabulary = session.model.get_input_embeddings().num_embeddings  # type: ignore[operator]
-        ids = torch.randint(0, vocabulary, (run.batch_size, data.context + 1))
-        return {"input_ids": ids[:, :-1].contiguous(), "labels": ids[:, 1:].contiguous()}
-    if not data.set.splits:
-        raise ValueError("the images are not here, so a step cannot be measured: give --step-seconds")
-    batch: dict[str, torch.Tensor] = data.train(run.batch_size, run.seed).batch(0)
-    return batch
