@@ -100,6 +100,8 @@ OPTIONS = [
     row("plan gpt-mini --link 1Gbit --ranks 2 --latency -1ms", "--latency -1ms"),
     row("compare gpt-mini --seeds ''", "--seeds is empty"),
     row("compare gpt-mini --lrs ''", "--lrs is empty"),
+    row("compare arena-llama --lrs 1e-3", "an experiment tunes rates itself"),
+    row("compare arena-llama --allow-changed-data", "runs on other data stand in no table together"),
     row("compare gpt-mini --out ''", "--out is empty"),
     row("compare gpt-mini --methods ,", "names nothing"),
     row("compare gpt-mini --seeds ,", "names nothing"),
