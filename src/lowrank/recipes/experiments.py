@@ -32,6 +32,7 @@ _PAPER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _SPACE: Mapping[str, Sequence[Setting]] = {
     "lr": _RATES,
     "method.embedding_lr": (1.0, 10.0),
+    "method.head_lr": (1.0, 10.0),
     "warmup": (0.05, 0.2),
     "weight_decay": (0.0, 0.1),
 }
@@ -39,11 +40,10 @@ _PAPER_SPACE: Mapping[str, Sequence[Setting]] = {
     **_SPACE,
     "lr": _PAPER_RATES,
     "method.betas": ((0.9, 0.95), (0.9, 0.999)),
-    "method.head_lr": (1.0, 10.0),
     "method.vector_lr": (1.0, 0.1),
 }
 _TEXT_CAVEAT = (
-    "Two layers 64 wide and about a hundred steps of 512 bytes: seconds a run. It orders methods in the first steps of "
+    "Two layers 64 wide and two hundred steps of 512 bytes: seconds a run. It orders methods in the first steps of "
     "tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the width."
 )
 _PAPER_CAVEAT = "The ancestor's or the papers' own size and length."
@@ -326,7 +326,7 @@ def _llama(size: Size) -> Run:
 
 
 def _small(run: Run, shape: Mapping[str, Setting]) -> Run:
-    run = override(run, {**shape, "data.context": 64, "steps": 100, "batch_size": 8})
+    run = override(run, {**shape, "data.context": 64, "steps": 200, "batch_size": 8})
     projected: dict[str, Setting] = {"method.rank": 16, "method.refresh_every": 25}
     ranks: dict[str, Any] = {
         "@projected": projected,
@@ -337,7 +337,7 @@ def _small(run: Run, shape: Mapping[str, Setting]) -> Run:
     }
     own |= {"apollo_mini": {"method.rank": 1}, "lte": {"method.rank": 4, "method.heads": 4, "method.merge_every": 10}}
     own["lte_galore"] = {"method.galore_rank": 16, "method.refresh_every": 25}
-    recorded: dict[str, Any] = {"eval_every": 20, "eval_batches": 12, "checkpoint_every": 100, "keep": 1}
+    recorded: dict[str, Any] = {"eval_every": 20, "eval_batches": 12, "checkpoint_every": 200, "keep": 1}
     return replace(run, per_method={**ranks, **own}, max_grad_norm=1.0, log_every=2, **recorded)
 
 
@@ -374,5 +374,5 @@ def _contenders(
 def _about(size: Size, preset: Preset) -> dict[str, Any]:
     small = size == "small"
     found: dict[str, Any] = {"size": size, "preset": preset, "caveat": _TEXT_CAVEAT if small else _PAPER_CAVEAT}
-    found |= {"seeds": (1, 2, 3) if small else (1, 2, 3, 4, 5), "test_batches": 20 if small else None}
-    return found | {"trials": 8 if small else 16}
+    found |= {"seeds": (1, 2, 3, 4, 5), "test_batches": 20 if small else None}
+    return found | {"trials": 12 if small else 16}
