@@ -43,8 +43,8 @@ _PAPER_SPACE: Mapping[str, Sequence[Setting]] = {
     "method.vector_lr": (1.0, 0.1),
 }
 _TEXT_CAVEAT = (
-    "Two layers 64 wide and two hundred steps of 512 bytes: seconds a run. It orders methods in the first steps of "
-    "tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the width."
+    "Two layers 64 wide and five hundred steps of 512 bytes: seconds a run. It orders methods early in the training "
+    "of tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the width."
 )
 _PAPER_CAVEAT = "The ancestor's or the papers' own size and length."
 
@@ -110,7 +110,7 @@ _TABLE_1: Mapping[Size, Sequence[tuple[int, int, int]]] = {
 @register("experiment", "sequential-parallel")
 def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     """Figures 5 and 6 of the ancestor: small updates one after the other, side by side, or both."""
-    often = 25 if size == "small" else 100
+    often = 50 if size == "small" else 100
     methods: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
         "lora r4": {"method": "lora", "method.rank": 4},
@@ -242,7 +242,7 @@ def lora_rate(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
 @register("experiment", "switching")
 def switching(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     """When to switch GaLore's subspace: at intervals, where it has moved (Q-GaLore), by exact SVD, or never."""
-    every, never = (25, 100) if size == "small" else (200, 10_000)
+    every, never = (50, 500) if size == "small" else (200, 10_000)
     methods: dict[str, dict[str, Any]] = {
         "power": {"method.refresh_every": every},
         "svd": {"method.refresh_every": every, "method.basis": "svd"},
@@ -326,8 +326,8 @@ def _llama(size: Size) -> Run:
 
 
 def _small(run: Run, shape: Mapping[str, Setting]) -> Run:
-    run = override(run, {**shape, "data.context": 64, "steps": 200, "batch_size": 8})
-    projected: dict[str, Setting] = {"method.rank": 16, "method.refresh_every": 25}
+    run = override(run, {**shape, "data.context": 64, "steps": 500, "batch_size": 8})
+    projected: dict[str, Setting] = {"method.rank": 16, "method.refresh_every": 50}
     ranks: dict[str, Any] = {
         "@projected": projected,
         "@adapter": {"method.rank": 16, "method.target_modules": "all-linear"},
@@ -336,8 +336,8 @@ def _small(run: Run, shape: Mapping[str, Setting]) -> Run:
         name: {"method.target_modules": "all-linear"} for name in ("lora", "lte", "multihead_lora", "relora")
     }
     own |= {"apollo_mini": {"method.rank": 1}, "lte": {"method.rank": 4, "method.heads": 4, "method.merge_every": 10}}
-    own["lte_galore"] = {"method.galore_rank": 16, "method.refresh_every": 25}
-    recorded: dict[str, Any] = {"eval_every": 20, "eval_batches": 12, "checkpoint_every": 200, "keep": 1}
+    own["lte_galore"] = {"method.galore_rank": 16, "method.refresh_every": 50}
+    recorded: dict[str, Any] = {"eval_every": 25, "eval_batches": 12, "checkpoint_every": 500, "keep": 1}
     return replace(run, per_method={**ranks, **own}, max_grad_norm=1.0, log_every=2, **recorded)
 
 
