@@ -297,7 +297,7 @@ def vit_ranks(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
     about = _about(size, preset) | {"metric": "test_auc", "lower": False, "unit": "AUC"}
     if size == "small":
         about["caveat"] = (
-            "Four layers 64 wide, started from 600 steps on scikit-learn's digits, 300 steps of 32 images of 28 pixels: "
+            "Four layers 64 wide, begun by 600 steps on scikit-learn's digits, 300 steps of 32 images of 28 pixels: "
             "it says nothing of a ViT-B that was pre-trained on natural images at 224 pixels."
         )
     made = _contenders(base, methods, size, preset, {}, space=space)
