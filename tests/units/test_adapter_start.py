@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
+from tests.chats import saved
 from tests.models import output
 from tests.runs.tiny import TEXT, tiny
 from torch import Tensor, nn
@@ -176,3 +178,25 @@ def test_where_the_base_is(tmp_path: Path, base: Path, capsys: pytest.CaptureFix
     config.write_text(config.read_text().replace(str(base), ""))
     assert main(["generate", str(tmp_path / "theirs")]) == 2
     assert "does not say where its base is: give --base" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize("columns", [("prompt", "completion"), ("question", "answer"), ("messages",)])
+def test_an_adapter_is_scored_on_examples_as_its_run_is(tmp_path: Path, columns: tuple[str, ...]) -> None:
+    """And its untrained base on the same: chats and pairs are recognised, their answers alone count."""
+    own, file = saved(tmp_path / "own"), tmp_path / "examples.jsonl"
+    with file.open("w") as lines:
+        for n in range(60):
+            pair = (f"{n} and", " light")
+            turns = [{"role": r, "content": text} for r, text in zip(("user", "assistant"), pair, strict=True)]
+            row = {columns[0]: turns} if len(columns) == 1 else dict(zip(columns, pair, strict=True))
+            lines.write(json.dumps(row) + "\n")
+    names = dict(zip(("prompt", "completion"), columns, strict=True)) if columns[0] == "question" else {}
+    options = [word for name, column in names.items() for word in (f"--data.{name}", column)]
+    told = ["--model.path", str(own), "--data", str(file), "--steps", "2", "--lr", "0.01", "--device", "cpu", "--quiet"]
+    assert main(["train", "finetune", *told, *options, "--out", str(tmp_path / "run")]) == 0
+    assert main(["export", str(tmp_path / "run"), "--adapter", str(tmp_path / "peft"), "--format", "peft"]) == 0
+    found = score(str(tmp_path / "peft"), data=str(file), **names, device="cpu")
+    trained = score(str(tmp_path / "run"), device="cpu")
+    assert found["tokens"] == trained["tokens"]
+    assert found["loss"] == pytest.approx(trained["loss"], rel=1e-5)
+    assert score(str(own), data=str(file), **names, device="cpu")["loss"] > found["loss"]

@@ -348,7 +348,7 @@ def recipes(parsed: Parsed) -> int:
     run = resolve(find(name))
     if name in RECIPES:
         summary, _, rest = (inspect.getdoc(RECIPES[name]) or "").partition("\n\n")
-        print(f"{name}\n\n{filled(summary)}\n\n{rest}\n")
+        print(f"{name}\n\n{filled(summary)}\n\n{_entries(rest)}\n")
     print(json.dumps(run.to_json(), indent=2))
     return 0
 
@@ -446,6 +446,15 @@ def _catalogue(docs: Mapping[str, str]) -> str:
 def filled(text: str) -> str:
     """A sentence over as many lines as it takes; paths and names stay whole."""
     return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+def _entries(text: str) -> str:
+    """Lines of ``Key: what``, each filled under its key; commands stay whole, to be copied."""
+    entries = re.sub(r"\n {2,}", " ", text).splitlines()
+    return "\n".join(
+        line if line.startswith("Command:") else textwrap.fill(line, WIDTH, subsequent_indent=" " * 10)
+        for line in entries
+    )
 
 
 def _aligned(figures: Mapping[str, Any]) -> str:

@@ -25,6 +25,7 @@ from lowrank.data import DATA
 from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.source import ImageData
+from lowrank.data.text.finetuning import holds_examples
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.evaluate.evaluator import evaluate
@@ -62,11 +63,12 @@ def score(
     Args:
         source: a run's folder or one of its checkpoints, a model's folder or its name on the hub, or an adapter's
             folder.
-        data: a text by name or file; by default the run's own.
+        data: a text by name or file, or examples (chats, pairs, instructions) where it holds those; by default the
+            run's own.
         split: train, val or test.
         checkpoint: which of a run's checkpoints: best (by validation) or latest.
         column: the text's column, in tables.
-        prompt, completion: the columns of a pair, for a run on examples, where they have other names.
+        prompt, completion: the columns of a pair, where they have other names.
         tokenizer: a pre-trained model's, where it is not its own.
         base: of an adapter's folder: where its base is; by default where the adapter says.
         context: tokens in a window; by default the run's, or the model's up to 1024.
@@ -82,9 +84,8 @@ def score(
     folder = Path(source).expanduser()
     if batch_size < 1 or (batches is not None and batches < 1):
         raise ValueError("--batch-size and --batches must be at least 1")
-    changes: dict[str, Any] = {"column": column, "context": context, "val_fraction": val_fraction}
-    if (prompt or completion) and not _is_run(folder):
-        raise ValueError("--prompt and --completion go with a run on examples, whose columns they name: leave them out")
+    pair = {"prompt": prompt, "completion": completion}
+    changes: dict[str, Any] = {"column": column, "context": context, "val_fraction": val_fraction, **pair}
     if base is not None and not is_adapter(folder):
         raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
     if is_adapter(folder):
@@ -95,7 +96,7 @@ def score(
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, checkpoint, device=device)
-        session = _on_other_data(session, data, changes | {"prompt": prompt, "completion": completion})
+        session = _on_other_data(session, data, changes)
     else:
         session = _pretrained(source, data, changes | {"tokenizer": tokenizer or source}, device)
     found = session.data.evaluation(split, batch_size, batches)
@@ -254,7 +255,8 @@ def _pretrained(
 
     if is_nanogpt(source) and changes["tokenizer"] == source:
         raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, chars, or what it was trained with")
-    if changes["context"] is None:
+    examples = bool(changes["prompt"] or changes["completion"]) or holds_examples(data, changes["column"])
+    if changes["context"] is None and not examples:
         ours = is_nanogpt(source)
         config: Any = (
             load_pretrained(source).config if ours else AutoConfig.from_pretrained(source, trust_remote_code=False)
@@ -265,7 +267,7 @@ def _pretrained(
         recipe="score",
         task="text",
         model=Call(name="pretrained", args={"path": source, **({} if adapter is None else base_options(adapter))}),
-        data=Call(name="text", args={"source": data, **given}),
+        data=Call(name="examples" if examples else "text", args={"source": data, **given}),
         method=Call(name="full"),
         steps=1,
         device=device,  # type: ignore[arg-type]

@@ -40,7 +40,8 @@ class Kept:
     def __str__(self) -> str:
         low, high = min(self.ranks.values()), max(self.ranks.values())
         ranks = f"rank {high}" if low == high else f"ranks {low} to {high}"
-        text = f"a LoRA of {ranks} on {len(self.ranks)} layers that keeps {self.energy:.4%} of what changed in them"
+        share = f"{self.energy:.1%}" if self.energy < 0.9995 else f"{self.energy:.4%}"
+        text = f"a LoRA of {ranks} on {len(self.ranks)} layers that keeps {share} of what changed in them"
         return f"{text}; saved whole: {some(self.whole)}" if self.whole else text
 
 

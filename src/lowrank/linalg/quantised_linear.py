@@ -12,6 +12,7 @@ Shapes: W (out, in).
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from typing import Any, Literal, get_args
 
@@ -32,6 +33,7 @@ def bitsandbytes() -> Any:
     Raises:
         ImportError: it is missing; names the extra.
     """
+    logging.getLogger("bitsandbytes.backends.cpu.ops").setLevel(logging.ERROR)  # of kernels that it can do without
     with _disable_current_modes():  # the tables that it makes when it is imported must not be fake
         return import_extra("bitsandbytes", "quantised")
 

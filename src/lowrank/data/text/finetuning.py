@@ -278,6 +278,15 @@ def examples(
     )
 
 
+def holds_examples(source: str, column: str | None) -> bool:
+    """Whether a source's first row is a chat, a pair or an instruction, and no text."""
+    try:
+        first = next((row for _, row in open_rows(source, None)["train"]()), {})
+        return recognise(first, source, column=column).kind != "text"
+    except (ValueError, OSError, KeyError):
+        return False  # what reads it as text says what is wrong with it
+
+
 class _Counted:
     """Rows as they are, each counted on the line that shows how far the tokenising has come."""
 
