@@ -228,7 +228,7 @@ def lora_rate(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
     start = replace(override(base, {"method": "full"}), steps=steps, lr=3e-3, min_lr_ratio=0.0)
     methods: dict[str, dict[str, Any]] = {"full": {"method": "full"}}
     for rank in (1, 4, 16, 32):
-        methods[f"lora r{rank}"] = {"method": "lora", "method.rank": rank}
+        methods[f"lora r{rank}"] = {"method": "lora", "method.rank": rank, "method.rest": "freeze"}
     made = _contenders(base, methods, size, preset, {}, space={"lr": _FINE_RATES})
     return Experiment(
         name="lora-rate",

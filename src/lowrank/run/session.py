@@ -284,7 +284,8 @@ def load_plain_(model: nn.Module, source: Path) -> None:
     wrong = [k for k in ours if k not in state or state[k].shape != ours[k].shape] + [k for k in state if k not in ours]
     if wrong:
         raise ValueError(
-            f"the weights of {source} do not fit the model: {', '.join(wrong[:5])}{' …' if len(wrong) > 5 else ''}"
+            f"the weights of {source} do not fit the model: {some(wrong)}; --init-from wants the very model, and a head "
+            f"for other classes is new with lowrank export {source} OUT and --model.weights OUT"
         )
     model.load_state_dict(state)
 

@@ -25,7 +25,7 @@ from typing import Any
 
 import torch
 
-from lowrank.evaluate.score import score
+from lowrank.evaluate.score import export, score
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.files import read_json, write_json
@@ -43,7 +43,7 @@ from lowrank.run.experiment import (
     reported,
     tune,
 )
-from lowrank.run.overrides import fingerprint, override
+from lowrank.run.overrides import catalogue, fingerprint, override
 from lowrank.run.run import Run, flat
 from lowrank.run.session import open_session, task_of
 from lowrank.run.validation import validate
@@ -54,6 +54,7 @@ from lowrank.train.step_time import measured
 Say = Callable[[str], None]
 FAILED, TEST, BUDGET = "failed.json", "test.json", "budget.json"
 _mark = functools.lru_cache(maxsize=4096)(fingerprint)
+_PLAIN = "exported"
 _POINTS = 40  # of a curve in the file of results
 _BATCHES = (4, 3, 2, 1.5, 1.25)  # times the baseline's, tried for methods that leave memory
 
@@ -178,7 +179,9 @@ def _one(
     try:
         if not is_finished(place):
             resume = bool(checkpoint.saved(place / "checkpoints"))
-            origin = None if start is None else folder_of(root, Contender(name="start", run=start), start)
+            origin = None if start is None else _place_of(start, root)
+            if origin is not None and _takes_weights(run):
+                run, origin = override(run, {"model.weights": str((origin / _PLAIN).absolute())}), None
             began = time.perf_counter()
             if train(run, place, resume=resume, init_from=origin, judge=False, quiet=quiet).get("interrupted"):
                 raise KeyboardInterrupt
@@ -202,12 +205,22 @@ def _score(run: Run, place: Path, batches: int | None) -> dict[str, float]:
 
 
 def _started(start: Run, root: Path, quiet: bool) -> None:
-    """The run that others start from, once."""
-    place = folder_of(root, Contender(name="start", run=start), start)
+    """The run that others start from, once; as a plain model too, where models take weights, with heads of their own."""
+    place = _place_of(start, root)
     if not is_finished(place):
         error = _one(start, place, None, root, quiet, False)
         if error is not None:
             raise ValueError(f"the run that others start from failed ({place}): {error}")
+    if _takes_weights(start) and not (place / _PLAIN).is_dir():
+        export(place, place / _PLAIN, which="latest")
+
+
+def _place_of(start: Run, root: Path) -> Path:
+    return folder_of(root, Contender(name="start", run=start), start)
+
+
+def _takes_weights(run: Run) -> bool:
+    return "weights" in catalogue().signature("model", run.model.name).kinds
 
 
 # --- equal what, and how long ----------------------------------------------------------------------------------------
