@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
+from lowrank.data.images.set import some
 from lowrank.data.images.source import FACTS, ImageData
 from lowrank.data.text.corpora import RUN_TOKENIZER, UnreadText, open_run_tokenizer
 from lowrank.distributed.process_group import ProcessGroup
@@ -284,8 +285,8 @@ def load_plain_(model: nn.Module, source: Path) -> None:
     wrong = [k for k in ours if k not in state or state[k].shape != ours[k].shape] + [k for k in state if k not in ours]
     if wrong:
         raise ValueError(
-            f"the weights of {source} do not fit the model: {some(wrong)}; --init-from wants the very model, and a head "
-            f"for other classes is new with lowrank export {source} OUT and --model.weights OUT"
+            f"the weights of {source} do not fit the model: {some(wrong)}; --init-from wants the very model, and "
+            f"for other classes the head is new with lowrank export {source} OUT and --model.weights OUT"
         )
     model.load_state_dict(state)
 

@@ -205,7 +205,7 @@ def _score(run: Run, place: Path, batches: int | None) -> dict[str, float]:
 
 
 def _started(start: Run, root: Path, quiet: bool) -> None:
-    """The run that others start from, once; as a plain model too, where models take weights, with heads of their own."""
+    """The run that others start from, once; also as a plain model, where models take weights and have a head."""
     place = _place_of(start, root)
     if not is_finished(place):
         error = _one(start, place, None, root, quiet, False)
