@@ -102,6 +102,8 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
     print(textwrap.fill(f"{machine} {how}" + (f": {CALIBRATE}" if speed is None else ""), 100))
     for name, (sheet, _) in found.items():
         print(f"{name}: " + sheet.answer().replace("; ", "\n    "))
+    for note in dict.fromkeys(note for sheet, _ in found.values() for note in sheet.notes):
+        print(textwrap.fill(f"note: {note}", 100))
     if "out" in parsed.options:
         from lowrank.report.memory import draw
 
