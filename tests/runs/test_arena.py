@@ -2,6 +2,8 @@
 
 import json
 import random
+from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
@@ -116,6 +118,19 @@ def test_a_method_that_fails_is_a_row_with_its_reason(pretended, tmp_path):
     assert findings(found)[-1].startswith("lora failed: every trial failed: FloatingPointError")
     assert "lora" in printed_results(found, 100)
     assert read_results(tmp_path / FILE).figures() == found.figures()
+
+
+def test_a_process_that_is_killed_is_words(pretended, tmp_path, monkeypatch):
+    class Killed(ThreadPoolExecutor):
+        def __init__(self, jobs, mp_context):
+            super().__init__(jobs)
+
+        def map(self, *calls):
+            raise BrokenProcessPool
+
+    monkeypatch.setattr(arena, "ProcessPoolExecutor", Killed)
+    with pytest.raises(ChildProcessError, match=r"killed from outside, .* the same command with fewer --jobs goes on"):
+        arena.run_experiment(experiment("full", "lora"), tmp_path, command="lowrank compare tiny", jobs=2)
 
 
 def test_other_lengths_are_refused_before_anything_runs(pretended, tmp_path):

@@ -85,6 +85,7 @@ def test_the_command(capsys: pytest.CaptureFixture[str], write: Callable[[str, s
     [
         ("import time; time.sleep(60)", ["--seconds", "1"], "not over after 1 seconds"),
         ("print('hello'); 1 / 0", [], "ended before the first step.*hello.*ZeroDivisionError"),
+        ("import os; os.kill(os.getpid(), 9)", [], "killed from outside, by the system if memory ran out"),
         (None, [], "not a file"),
         ("", ["--seconds", "0"], "must be above 0"),
     ],

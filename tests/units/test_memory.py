@@ -1,11 +1,14 @@
 """The ledger of bytes, and how sizes and settings are written."""
 
+from pathlib import Path
+
 import pytest
 import torch
 from tests.models import gpt2, mlp
 from torch import nn
 
 import lowrank
+from lowrank.infra import environment
 from lowrank.optim.rules import SGD, AdamW
 from lowrank.plan.memory import megabytes, state_bytes
 from lowrank.plan.table import brief
@@ -71,3 +74,16 @@ def test_brief() -> None:
     assert brief(SGD(momentum=0.5)) == "SGD(momentum=0.5)"
     assert brief(lowrank.adapters.DoRA(lowrank.adapters.LoRA(rank=3))) == "DoRA(inner=LoRA(rank=3))"
     assert brief(3) == "3"
+
+
+@pytest.mark.parametrize(("limit", "free"), [("1000", 1000 - 800 + 50), ("max", None)])
+def test_what_is_free_is_also_what_a_container_leaves(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, limit: str, free: int | None
+) -> None:
+    whole = environment.available_memory(torch.device("cpu")) or 0
+    files = {"memory.max": limit, "memory.current": "800", "memory.stat": "anon 750\ninactive_file 50\n"}
+    for name, text in files.items():
+        (tmp_path / name).write_text(text)
+    monkeypatch.setattr(environment, "_GROUPS", tmp_path)
+    found = environment.available_memory(torch.device("cpu"))
+    assert found == free if free is not None else found is not None and found > whole // 2

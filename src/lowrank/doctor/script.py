@@ -15,6 +15,7 @@ import numbers
 import os
 import re
 import runpy
+import signal
 import subprocess
 import sys
 import sysconfig
@@ -64,13 +65,14 @@ def examine_script(script: Path, arguments: Sequence[str] = (), *, seconds: floa
         found, printed = Path(folder) / "found.json", Path(folder) / "printed.txt"
         command = [sys.executable, "-m", "lowrank.doctor.script", str(found), str(script), *arguments]
         environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(lowrank.__file__).parents[1]), *_path()])}
-        late = False
+        late, killed = False, False
         with printed.open("wb") as output:
             try:
-                subprocess.run(
+                ended = subprocess.run(
                     command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
                     timeout=seconds, check=False,
                 )  # fmt: skip
+                killed = ended.returncode == -signal.SIGKILL
             except subprocess.TimeoutExpired:
                 late = True
         said = printable(printed.read_text(encoding="utf-8", errors="replace").strip())[-2000:]
@@ -78,6 +80,8 @@ def examine_script(script: Path, arguments: Sequence[str] = (), *, seconds: floa
             return Examination([Fault(**each) for each in json.loads(found.read_text(encoding="utf-8"))])
     if late:
         why = f"its first step was not over after {seconds:g} seconds: give it more (--seconds), or less to do"
+    elif killed:
+        why = "it was killed from outside, by the system if memory ran out: give it a smaller model or batch"
     else:
         why = "it ended before the first step of an optimizer of torch's kind after a backward pass"
     return Examination([], why, said)

@@ -46,13 +46,33 @@ def environment() -> dict[str, Any]:
 
 
 def available_memory(device: torch.device) -> int | None:
-    """Bytes that are free on ``device``; None where it cannot be told."""
+    """Bytes that are free on ``device``, on a CPU also by a container's limit; None where it cannot be told."""
     if device.type == "cuda":
         return torch.cuda.mem_get_info(device)[0]
+    free = []
     with suppress(OSError, ValueError, IndexError):
         lines = Path("/proc/meminfo").read_text().splitlines()
-        return next((int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")), None)
-    return None
+        free += [int(line.split()[1]) * 1024 for line in lines if line.startswith("MemAvailable:")]
+    for limit, used in _CONTROL_GROUP:
+        with suppress(OSError, ValueError):  # there is none, or it is "max"
+            free.append(max(0, int((_GROUPS / limit).read_text()) - int((_GROUPS / used).read_text()) + _cached()))
+    return min(free, default=None)
+
+
+_GROUPS = Path("/sys/fs/cgroup")  # of Linux, as a container sees it; versions 2 and 1
+_CONTROL_GROUP = (
+    ("memory.max", "memory.current"),
+    ("memory/memory.limit_in_bytes", "memory/memory.usage_in_bytes"),
+)
+
+
+def _cached() -> int:
+    """Bytes of files that count as a control group's memory, and are let go when they are wanted."""
+    for file in (_GROUPS / "memory.stat", _GROUPS / "memory" / "memory.stat"):
+        with suppress(OSError, ValueError):
+            told = dict(line.split() for line in file.read_text().splitlines())
+            return int(told.get("total_inactive_file", told.get("inactive_file", 0)))
+    return 0
 
 
 def _version(package: str) -> str | None:

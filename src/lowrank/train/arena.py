@@ -19,6 +19,7 @@ import statistics
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -152,7 +153,13 @@ def _execute(
     ]
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
-            errors = list(pool.map(_one, *zip(*calls, strict=True)))
+            try:
+                errors = list(pool.map(_one, *zip(*calls, strict=True)))
+            except BrokenProcessPool as error:
+                raise ChildProcessError(
+                    f"one of {jobs} processes that train runs was killed from outside, by the system if memory ran "
+                    "out: what is finished is kept, and the same command with fewer --jobs goes on"
+                ) from error
     else:
         errors = []
         for number, (each, call) in enumerate(zip(attempts, calls, strict=True), start=1):
