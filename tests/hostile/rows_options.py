@@ -9,6 +9,10 @@ from tests.hostile.world import TEXT, TINY_TEXT, Row
 SHORT = "train gpt-mini --data {text_txt} --device cpu --quiet --out o"
 
 
+FINETUNE = "train finetune --model.path {plain} --device cpu --quiet --out o --data f.jsonl"
+SILENT = '{"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}\n' * 40
+
+
 def option(words: str, *says: str) -> Row:
     return Row(name=f"train {words}", words=f"{SHORT} {words}", says=says)
 
@@ -101,6 +105,8 @@ OPTIONS = [
     row("compare gpt-mini --seeds ''", "--seeds is empty"),
     row("compare gpt-mini --lrs ''", "--lrs is empty"),
     row("compare arena-llama --lrs 1e-3", "an experiment tunes rates itself"),
+    row("compare arena-llama --trials 0", "--trials 0: at least 1"),
+    row("compare arena-llama --jobs 0", "--jobs 0: at least 1"),
     row("compare arena-llama --allow-changed-data", "runs on other data stand in no table together"),
     row("compare gpt-mini --out ''", "--out is empty"),
     row("compare gpt-mini --methods ,", "names nothing"),
@@ -125,6 +131,14 @@ OPTIONS = [
 
 MODELS = [
     row("eval {plain}", "on what text", "--data"),
+    row(
+        f"{SHORT} {{tiny}} --method f.py:m",
+        "m returned int, and a method is wanted",
+        given={"f.py": "def m(): return 7\n"},
+    ),
+    row("plan finetune --model.path d --data x", "config.json is none of", given={"d/config.json": "{"}),
+    row(f"{FINETUNE}", "line 1: turn 1 of 'messages' says nothing", given={"f.jsonl": SILENT}),
+    row(f"{FINETUNE} --data.completion prompt", "both name 'prompt'", given={"f.jsonl": '{"prompt": "a"}\n' * 40}),
     row("eval {plain} --data {text_txt} --context 1000", "data.context=1000", "16 positions"),
     row("eval {text} --context 1000", "data.context=1000", "16 positions"),
     row("eval {text} --context 0", "data.context=0"),

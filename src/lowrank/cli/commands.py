@@ -155,6 +155,8 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     if "allow_changed_data" in parsed.options:
         raise UsageError("runs on other data stand in no table together: leave --allow-changed-data out, or --out NEW")
     numbers = {name: whole(parsed.options[name], f"--{name}") for name in ("trials", "jobs") if name in parsed.options}
+    if numbers.get("jobs", 1) < 1:
+        raise UsageError(f"--jobs {numbers['jobs']}: at least 1 run at a time")
     seeds = tuple(whole(text, "--seeds") for text in several(parsed, "seeds"))
     experiment = chosen(
         experiment,

@@ -245,7 +245,9 @@ def _configuration(path: str) -> Any:
         raise FileNotFoundError(f"model.path={path!r} has no config.json, from which its memory could be told")
     try:
         return transformers.AutoConfig.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False)
-    except OSError as error:
+    except (OSError, ValueError) as error:
+        if folder.is_dir():
+            raise ValueError(f"{folder / 'config.json'} is none of transformers' configurations: {error}") from error
         raise FileNotFoundError(
             f"the configuration of {path} could not be had from the hub ({type(error).__name__}): give a folder with "
             "config.json, --model.path FOLDER"

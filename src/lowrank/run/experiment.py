@@ -281,7 +281,7 @@ def chosen(
         for each in experiment.contenders
         if not methods or each.name in methods or each.name == experiment.baseline
     ]
-    return replace(experiment, **{name: value for name, value in others.items() if value})
+    return replace(experiment, **{name: value for name, value in others.items() if value not in (None, ())})
 
 
 def _of_starts(changes: Mapping[str, Any]) -> dict[str, Any]:

@@ -74,8 +74,23 @@ class Catalogue:
         return found
 
     def make(self, kind: str, run: Run, *first: object) -> Any:
-        """What the function that a run names returns for the run's arguments."""
-        return self.function(kind, run)(*first, **getattr(run, kind).args)
+        """What the function that a run names returns for the run's arguments.
+
+        Raises:
+            TypeError: a function of one's own returned something else than a method, a model or data.
+        """
+        made = self.function(kind, run)(*first, **getattr(run, kind).args)
+        (wanted, has), name = _MADE[kind], getattr(run, kind).name
+        if own_files.is_own(name) and not hasattr(made, has):
+            raise TypeError(f"{name} returned {type(made).__name__}, and a {kind} is wanted: {wanted}")
+        return made
+
+
+_MADE = {  # by kind what it is, and what tells it
+    "method": ("a lowrank.Method", "rules"),
+    "model": ("a torch.nn.Module", "named_parameters"),
+    "data": ("what has train() and evaluation(), as lowrank.data.Data", "evaluation"),
+}
 
 
 def catalogue() -> Catalogue:

@@ -104,7 +104,7 @@ def open_session(
     offer = catalogue()
     if data is None:
         args = run.data.args if learnt is None else learnt.arguments(run.data.args)
-        data = offer.function("data", run)(**args)
+        data = offer.make("data", replace(run, data=replace(run.data, args=args)))
     if learnt is not None:
         data = data.learnt_by(learnt, whole=True)
     torch.manual_seed(run.seed)

@@ -140,6 +140,8 @@ def recognise(
         raise ValueError("--data.column is of plain text or chats, --data.prompt and --data.completion are of pairs")
     if prompt or completion:
         pair = (prompt or "prompt", completion or "completion")
+        if pair[0] == pair[1]:
+            raise ValueError(f"--data.prompt and --data.completion both name {pair[0]!r}: they are two columns")
         for name in pair:
             _check_there(name, row, source)
         return Form(kind="pair", columns=pair)
@@ -208,6 +210,8 @@ def _turn(turn: Mapping[str, Any], where: str) -> dict[str, Any]:
         if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
             raise ValueError(f"{where} holds something else than text, which a language model cannot read")
         content = "".join(str(part["text"]) for part in content)
+    if content is None and role in ("system", "developer", "user"):
+        raise ValueError(f"{where} says nothing: its content is missing or null")
     beside = {name: each for name, each in turn.items() if name in ("name", "tool_calls", "tool_call_id") and each}
     return {"role": role, "content": _text(content, where, "content"), **beside}
 

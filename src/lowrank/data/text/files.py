@@ -119,6 +119,8 @@ def files_fingerprint(root: Path, files: Sequence[Path]) -> list[list[Any]]:
 
 def nearest_names(path: Path) -> str:
     """What a path may have meant: similar names in its folder, as a sentence for an error; empty if there are none."""
+    if path.is_symlink():
+        return f": {path} is a link to {path.readlink()}, which is not there"
     names = sorted(entry.name for entry in path.parent.iterdir()) if path.parent.is_dir() else []
     near = difflib.get_close_matches(path.name, names, n=3, cutoff=0.5)
     if near:
