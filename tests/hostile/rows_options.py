@@ -132,7 +132,7 @@ OPTIONS = [
 MODELS = [
     row("eval {plain}", "on what text", "--data"),
     row(
-        f"{SHORT} {{tiny}} --method f.py:m",
+        f"{SHORT} --method f.py:m",
         "m returned int, and a method is wanted",
         given={"f.py": "def m(): return 7\n"},
     ),
