@@ -77,12 +77,12 @@ class Catalogue:
         """What the function that a run names returns for the run's arguments.
 
         Raises:
-            TypeError: a function of one's own returned something else than a method, a model or data.
+            ValueError: a function of one's own returned something else than a method, a model or data.
         """
         made = self.function(kind, run)(*first, **getattr(run, kind).args)
         (wanted, has), name = _MADE[kind], getattr(run, kind).name
         if own_files.is_own(name) and not hasattr(made, has):
-            raise TypeError(f"{name} returned {type(made).__name__}, and a {kind} is wanted: {wanted}")
+            raise ValueError(f"{name} returned {type(made).__name__}, and a {kind} is wanted: {wanted}")
         return made
 
 
