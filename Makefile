@@ -5,7 +5,7 @@ VENV := .venv
 BIN := $(VENV)/bin
 READY := $(VENV)/.ready
 
-.PHONY: demo test check gpu mutants torture evidence results clean
+.PHONY: demo test check docs gpu mutants torture evidence results clean
 
 demo: $(READY)  ## train gpt-mini with three methods under three seeds, compare them: table, curves, a sample, the sentence
 	$(BIN)/python examples/demo.py
@@ -21,6 +21,14 @@ check: $(READY)  ## the fast tier, under two minutes: lint, types, arrows, laws
 	$(BIN)/ruff format --check .
 	$(BIN)/mypy
 	$(BIN)/python -m pytest -n auto --maxprocesses 4 -m "not slow" tests/test_arrows.py tests/laws
+
+docs: $(READY)  ## the pages as a site, into site/: README first, then docs/ and what they link to; broken links stop it
+	$(BIN)/python -m pip install --quiet --constraint constraints.txt --editable ".[docs]"
+	rm -rf build/pages site && mkdir -p build/pages
+	cp -r docs examples results ARCHITECTURE.md CHANGELOG.md CITATION.cff CONTRIBUTING.md LICENSE build/pages
+	cp README.md build/pages/index.md
+	$(BIN)/zensical build --strict
+	@echo "open site/index.html"
 
 gpu: $(READY)  ## the tests that need a CUDA device, then what works there and how fast: ten minutes, into gpu-results/
 	@if $(BIN)/python -c "import sys, torch; sys.exit(not torch.cuda.is_available())"; then \
@@ -48,4 +56,4 @@ $(READY): pyproject.toml constraints.txt
 	touch $@
 
 clean:
-	rm -rf $(VENV) build dist src/*.egg-info .pytest_cache .mypy_cache .ruff_cache
+	rm -rf $(VENV) build dist site src/*.egg-info .pytest_cache .mypy_cache .ruff_cache

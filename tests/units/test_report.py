@@ -221,8 +221,16 @@ def test_the_report_is_written_whole(runs, tmp_path):
     tags = Tags()
     tags.feed(content)
     assert not tags.open
-    assert len(tags.sources) == 1
-    assert tags.sources[0].startswith("data:image/png;base64,"), "the page needs nothing but itself"
+    assert len(tags.sources) == content.count("<svg") == 4
+    assert all(source.startswith("data:text/csv;base64,") for source in tags.sources), "it needs nothing but itself"
+    assert not re.search(r"(src|href)=.(?!data:|#)", content)
+    assert not re.search(r"url\((?!#)", content)
+    ids = re.findall(r' id="([^"]+)"', content)
+    assert len(set(ids)) == len(ids)
+    for name in ("curves", "costs", "front", "rates"):
+        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<svg")
+        assert (tmp_path / "out" / f"{name}.csv").read_text().startswith("method,")
+    assert r"\begin{tabular}" in (tmp_path / "out" / "table.tex").read_text()
     for word in ("method.merge_every", "lora_lr=0.002_seed_2", "data.tokenizer"):
         assert word in tags.words
 
@@ -244,7 +252,8 @@ STRANGE = [
 def test_strange_names_change_nothing(runs, tmp_path, monkeypatch, name):
     """In the terminal, on the page, in Markdown and in the picture."""
     figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: (figures.append(self), path.touch()))
+    save = Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: (figures.append(self), save(self, path, **how)))
     result = runs("full", base=a_run(recipe=name))[0]
     found = [replace(result, settings={**result.settings, "method": name}), result]
     html.write(found, tmp_path / "out")
@@ -262,13 +271,14 @@ def test_strange_names_change_nothing(runs, tmp_path, monkeypatch, name):
         assert all(c.isprintable() or c == "\n" for c in text)
     legend = figures[0].legends[0].get_texts()
     assert [(text.get_text(), text.get_parse_math()) for text in legend] == [(seen, False), ("full", False)]
+    numbers = (tmp_path / "out" / "curves.csv").read_text()
+    assert all(not line.startswith(("=", '"=')) for line in numbers.splitlines())
+    assert r"\$" in (tmp_path / "out" / "table.tex").read_text() or "$" not in name
 
 
-def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatch):
-    figures = []
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: figures.append(self))
-    html.draw_curves(rows(runs("full", "lora", seeds=(1, 2))), tmp_path / "curves.png")
-    training, validation = figures[0].axes
+def test_curves_have_one_colour_a_method_and_a_legend(runs):
+    figure = html.run_sections(runs("full", "lora", seeds=(1, 2)))[0].pictures[0].figure
+    training, validation = figure.axes
     for axes in (training, validation):
         assert len({line.get_color() for line in axes.lines}) == 2
         assert len(axes.collections) == 2, "the seeds of each as a band"
@@ -276,7 +286,7 @@ def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatc
         assert axes.get_ylabel() == "loss (nats per byte)"
     assert list(validation.lines[0].get_xdata()) == [10, 20, 30, 40]
     assert list(validation.lines[0].get_ydata()) == pytest.approx([2.015 + 2 / step for step in (10, 20, 30, 40)])
-    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["full", "lora"]
+    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "lora"]
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])

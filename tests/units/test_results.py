@@ -1,10 +1,17 @@
 """The file of an experiment's results: written, read again, refused where it is something else."""
 
 import json
+import re
+import shutil
+import subprocess
+from html import escape
+from pathlib import Path
 
 import pytest
 
+from lowrank.cli import main
 from lowrank.report.results import FILE, Results, Row, Trial, find_experiments, read_results
+from lowrank.report.results_table import findings
 
 
 def made(**changes):
@@ -62,3 +69,65 @@ def test_a_baseline_without_a_row_is_refused(tmp_path):
     file.write_text(json.dumps(json.loads(file.read_text()) | {"baseline": "sgd"}))
     with pytest.raises(ValueError, match="its baseline 'sgd' is none of its methods, full, muon, lora"):
         read_results(file)
+
+
+COMMITTED = Path(__file__).parents[2] / "results"
+
+
+@pytest.mark.parametrize("place", [None, "vit-ranks"])
+def test_the_page_of_an_experiment(tmp_path, capsys, place):
+    """Question and answer first; a method that failed with its reason; nothing fetched; names as text."""
+    folder = COMMITTED / place if place else tmp_path / "results"
+    if place is None:
+        made(question="<b>Which?</b>").write(folder)
+    assert main(["report", str(folder), "--out", str(tmp_path / "page.html")]) == 0
+    assert str(tmp_path / "page.html") in capsys.readouterr().out
+    page = (tmp_path / "page.html").read_text()
+    (found,) = find_experiments([folder]).values()
+    heading, answer = (
+        page.index(escape(found.question)),
+        page.index(escape(findings(found)[0]).replace("&#x27;", "&#39;")),
+    )
+    assert heading < answer < page.index("<table")
+    assert "<b>Which" not in page
+    assert not re.search(r"(src|href)=.(?!data:|#)|url\((?!#)|@import", page)
+    assert len(page) < 5e6
+    assert "prefers-color-scheme: dark" in page
+    assert escape(found.command) in page
+    if place is None:
+        assert "ValueError: it went wrong" in page
+    else:
+        assert page.count("<svg") == 4
+
+
+@pytest.mark.skipif(shutil.which("chromium") is None, reason="no Chromium here")
+def test_a_browser_draws_it_without_a_complaint(tmp_path):
+    assert main(["report", str(COMMITTED / "vit-ranks"), "--out", str(tmp_path / "page.html")]) == 0
+    for size in ("390,900", "1280,900"):
+        command = ["chromium", "--headless=new", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr"]
+        target = [
+            "--dump-dom",
+            f"--window-size={size}",
+            f"--user-data-dir={tmp_path}",
+            (tmp_path / "page.html").as_uri(),
+        ]
+        seen = subprocess.run([*command, *target], capture_output=True, text=True, timeout=60, check=True)
+        assert seen.stdout.count("</svg>") == 4
+        assert ":CONSOLE" not in seen.stderr
+
+
+def test_a_page_is_watched_until_it_is_stopped(tmp_path, monkeypatch):
+    made().write(tmp_path / "results")
+    looks = []
+
+    def sleep(seconds):
+        looks.append(seconds)
+        if len(looks) == 2:
+            raise KeyboardInterrupt
+        made(question="And now?").write(tmp_path / "results")
+
+    monkeypatch.setattr("time.sleep", sleep)
+    assert main(["report", str(tmp_path / "results"), "--out", str(tmp_path / "page.html"), "--watch"]) == 130
+    page = (tmp_path / "page.html").read_text()
+    assert "And now?" in page
+    assert 'http-equiv="refresh"' in page

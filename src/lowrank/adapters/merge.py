@@ -124,8 +124,8 @@ class Merge:
     def due(self, steps: int) -> bool:
         """Whether a merge is due after ``steps`` completed steps.
 
-        >>> [n for n in range(7) if Merge(3).due(n)]
-        [3, 6]
+        >>> tuple(n for n in range(7) if Merge(3).due(n))
+        (3, 6)
         """
         return steps > 0 and steps % self.merge_every == 0
 

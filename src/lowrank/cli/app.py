@@ -19,7 +19,7 @@ from dataclasses import fields
 from typing import Any
 
 from lowrank import __version__
-from lowrank.cli import commands, planning
+from lowrank.cli import commands, planning, reporting
 from lowrank.cli.arguments import Command, Option, Parsed, explain, options_of, overview, parse, placeholder, switch
 from lowrank.cli.streams import ready_streams
 from lowrank.infra.convert import nearest
@@ -112,14 +112,20 @@ Examples:
 """
 
 _REPORT = """
-report DIR… [--out DIR]
-tables and loss curves of finished runs
+report DIR… [--out DIR|FILE.html] [--watch]
+tables, pictures and the page of finished runs, or of an experiment's results
 
-Prints a table of the finished runs in the folders (or right below them), and writes report.md, report.html (one file
-with tables, plots and settings) and curves.png.
+Prints a table of the finished runs in the folders (or right below them), and writes into a folder report.html (one file
+that needs nothing else: sentence, table, pictures, settings), report.md, curves.png, each picture as SVG with its
+numbers as CSV, and the table as LaTeX. With a name that ends in .html it writes that page alone. Folders that hold an
+experiment's results.json are shown as that: question, answer, table with spread, what was tried.
 
-Example:
+With --watch the page is written anew whenever a run has ended, until Ctrl-C.
+
+Examples:
   lowrank report runs/first runs/second --out report
+  lowrank report results/heads-ranks-merge --out table1.html
+  lowrank report runs/first --out first.html --watch
 """
 
 _PLAN = """
@@ -445,14 +451,15 @@ def every_command() -> list[Command]:
         Option(name="base", value="DIR|NAME", help="of an adapter's folder: where its base is; default where it says"),
     )
     patience = (Option(name="seconds", value="S", help="how long its first step may take; default 60"),)
-    written = Option(name="out", value="DIR", help="where to write; default DIR if it is one, else report")
+    written = Option(name="out", value="DIR|FILE.html", help="where to write; default DIR if it is one, else report")
+    watched = Option(name="watch", help="write the page anew as runs end, until Ctrl-C")
     score, generate, chat, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
         _command(_TRAIN, commands.train, (*training, *run), dotted, (0, 1)),
         _command(
             _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
-        _command(_REPORT, commands.report, (written,), positions=(1, None)),
+        _command(_REPORT, reporting.report, (written, watched), positions=(1, None)),
         _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted, (0, 1)),
         _command(_DOCTOR, commands.doctor, patience, positions=(1, None)),
         _command(_EVAL, commands.evaluate, (*score, trust)),

@@ -14,11 +14,12 @@ import shlex
 import shutil
 import sys
 import textwrap
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
 from lowrank.cli.arguments import WIDTH, Parsed, UsageError, argument_help, fitted, number, row, several, switch, whole
+from lowrank.cli.reporting import show_report
 from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.signatures import Signature, module_file, read
@@ -129,7 +130,7 @@ def compare(parsed: Parsed) -> int:
     failed = [each for each in outcomes if each.error is not None]
     if finished:
         results = find_results(finished)
-        _show_report(results, out)
+        show_report(results, out)
         for text in verdicts(results):
             print(printable(f"\n{text}"))
     for each in failed:
@@ -141,6 +142,7 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     """An experiment's missing runs, its table and its sentence."""
     from lowrank.distributed.process_group import world_size
     from lowrank.infra.extras import import_extra
+    from lowrank.report import html
     from lowrank.report.results import FILE
     from lowrank.report.results_table import printed_results
     from lowrank.run.experiment import chosen
@@ -172,22 +174,13 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     command = " ".join(["lowrank compare", parsed.positions[0], *told])
     results = run_experiment(experiment, out, command=command, jobs=numbers.get("jobs", 1), say=_say)
     print(printable(printed_results(results, shutil.get_terminal_size((100, 24)).columns)))
-    print(f"\n{out / FILE}")
+    html.write_experiments([results], out / "report.html")
+    print(f"\n{out / FILE}, {out / 'report.html'}")
     return 1 if any(row.error for row in results.rows) else 0
 
 
 def _say(text: str) -> None:
     print(printable(text), flush=True)
-
-
-def report(parsed: Parsed) -> int:
-    """Tables, curves and the page of runs that are finished."""
-    from lowrank.report.table import find_results
-
-    folders = [Path(position) for position in parsed.positions]
-    default = folders[0] if len(folders) == 1 else Path("report")
-    _show_report(find_results(folders), Path(parsed.options.get("out", default)))
-    return 0
 
 
 def doctor(parsed: Parsed) -> int:
@@ -361,16 +354,6 @@ def _free_folder(run: Run) -> Path:
     while (folder := Path("runs") / f"{name}-{number}").exists():
         number += 1
     return folder
-
-
-def _show_report(results: Sequence[Any], out: Path) -> None:
-    """The table first: it needs no extra package, the pictures do."""
-    from lowrank.report import html
-    from lowrank.report.table import printed
-
-    print(printable(printed(results, shutil.get_terminal_size((100, 24)).columns)))
-    html.write(results, out)
-    print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png")
 
 
 def _verdict(out: Path, summary: Mapping[str, Any]) -> str:

@@ -155,11 +155,11 @@ def _execute(
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
                 errors = list(pool.map(_one, *zip(*calls, strict=True)))
-            except BrokenProcessPool as error:
+            except BrokenProcessPool as broken:
                 raise ChildProcessError(
                     f"one of {jobs} processes that train runs was killed from outside, by the system if memory ran "
                     "out: what is finished is kept, and the same command with fewer --jobs goes on"
-                ) from error
+                ) from broken
     else:
         errors = []
         for number, (each, call) in enumerate(zip(attempts, calls, strict=True), start=1):
