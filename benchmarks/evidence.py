@@ -201,8 +201,8 @@ CLAIMS = (
         experiment="arena-llama",
         judge=lambda r: better(r, "galore", ["full"]),
         note=(
-            "Once full training may give its matrices a rate of their own (`embedding_lr`, `head_lr`; GaLore's scale of "
-            "1/4 on matrices is such a rate), its advantage is gone: with eight settings and no ratio for the "
+            "Once full training may give its matrices a rate of their own (`embedding_lr`, `head_lr`; GaLore's scale "
+            "of 1/4 on matrices is such a rate), its advantage is gone: with eight settings and no ratio for the "
             "output layer, 100 steps and three seeds it had been 0.30 ± 0.12 the other way."
         ),
     ),
