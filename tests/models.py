@@ -20,7 +20,8 @@ SMALL = {
     "refresh_every": 2,
     "rest": "train",
 }
-OVERRIDES = {"linear_probe": {"target_modules": "head"}}
+OVERRIDES = {"linear_probe": {"target_modules": "head"}, "apla": {"target_modules": "o"}}
+PROBES = ("linear_probe", "apla")  # which train a few matrices whole, and take no rest
 VOCABULARY = 24
 
 

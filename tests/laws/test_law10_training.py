@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.models import gpt2, images, llama, output, small_method, text_loss, tokens, train_text, vit
+from tests.models import PROBES, gpt2, images, llama, output, small_method, text_loss, tokens, train_text, vit
 
 import lowrank
 from lowrank.adapters.layers import adapted_layers
@@ -38,7 +38,7 @@ def test_lowers_the_loss_of_the_targets_alone(name: str) -> None:
         pytest.skip("trains the rest only")
     model = gpt2(tied=False)
     before = held_out(model)
-    options = {} if name == "linear_probe" else {"rest": "freeze"}
+    options = {} if name in PROBES else {"rest": "freeze"}
     opt = lowrank.apply_(model, unhurried(name, **options)).optimizer(lr=1e-2)
     train_text(model.train(), opt, 20)
     assert held_out(model) < before
@@ -62,7 +62,7 @@ def test_frozen_stay_and_dtypes_too(name: str, dtype: torch.dtype) -> None:
     model = gpt2().to(dtype)
     model.transformer.ln_f.bias.requires_grad_(False)
     merges = small_method(name).merge is not None
-    plan = lowrank.apply_(model, small_method(name, **({} if name == "linear_probe" else {"freeze": "*.ln_1.*"})))
+    plan = lowrank.apply_(model, small_method(name, **({} if name in PROBES else {"freeze": "*.ln_1.*"})))
     dtypes = {key: t.dtype for key, t in model.state_dict().items()}
     frozen = {row.name: row.why for row in plan.rows if row.rule is None}
     assert "transformer.ln_f.bias" in frozen

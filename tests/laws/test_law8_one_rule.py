@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from tests.models import gpt2, images, llama, nudge_, output, small_method, text_loss, tokens, vit
+from tests.models import PROBES, gpt2, images, llama, nudge_, output, small_method, text_loss, tokens, vit
 from torch import nn
 
 import lowrank
@@ -12,7 +12,7 @@ MODELS = {"gpt2": gpt2, "gpt2 untied": lambda: gpt2(tied=False), "llama": llama,
 
 @pytest.mark.parametrize("rest", ["train", "freeze", "auto"])
 @pytest.mark.parametrize("place", MODELS)
-@pytest.mark.parametrize("name", [n for n in lowrank.METHODS if n not in ("linear_probe",)])
+@pytest.mark.parametrize("name", [n for n in lowrank.METHODS if n not in PROBES])
 def test_exactly_one(name: str, place: str, rest: str) -> None:
     model = MODELS[place]()
     method = small_method(name)

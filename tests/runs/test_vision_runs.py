@@ -29,6 +29,7 @@ METHODS = {
     "lora": ["--method.rank", "2"],
     "lte_galore": ["--method.rank", "2", "--method.galore_rank", "2", "--method.merge_every", "2"],
     "linear_probe": [],
+    "apla": [],
 }
 
 

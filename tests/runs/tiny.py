@@ -12,6 +12,7 @@ TEXT = Path(__file__).with_name("text.txt")  # the Apache licence, 11 KB of Engl
 
 SMALL = {
     "frozen": {},
+    "apla": {"method.target_modules": "o"},
     "lora": {"method.rank": 2},
     "rslora": {"method.rank": 2},
     "dora": {"method.rank": 2},

@@ -25,6 +25,7 @@ KINDS = {
     "pissa": {"rank": 2},
     "multihead_lora": {"rank": 2, "heads": 2},
     "linear_probe": {},
+    "apla": {},
 }
 
 

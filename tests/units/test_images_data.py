@@ -19,7 +19,7 @@ from lowrank.data.images.decode import PixelBudget, Reading, read_image, windowe
 from lowrank.data.images.medmnist import NAMES, SIZES
 from lowrank.data.images.set import ImageSpec, Split
 from lowrank.data.images.source import ImageData, images
-from lowrank.data.images.splits import split_by_patient
+from lowrank.data.images.splits import folds_by_patient, split_by_patient
 
 # --- MedMNIST's layout -----------------------------------------------------------------------------------------------
 
@@ -477,3 +477,38 @@ def test_a_run_s_classes_stay_whatever_the_folder_is_called_now(tmp_path: Path) 
     turned = replace(several.set, classes=("2", "0", "1"))
     back = several.learnt_by(replace(several, set=turned)).split("test").labels
     assert np.array_equal(back[:, [1, 2, 0]], several.split("test").labels)
+
+
+@pytest.mark.parametrize("folds", [2, 5])
+def test_folds_test_every_image_once_and_part_no_patient(tmp_path: Path, folds: int) -> None:
+    file = medmnist_file(tmp_path / "pneumoniamnist.npz")
+    whole = images(str(file)).set
+    seen: list[str] = []
+    for fold in range(1, folds + 1):
+        found = images(str(file), folds=folds, fold=fold).set
+        parts = {split: set(part.names) for split, part in found.splits.items()}
+        assert sum(map(len, parts.values())) == sum(map(len, whole.splits.values()))
+        assert not parts["train"] & parts["test"]
+        assert not parts["val"] & (parts["train"] | parts["test"])
+        assert set(np.unique(found.splits["test"].labels)) == {0, 1}, "both classes are tested"
+        seen += parts["test"]
+    assert len(seen) == len(set(seen)) == sum(map(len, whole.splits.values()))
+    patients = [f"p{i // 3}" for i in range(60)]
+    place = folds_by_patient(np.array([i % 2 for i in range(60)]), patients, folds)
+    assert all(len({place[i] for i in range(60) if patients[i] == p}) == 1 for p in patients)
+    with pytest.raises(ValueError, match="there are 3 patients, and each fold needs one"):
+        folds_by_patient(np.array([0, 1, 1]), ["a", "b", "c"], 4)
+
+
+@pytest.mark.parametrize(
+    ("options", "says"),
+    [
+        ({"fold": 1}, "give data.folds too"),
+        ({"folds": 3}, "data.folds=3: give data.fold too"),
+        ({"folds": 1, "fold": 1}, "data.folds=1 must be at least 2"),
+        ({"folds": 3, "fold": 4}, "data.fold=4 one of 1 to 3"),
+    ],
+)
+def test_folds_that_are_none(options: dict[str, int], says: str) -> None:
+    with pytest.raises(ValueError, match=says):
+        images("digits", **options)

@@ -16,6 +16,7 @@ METHODS_PROMISED = [
     *(
         "full",
         "linear_probe",
+        "apla",
         "lora",
         "rslora",
         "dora",

@@ -431,6 +431,7 @@ def every_command() -> list[Command]:
     )
     several = (
         Option(name="methods", value="A,B,…", help="methods, each perhaps with settings, or an experiment's by name"),
+        Option(name="folds", value="N", help="of images: every run for each of N folds, by patient and class"),
         Option(name="seeds", value="N,N,…", help="report every method under each of these; fewer than 3: no test"),
         Option(name="lrs", value="X,X,…", help="learning rates to try; the table keeps the best of each method"),
         Option(name="out", value="DIR", help="holds one folder a run and the report; default runs/compare-<recipe>"),

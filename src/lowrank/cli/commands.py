@@ -118,7 +118,8 @@ def compare(parsed: Parsed) -> int:
         variants,
         seeds=[whole(text, "--seeds") for text in several(parsed, "seeds")],
         rates=[number(text, "--lrs") for text in several(parsed, "lrs")],
-        changes=parsed.without(("methods", "seeds", "lrs", "out", "allow_changed_data", "quiet")),
+        folds=whole(parsed.options["folds"], "--folds") if "folds" in parsed.options else None,
+        changes=parsed.without(("methods", "seeds", "lrs", "folds", "out", "allow_changed_data", "quiet")),
         offer=offer,
     )
     out = Path(parsed.options.get("out", f"runs/compare-{base.recipe}"))
@@ -154,6 +155,8 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     own = ("size", "preset", "trials", "equal", "jobs", "methods", "seeds", "out", "quiet")
     if "lrs" in parsed.options:
         raise UsageError("an experiment tunes rates itself, over the space that it declares: leave --lrs out")
+    if "folds" in parsed.options:
+        raise UsageError("--folds goes with a recipe of images: an experiment repeats its runs by --seeds")
     if "allow_changed_data" in parsed.options:
         raise UsageError("runs on other data stand in no table together: leave --allow-changed-data out, or --out NEW")
     numbers = {name: whole(parsed.options[name], f"--{name}") for name in ("trials", "jobs") if name in parsed.options}

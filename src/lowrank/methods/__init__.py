@@ -43,6 +43,7 @@ if TYPE_CHECKING:
         ldadam,
     )
     from lowrank.methods.low_rank_weights import (
+        apla,
         dora,
         frozen,
         full,
@@ -84,6 +85,7 @@ __all__ = [
     "Method",
     "Use",
     "adafactor",
+    "apla",
     "apollo",
     "apollo_mini",
     "dion",

@@ -46,6 +46,17 @@ def linear_probe(target_modules: Targets = "head", *, freeze: Targets = ()) -> M
     return Method(name="linear_probe", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
 
 
+@register("method", family="none")
+@also(groups)
+def apla(target_modules: Targets = ("o", "head"), *, freeze: Targets = ()) -> Method:
+    """APLA (Sorkhei et al., arXiv 2503.18873): attention's output projections are trained whole, and the output layer.
+
+    Nothing is added to the model, all else is frozen. An output layer that is tied to an embedding cannot be named:
+    ``target_modules="o"`` leaves it as it is.
+    """
+    return Method(name="apla", rules=(Use(target_modules, AdamW()),), rest="freeze", freeze=freeze)
+
+
 @register("method", family="adapter")
 @also(adapted, groups)
 def lora(

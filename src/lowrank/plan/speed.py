@@ -158,9 +158,9 @@ def fitted(machine: Machine, memory: Mapping[int, float], fresh: float, timings:
         seconds, base, size = np.array(rows).T
         large = size >= SMALL  # of few bytes a call is most
         if name in computed:
-            own[name] = max(0.0, _middle((seconds - base) / size, seconds))
+            own[name] = max(0.0, _middle((seconds - base) / size, size))  # of small ones a call is most
         elif seconds[large].sum() > base[large].sum():
-            own[name] = max(0.0, _middle((seconds - base)[large] / size[large], seconds[large]))
+            own[name] = max(0.0, float(np.median((seconds - base)[large] / size[large])))
         else:
             faster[name] = _middle(seconds / base, seconds)
     return replace(speed, own=own, faster=faster)

@@ -97,12 +97,14 @@ def of_blocks(few: Work, more: Work, blocks: tuple[int, int, int]) -> Work:
 
 def described(func: Any, args: Any, kwargs: Mapping[str, Any], out: Any, *, joined: bool) -> tuple[Kind, Amount] | None:
     """What one operation of torch is and does; None of one that does nothing. ``joined``: inside the optimizer."""
-    if func.namespace == "c10d":
+    if func.namespace in ("c10d", "prim"):  # "prim": a tensor without numbers is asked for its device by such a call
         return None
     name = func._schema.name.partition("::")[2]
-    inputs = [t for t in tree_iter((args, kwargs)) if isinstance(t, Tensor)]
+    read = {option: value for option, value in kwargs.items() if option != "out"}
+    inputs = [t for t in tree_iter((args, read)) if isinstance(t, Tensor)]
     outputs = [t for t in tree_iter(out) if isinstance(t, Tensor)]
     changed = [t for at in _changed(func) if at < len(args) for t in tree_iter(args[at]) if isinstance(t, Tensor)]
+    changed += [t for t in tree_iter(kwargs.get("out")) if isinstance(t, Tensor)]
     moved, fresh = _bytes(name, inputs, outputs, changed)
     flops = _flops(name, func, args, kwargs, out, inputs)
     dtype = next((t.dtype for t in (*inputs, *outputs) if t.is_floating_point()), torch.int64)
@@ -129,7 +131,7 @@ def _changed(func: Any) -> tuple[int, ...]:
 
 def _bytes(name: str, inputs: list[Tensor], outputs: list[Tensor], changed: list[Tensor]) -> tuple[int, int]:
     """(bytes read and written, those of large blocks that are new)."""
-    known = {t.untyped_storage()._cdata for t in inputs}
+    known = {t.untyped_storage()._cdata for t in (*inputs, *changed)}
     made = [_held(t) for t in outputs if t.untyped_storage()._cdata not in known]
     fresh = sum(size for size in made if size > FRESH)
     if name.startswith(("empty", "new_empty")) or (inputs and not made and not changed):

@@ -208,7 +208,7 @@ def arena_llama(*, size: Size = "small", preset: Preset = "as-meant") -> Experim
     """The catalogue under equal budgets: twelve methods at the small size, all of it at the papers'."""
     from lowrank.methods import METHODS
 
-    names = [name for name in METHODS if name != "linear_probe"] if size == "paper" else list(_ARENA)
+    names = [name for name in METHODS if name not in ("linear_probe", "apla")] if size == "paper" else list(_ARENA)
     methods = {name: {"method": name} for name in names if name in METHODS}
     return Experiment(
         name="arena-llama",
@@ -283,7 +283,7 @@ def vit_ranks(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
     methods: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
         "probe": {"method": "linear_probe"},
-        "apla": {"method": "linear_probe", "method.target_modules": ("o", "head")},
+        "apla": {"method": "apla"},
     }
     ranks = (1, 4, 16) if size == "small" else (1, 2, 4, 8, 16, 32, 64)
     methods |= {f"lora r{rank}": {"method": "lora", "method.rank": rank} for rank in ranks}

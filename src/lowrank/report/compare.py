@@ -7,6 +7,7 @@ does the rest only. A run that fails is reported at the end and does not stop th
 
 from __future__ import annotations
 
+import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -83,6 +84,7 @@ def planned(
     *,
     seeds: Sequence[int] = (),
     rates: Sequence[float] = (),
+    folds: int | None = None,
     changes: Mapping[str, object] | None = None,
     offer: Catalogue | None = None,
 ) -> list[Planned]:
@@ -93,6 +95,7 @@ def planned(
         variants: methods with their settings.
         seeds: by default the recipe's one.
         rates: learning rates to try for every variant; by default each variant's own.
+        folds: cross-validation: every run once for each of so many folds of its images.
         changes: settings for all; an argument of a method ("method.rank") reaches the variants that have it.
 
     Raises:
@@ -103,16 +106,18 @@ def planned(
     offer = offer or catalogue()
     changes = changes or {}
     _refuse_unreached(variants, changes, offer)
+    if folds is not None and folds < 2:
+        raise ValueError(f"--folds {folds}: at least 2")
     runs = []
-    for seed in seeds or (base.seed,):
-        for variant in variants:
-            for rate in rates or (None,):
-                run = _one(base, variant, changes, offer)
-                extra: dict[str, object] = {"seed": seed} | ({} if rate is None else {"lr": rate})
-                run = resolve(override(run, extra, offer), offer)
-                validate(run, offer)
-                name = f"{variant}{'' if rate is None else f':lr={rate:g}'} seed {seed}"
-                runs.append(Planned(name=name, run=run))
+    places: Sequence[int | None] = (None,) if folds is None else range(1, folds + 1)
+    for seed, fold, variant, rate in itertools.product(seeds or (base.seed,), places, variants, rates or (None,)):
+        run = _one(base, variant, changes, offer)
+        extra: dict[str, object] = {"seed": seed} | ({} if rate is None else {"lr": rate})
+        extra |= {} if fold is None else {"data.folds": folds, "data.fold": fold}
+        run = resolve(override(run, extra, offer), offer)
+        validate(run, offer)
+        where = "" if fold is None else f" fold {fold}"
+        runs.append(Planned(name=f"{variant}{'' if rate is None else f':lr={rate:g}'} seed {seed}{where}", run=run))
     return runs
 
 

@@ -81,12 +81,12 @@ def holm(values: Sequence[float]) -> list[float]:
 
 
 def compare(
-    figures: Mapping[str, Mapping[int, float]], baseline: str, *, lower: bool = True, alpha: float = 0.05
+    figures: Mapping[str, Mapping[Any, float]], baseline: str, *, lower: bool = True, alpha: float = 0.05
 ) -> list[Difference]:
     """Every method beside the baseline, over the seeds that both have.
 
     Args:
-        figures: method -> seed -> figure; what is not finite does not count.
+        figures: method -> seed (or whatever tells repeats apart) -> figure; what is not finite does not count.
         baseline: one of the methods.
         lower: whether less is better.
         alpha: how often at most any claim may be false, over all comparisons together.

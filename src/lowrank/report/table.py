@@ -29,6 +29,7 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]  # header and rows
 
 # Settings of which runs in one table are alike, beside their length and all of their data's.
 _ALIKE = ("task", "data", "eval_batches")
+_FOLD = "data.fold"
 _CONTENT = "data.fingerprint"  # of what a run was trained on, whatever it is called
 
 _SENT = {"sent/step": "bytes_sent_per_step", "between": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
@@ -194,8 +195,12 @@ def groups(results: Sequence[Result]) -> list[Group]:
     names = [
         name
         for name in results[0].settings
-        if (name in _ALIKE or name.startswith("data.")) and all(name in each.settings for each in results)
+        if (name in _ALIKE or (name.startswith("data.") and name != _FOLD)) and all(name in r.settings for r in results)
     ]
+    if len({r.settings.get(_FOLD) for r in results}) == len(
+        {(r.settings.get(_FOLD), r.settings.get(_CONTENT)) for r in results}
+    ):
+        names = [name for name in names if name != _CONTENT]  # each fold has content of its own, and always the same
     keys = [{"": each.length} | {name: said(each.settings[name]) for name in names} for each in results]
     distinct = [key for number, key in enumerate(keys) if key not in keys[:number]]
     differ = [name for name in ("", *names) if len({key[name] for key in distinct}) > 1]
@@ -245,7 +250,7 @@ def differences(results: Sequence[Result]) -> tuple[dict[str, Any], dict[str, li
 
 def _labels(results: Sequence[Result]) -> list[str]:
     """Each run's method, with the settings in which runs of that method differ."""
-    telling, unnamed = {}, names_that("labels", False) | {_CONTENT}
+    telling, unnamed = {}, names_that("labels", False) | {_CONTENT, _FOLD}
     for method in {result.method for result in results}:
         _, differ = differences([result for result in results if result.method == method])
         telling[method] = [name for name in differ if name not in unnamed]
@@ -268,10 +273,11 @@ def cells(chosen: Sequence[Row]) -> Table:
     extra = [name for name in names if name.startswith(("val_", "test_")) and any(row.values(name) for row in chosen)]
     rates = [unit for unit in ("tokens", "images") if any(row.values(f"{unit}_per_second") for row in chosen)]
     sent = {title: name for title, name in _SENT.items() if any(row.values(name) for row in chosen)}
+    repeats = "folds" if any(each.settings.get(_FOLD) for row in chosen for each in row.results) else "seeds"
     shown: dict[str, Callable[[Row], str]] = {
         "method": lambda row: row.label,
         "lr": lambda row: f"{row.lr:.3g}",
-        "seeds": lambda row: str(len({each.settings["seed"] for each in row.results})),
+        repeats: lambda row: str(len({_repeat(each) for each in row.results})),
         "val loss": _column("val_loss"),
         **{name: _column(name) for name in extra},
         "trained": _column("parameters_trained", short_count),
@@ -311,18 +317,25 @@ def verdicts(results: Sequence[Result]) -> list[str]:
                 f"{lead}No test: several rates were tried on the split that is reported (an experiment does not)."
             )
             continue
-        auc = all(row.values("val_auc") for row in every)
-        name = "val_auc" if auc else "val_loss"
+        folded = any(each.settings.get(_FOLD) for row in every for each in row.results)
+        auc, split = all(row.values("val_auc") for row in every), "test" if folded else "val"
+        name = f"{split}_auc" if auc else f"{split}_loss"
         figures = {
             row.label: {
-                each.settings["seed"]: float(each.summary[name])
+                _repeat(each): float(each.summary[name])
                 for each in row.results
                 if isinstance(each.summary.get(name), (int, float))
             }
             for row in every
         }
-        told.append(lead + sentence(compare(figures, every[0].label, lower=not auc)))
+        text = sentence(compare(figures, every[0].label, lower=not auc))
+        told.append(lead + (text.replace(" seeds", " folds") if folded else text))
     return told
+
+
+def _repeat(result: Result) -> tuple[int, int]:
+    """What runs of one row differ by: the seed, and the fold that was tested."""
+    return result.settings["seed"], result.settings.get(_FOLD) or 0
 
 
 def fitted_table(header: Sequence[str], body: Sequence[Sequence[str]], width: int) -> str:

@@ -25,7 +25,7 @@ from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
 from lowrank.data.images.decode import Fit, Reading
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split, some
-from lowrank.data.images.splits import split_by_patient
+from lowrank.data.images.splits import folds_by_patient, split_by_patient
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
@@ -181,6 +181,8 @@ def images(
     unpack_large: bool = False,
     augment: Sequence[str] = (),
     balance: Literal["none", "weights", "sampler"] = "none",
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> ImageData:
     """Images with labels.
 
@@ -199,12 +201,15 @@ def images(
         unpack_large: unpack a ``.npz`` that becomes more than a hundred times as large.
         augment: any of hflip, vflip, crop, randaugment.
         balance: against rare classes: weights in the loss, or a sampler that draws all classes alike.
+        folds: cross-validation: all images, whatever their splits, are dealt to so many folds, by patient and class.
+        fold: which of them, from 1, is the test split; 0.15 of the other patients (val_fraction) validate.
 
     Raises:
         ValueError, OSError: no such source, or it does not hold what it should; options that do not fit the source.
     """
     check_choice("data.balance", balance, BALANCES)
     names = check_augment(augment)
+    _check_folds(folds, fold)
     options = Options(
         dataset=dataset,
         size=size,
@@ -222,9 +227,11 @@ def images(
     if origin is None:
         raise _nothing(source)
     for name in options.given():
-        if name not in origin.takes:
+        if name not in origin.takes and not (folds and name == "val_fraction"):
             raise ValueError(f"data.{name} has no effect on {source}, {origin.what}: leave it out")
-    found = origin.read(source, options)
+    found = origin.read(source, options if folds is None else replace(options, val_fraction=None))
+    if folds is not None and fold is not None:
+        found = _folded(found, folds, fold, 0.15 if val_fraction is None else val_fraction)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
     grey = found.splits["train"].images.ndim == 3
@@ -238,6 +245,44 @@ def images(
         balance=balance,
         origin=str(path.resolve()) if path.exists() else "",
     )
+
+
+def _check_folds(folds: int | None, fold: int | None) -> None:
+    if folds is None and fold is not None:
+        raise ValueError(f"data.fold={fold} is one of how many? give data.folds too, such as 5")
+    if folds is not None and fold is None:
+        raise ValueError(
+            f"data.folds={folds}: give data.fold too, from 1 to {folds} (lowrank compare --folds runs all)"
+        )
+    if folds is not None and fold is not None and not (folds >= 2 and 1 <= fold <= folds):
+        raise ValueError(f"data.folds={folds} must be at least 2, and data.fold={fold} one of 1 to {folds}")
+
+
+def _folded(found: ImageSet, folds: int, fold: int, val: float) -> ImageSet:
+    """The set with one fold to test on, and the rest divided anew into what trains and what validates."""
+    parts = list(found.splits.items())
+    names = [n for split, part in parts for n in part.names or [f"{split} {i}" for i in range(len(part))]]
+    whose = [p for split, part in parts for p in part.patients or part.names or [""] * len(part)]
+    patients = [patient or name for patient, name in zip(whose, names, strict=True)]
+    labels = np.concatenate([np.asarray(part.labels) for _, part in parts])
+    pictures = np.concatenate([part.images for _, part in parts])
+    tested = folds_by_patient(labels, patients, folds) == fold - 1
+    rest = np.flatnonzero(~tested)
+    places = np.full(len(labels), "test", dtype="<U5")
+    places[rest] = split_by_patient(labels[rest], [patients[i] for i in rest], val, 0.0)
+    splits = {}
+    for split in SPLITS:
+        chosen = np.flatnonzero(places == split)
+        if len(chosen):
+            splits[split] = Split(
+                images=pictures[chosen],
+                labels=labels[chosen],
+                names=tuple(names[i] for i in chosen),
+                patients=tuple(patients[i] for i in chosen),
+            )
+    counts = ", ".join(f"{len(part)} {split}" for split, part in splits.items())
+    note = f"fold {fold} of {folds}, by patient and class: {counts}"
+    return replace(found, splits=splits, notes=(*found.notes, note))
 
 
 def _nothing(source: str) -> Exception:

@@ -41,6 +41,24 @@ def split_by_patient(labels: np.ndarray, patients: Sequence[str], val: float, te
     return [place[patient] for patient in patients]
 
 
+def folds_by_patient(labels: np.ndarray, patients: Sequence[str], folds: int) -> np.ndarray:
+    """The fold of each image, from 0: every class's patients are dealt to the folds in turn.
+
+    Args:
+        labels, patients: as of ``split_by_patient``.
+        folds: how many; each gets a patient at least.
+
+    Raises:
+        ValueError: fewer patients than folds.
+    """
+    groups = _groups(labels, patients)
+    if (count := sum(map(len, groups))) < folds:
+        raise ValueError(f"data.folds={folds}: there are {count} patients, and each fold needs one")
+    dealt = [patient for group in groups for patient in group]
+    place = {patient: number % folds for number, patient in enumerate(dealt)}
+    return np.array([place[patient] for patient in patients])
+
+
 def _share(count: int, fraction: float) -> int:
     return max(1, round(count * fraction)) if fraction > 0 else 0
 
