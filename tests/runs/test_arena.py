@@ -120,6 +120,16 @@ def test_a_method_that_fails_is_a_row_with_its_reason(pretended, tmp_path):
     assert read_results(tmp_path / FILE).figures() == found.figures()
 
 
+def test_runs_on_changed_data_stand_in_no_table(pretended, tmp_path):
+    run(experiment("full", "lora"), tmp_path)
+    for number, file in enumerate(sorted(tmp_path.glob("runs/*/run.json"))):
+        content = json.loads(file.read_text())
+        content["data"]["fingerprint"] = "after" if number else "before"
+        file.write_text(json.dumps(content))
+    with pytest.raises(ValueError, match=r"the content of .*text.txt has changed between .*--out NEW"):
+        run(experiment("full", "lora", seeds=(1, 2, 3, 4)), tmp_path)
+
+
 def test_a_process_that_is_killed_is_words(pretended, tmp_path, monkeypatch):
     class Killed(ThreadPoolExecutor):
         def __init__(self, jobs, mp_context):

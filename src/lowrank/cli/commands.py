@@ -134,6 +134,10 @@ def compare(parsed: Parsed) -> int:
         show_report(results, out)
         for text in verdicts(results):
             print(printable(f"\n{text}"))
+        if "folds" not in parsed.options and len({each.settings.get("data.fingerprint") for each in results}) > 1:
+            print(
+                "\nnote: the data has changed between these runs, which stand apart: --out NEW trains all of them anew"
+            )
     for each in failed:
         print(printable(f"failed: {each.name}: {each.error}"), file=sys.stderr)
     return 1 if failed else 0

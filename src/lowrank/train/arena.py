@@ -88,6 +88,7 @@ def run_experiment(
     failed: dict[Path, str] = {}
     while missing := _missing(experiment, folder, failed):
         failed |= _execute(missing, folder, jobs=jobs, quiet=quiet, test_batches=experiment.test_batches, say=say)
+        _refuse_changed_data(folder)
     results = _results(experiment, folder, failed, command)
     results.write(out)
     return results
@@ -101,6 +102,22 @@ def folder_of(root: Path, contender: Contender, run: Run) -> Path:
     marks = [_mark(run)] + ([] if contender.start is None else [_mark(contender.start)])
     slug = re.sub(r"[^\w.=-]+", "_", f"{contender.name}_{run.steps}_seed_{run.seed}").strip("_")
     return root / f"{slug[:60]}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:12]}"
+
+
+def _refuse_changed_data(root: Path) -> None:
+    """Runs of one table have learnt from one content of their data, whatever its file is called."""
+    seen: dict[str, dict[str, Path]] = {}
+    for place in sorted(each.parent for each in root.glob("*/summary.json")):
+        data = read_json(place / "run.json")["data"]
+        if data.get("fingerprint"):
+            seen.setdefault(str(data["args"].get("source")), {}).setdefault(data["fingerprint"], place)
+    for source, places in seen.items():
+        if len(places) > 1:
+            one, other, *_ = places.values()
+            raise ValueError(
+                f"the content of {source} has changed between {one} and {other}, which cannot stand in one table: give "
+                "--out NEW, or put the data back and remove what was trained on the other"
+            )
 
 
 def _attempts(experiment: Experiment, root: Path, failed: Mapping[Path, str]) -> Iterator[tuple[Contender, Tuned]]:
