@@ -10,8 +10,9 @@ import pytest
 from tests.runs.tiny import tiny
 
 from lowrank.infra.log import Log
+from lowrank.report.compared import of_results, printed
 from lowrank.report.results import FILE, read_results
-from lowrank.report.results_table import findings, printed_results
+from lowrank.report.results_table import findings
 from lowrank.run.experiment import Contender, Experiment
 from lowrank.train import arena
 
@@ -116,7 +117,7 @@ def test_a_method_that_fails_is_a_row_with_its_reason(pretended, tmp_path):
     }
     assert [each.verdict for each in found.differences()] == ["no test", "better"]
     assert findings(found)[-1].startswith("lora failed: every trial failed: FloatingPointError")
-    assert "lora" in printed_results(found, 100)
+    assert "lora" in printed([of_results(found)], 100)
     assert read_results(tmp_path / FILE).figures() == found.figures()
 
 

@@ -17,7 +17,8 @@ from lowrank.evaluate.score import export, score
 from lowrank.infra import checkpoint
 from lowrank.recipes import RECIPES
 from lowrank.report.compare import Planned, execute
-from lowrank.report.table import find_results, groups
+from lowrank.report.runs import find_results
+from lowrank.report.table import groups
 from lowrank.run import Run
 from lowrank.run.overrides import override, resolve
 from lowrank.train import train

@@ -67,7 +67,7 @@ class FakeTrain:
         level = {"full": 2.0, "lora": 2.4, "lte": 2.2}[run.method.name] + 0.01 * run.seed + abs(math.log(run.lr / 1e-3))
         with Log(out / "log.jsonl", after=0 if resume else None) as log:
             for step in range(1, run.steps + 1):
-                log.write({"step": step, "loss": level + 3 / step, "step_seconds": 0.1})
+                log.write({"step": step, "loss": level + 3 / step, "step_seconds": 0.1, "tokens_per_second": 2.9e4})
                 if step % run.eval_every == 0:
                     log.write({"step": step, "val_loss": level + 2 / step})
         summary = {

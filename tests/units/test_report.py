@@ -2,30 +2,30 @@
 
 import json
 import re
+import shutil
 import statistics
+import subprocess
 import sys
+import time
 from dataclasses import replace
 from html.parser import HTMLParser
+from pathlib import Path
 
 import pytest
 from matplotlib.figure import Figure
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
+from lowrank.cli import reporting
 from lowrank.infra.text import one_line
-from lowrank.report import html
+from lowrank.report import compared, html
 from lowrank.report.compare import execute, parse_variant, planned
-from lowrank.report.table import (
-    best_rates,
-    cells,
-    differences,
-    find_results,
-    groups,
-    is_finished,
-    printed,
-    rows,
-    text_table,
-)
+from lowrank.report.compared import find_comparisons, of_runs
+from lowrank.report.pictures import draw_curves
+from lowrank.report.runs import find_results, find_unfinished, is_finished
+from lowrank.report.table import apart, best_rates, cells, differences, groups, latex_table, rows, text_table
 from lowrank.run.run import Call
+
+RESULTS = Path(__file__).parents[2] / "results"
 
 
 @pytest.fixture
@@ -38,6 +38,10 @@ def runs(tmp_path):
         return find_results([tmp_path / "runs"])
 
     return made
+
+
+def printed(found, width):
+    return compared.printed(of_runs(found), width, apart(groups(found)))
 
 
 def test_results_are_found_in_folders_and_below_them(runs, tmp_path):
@@ -90,7 +94,7 @@ def test_seeds_are_averaged_with_their_sample_deviation(runs):
     assert row.spread("val_loss") == pytest.approx(statistics.stdev(values))
     header, (line,) = cells([row])
     assert line[header.index("seeds")] == "3"
-    assert line[header.index("val loss")] == "2.0233 ± 0.0153"
+    assert line[header.index("val loss")] == "2.023 ± 0.015"
 
 
 def test_a_single_seed_has_no_spread(runs):
@@ -115,7 +119,7 @@ def test_figures_have_units(runs):
         "method": "full",
         "lr": "0.001",
         "seeds": "1",
-        "val loss": "2.0000",
+        "val loss": "2.000",
         "val_accuracy": "0.5000",
         "trained": "850k",
         "state": "6.8 MB",
@@ -145,10 +149,10 @@ def test_runs_of_other_lengths_or_on_other_data_are_not_ranked_with_each_other(r
         zip(titles, [["full", "lora"], ["lora"], ["full"]], strict=True)
     )
     text = printed(found, 100)
-    assert text.startswith("Runs of different lengths or on different data are not ranked with each other")
+    assert text.startswith("Runs of different lengths, of other models or batches or on different data are not ranked")
     assert [text.count(f"{title}:") for title in titles] == [1, 1, 1]
     assert [each.title for each in groups(found[:2])] == [""]
-    html.write(found, tmp_path / "out")
+    html.write_folder(of_runs(found), tmp_path / "out")
     assert {f"curves{n}.png" for n in ("", "_2", "_3")} < {file.name for file in (tmp_path / "out").iterdir()}
     for name in ("report.md", "report.html"):
         content = (tmp_path / "out" / name).read_text()
@@ -192,16 +196,18 @@ def test_what_is_printed_fits_and_loses_nothing(runs, width):
 
 
 class Tags(HTMLParser):
-    """Checks that what is opened is closed, and collects what a page refers to."""
+    """Checks that what is opened is closed, and collects what a page says and refers to."""
 
-    def __init__(self):
+    def __init__(self, page):
         super().__init__()
-        self.open, self.sources, self.words = [], [], []
+        self.open, self.links, self.words = [], [], []
+        self.feed(page)
+        assert not self.open
 
     def handle_starttag(self, tag, attributes):
-        if tag not in ("meta", "img"):
+        if tag not in ("meta", "link"):
             self.open.append(tag)
-        self.sources += [value for name, value in attributes if name in ("src", "href")]
+        self.links += [value for name, value in attributes if name in ("src", "href", "xlink:href")]
 
     def handle_endtag(self, tag):
         assert self.open.pop() == tag
@@ -210,29 +216,168 @@ class Tags(HTMLParser):
         self.words.append(text)
 
 
+def whole(page):
+    """The page's tags; it refers to nothing but itself."""
+    tags = Tags(page)
+    assert all(link.startswith(("data:", "#")) for link in tags.links)
+    assert not re.search(r"@import|<script|url\((?!#)", page)
+    assert len(ids := re.findall(r'\bid="([^"]+)"', page)) == len(set(ids)), "pictures' ids are their own"
+    assert set(re.findall(r"(?:url\(|href=\"(?!data:))#?([^)\"]*)", page)) <= set(ids)
+    return tags
+
+
+PICTURES = ["Loss against steps", "Loss against tokens", "Loss against seconds"]
+PICTURES += ["Quality against memory, with the Pareto front", "Every learning rate tried"]
+
+
 def test_the_report_is_written_whole(runs, tmp_path):
     found = runs("full", "lora", "lte", seeds=(1, 2), rates=(1e-3, 2e-3))
-    html.write(found, tmp_path / "out")
+    html.write_folder(of_runs(found), tmp_path / "out")
     assert (tmp_path / "out" / "curves.png").read_bytes().startswith(b"\x89PNG")
     markdown = (tmp_path / "out" / "report.md").read_text()
     assert "Every learning rate tried:" in markdown
     assert markdown.count("| full |") == 3
-    content = (tmp_path / "out" / "report.html").read_text()
-    tags = Tags()
-    tags.feed(content)
-    assert not tags.open
-    assert len(tags.sources) == content.count("<svg") == 4
-    assert all(source.startswith("data:text/csv;base64,") for source in tags.sources), "it needs nothing but itself"
-    assert not re.search(r"(src|href)=.(?!data:|#)", content)
-    assert not re.search(r"url\((?!#)", content)
-    ids = re.findall(r' id="([^"]+)"', content)
-    assert len(set(ids)) == len(ids)
-    for name in ("curves", "costs", "front", "rates"):
-        assert (tmp_path / "out" / f"{name}.svg").read_text().startswith("<svg")
-        assert (tmp_path / "out" / f"{name}.csv").read_text().startswith("method,")
-    assert r"\begin{tabular}" in (tmp_path / "out" / "table.tex").read_text()
+    tags = whole((tmp_path / "out" / "report.html").read_text())
+    assert [word for word in tags.words if word in PICTURES] == PICTURES
     for word in ("method.merge_every", "lora_lr=0.002_seed_2", "data.tokenizer"):
         assert word in tags.words
+    files = {file.name for file in (tmp_path / "out" / "figures").iterdir()}
+    names = ("loss-steps", "quality-memory", "rates")
+    assert files >= {"table.tex", *(f"{n}.{end}" for n in names for end in ("csv", "svg"))}
+    rates = (tmp_path / "out" / "figures" / "rates.csv").read_text().splitlines()
+    assert rates[:2] == ["method,lr,figure,fewer_steps", "full,0.001,2.015,False"]
+
+
+def test_one_page_of_300_runs_is_small_and_soon_made(runs, tmp_path):
+    few = runs("full", "lora", "lte")
+    found = [replace(each, settings={**each.settings, "seed": seed}) for each in few for seed in range(100)]
+    began = time.perf_counter()
+    html.write(of_runs(found), tmp_path / "page.html")
+    assert time.perf_counter() - began < 10
+    assert (tmp_path / "page.html").stat().st_size < 5_000_000
+    assert [file.name for file in tmp_path.glob("*.*")] == ["page.html"]
+
+
+def test_the_sentence_stands_above_the_table(runs, tmp_path):
+    (group,) = of_runs(runs("full", "lora", seeds=(1, 2, 3)))
+    html.write([group], tmp_path / "page.html")
+    words, (told,) = whole((tmp_path / "page.html").read_text()).words, group.answer
+    assert told.startswith("lora is worse than full by 1.499 (p < 0.001)")
+    assert words.index("tiny: which of full, lora has the lowest loss on the validation split?") < words.index(told)
+    assert words.index(told) < words.index("val loss")
+
+
+def test_a_run_without_an_end_is_a_row_with_its_reason(runs, tmp_path):
+    sound, *others = runs("full", "lora", "lora:rank=2", "lora:rank=4", "lora:rank=8")
+    for each in others:
+        (each.folder / "summary.json").unlink()
+    failed, diverged, stopped, damaged = (each.folder for each in others)
+    (failed / "failed.json").write_text('{"error": "RuntimeError: <b>no</b>"}')
+    (diverged / "log.jsonl").write_text('{"step": 1, "loss": 2.0}\n{"step": 2, "loss": null}\n')
+    (damaged / "run.json").write_text("{")
+    stopped_at = json.loads((stopped / "log.jsonl").read_text().splitlines()[-1])["step"]
+    unfinished = find_unfinished([tmp_path / "runs"])
+    assert [each.why for each in unfinished] == [
+        "RuntimeError: <b>no</b>",
+        "the loss became not finite at step 2 of 40",
+        f"not finished: step {stopped_at} of 40",
+    ]
+    (group,) = of_runs([sound], unfinished)
+    assert len(group.table[1]) == 4
+    assert group.answer == ["There is nothing to compare: one method ran."]
+    html.write([group], tmp_path / "page.html")
+    assert whole((tmp_path / "page.html").read_text()).words.count("RuntimeError: <b>no</b>") == 2
+
+
+def test_the_page_of_runs_that_have_all_failed(runs, tmp_path):
+    (each,) = runs("full")
+    (each.folder / "summary.json").unlink()
+    (each.folder / "log.jsonl").unlink()
+    html.write(of_runs([], find_unfinished([tmp_path / "runs"], growing=True)), tmp_path / "page.html")
+    words = whole((tmp_path / "page.html").read_text()).words
+    assert "No run has come to its end yet." in words
+    assert "running: step 0 of 40" in words
+
+
+def test_the_page_grows_with_its_runs(runs, tmp_path, monkeypatch):
+    _, second = runs("full", "lora")
+    summary = (second.folder / "summary.json").read_text()
+    (second.folder / "summary.json").unlink()
+    page, seen = tmp_path / "live.html", []
+
+    def look(seconds):
+        seen.append((page.read_text(), page.stat().st_mtime_ns))
+        if len(seen) == 2:
+            (second.folder / "summary.json").write_text(summary)
+        if len(seen) == 3:
+            raise KeyboardInterrupt
+
+    monkeypatch.setattr(reporting.time, "sleep", look)
+    with pytest.raises(KeyboardInterrupt):
+        reporting.watch([tmp_path / "runs"], page)
+    assert ["running: step 40 of 40" in text for text, _ in seen] == [True, True, False]
+    assert seen[0][1] == seen[1][1], "nothing had grown"
+    assert "http-equiv" in seen[0][0]
+
+
+def test_an_experiment_is_a_page_of_its_own(tmp_path):
+    """As committed: no run is at hand."""
+    found, why = find_comparisons([RESULTS / "heads-ranks-merge"])
+    assert len(found) == 1
+    assert not why
+    html.write(found, tmp_path / "page.html")
+    tags = whole((tmp_path / "page.html").read_text())
+    assert [word for word in tags.words if word in PICTURES] == PICTURES
+    assert found[0].answer[0] in tags.words
+    assert found[0].about["command"] in tags.words
+    both, why = find_comparisons([RESULTS / "heads-ranks-merge", RESULTS / "layers-replaced"])
+    assert [each.title.partition(" ")[0] for each in both] == ["heads-ranks-merge", "layers-replaced"]
+    assert why.startswith("Each experiment has a table of its own")
+
+
+@pytest.mark.parametrize("what", ["", "foreign", "missing"])
+def test_a_folder_without_runs_is_refused(tmp_path, what):
+    if what == "foreign":
+        (tmp_path / "notes.txt").write_text("x")
+    place = tmp_path / "none" if what == "missing" else tmp_path
+    with pytest.raises(FileNotFoundError, match="there is no"):
+        find_comparisons([place])
+
+
+CHROMIUM = shutil.which("chromium") or shutil.which("chromium-browser") or shutil.which("google-chrome")
+MEASURE = """<script>
+parent.postMessage(JSON.stringify({
+  wide: document.documentElement.scrollWidth,
+  dark: matchMedia("(prefers-color-scheme: dark)").matches,
+  paper: getComputedStyle(document.body).backgroundColor,
+  fetched: performance.getEntriesByType("resource").length,
+  pictures: [...document.querySelectorAll("figure svg")].map(each => Math.round(each.getBoundingClientRect().width)),
+}), "*");
+</script>"""
+FRAME = """<script>addEventListener("message", event => { document.title = event.data; });</script>
+<iframe src="page.html" width="WIDTH" height="900" frameborder="0"></iframe>"""
+
+
+@pytest.mark.skipif(CHROMIUM is None, reason="no chromium is installed")
+@pytest.mark.parametrize(("width", "dark"), [(1280, False), (390, True)])
+def test_a_browser_shows_the_page(tmp_path, width, dark):
+    """In a frame: a window of its own is never as narrow as a phone."""
+    html.write(find_comparisons([RESULTS / "layers-replaced"])[0], tmp_path / "page.html")
+    page = (tmp_path / "page.html").read_text()
+    (tmp_path / "page.html").write_text(page.replace("</body>", f"{MEASURE}</body>"))
+    (tmp_path / "frame.html").write_text(FRAME.replace("WIDTH", str(width)))
+    how = ["--headless", "--no-sandbox", "--disable-gpu", "--enable-logging=stderr", "--window-size=1400,1000"]
+    how += [f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=2000", "--dump-dom"]
+    how += [f"--blink-settings=preferredColorScheme={0 if dark else 1}", (tmp_path / "frame.html").as_uri()]
+    done = subprocess.run([CHROMIUM, *how], capture_output=True, text=True, timeout=120, check=True)
+    assert "CONSOLE" not in done.stderr
+    measured = json.loads(re.search(r"<title>(.*?)</title>", done.stdout).group(1))
+    assert measured["dark"] is dark
+    assert measured["paper"] == ("rgb(20, 24, 29)" if dark else "rgb(255, 255, 255)")
+    assert measured["wide"] <= width, "nothing sticks out"
+    assert measured["fetched"] == 0
+    assert len(measured["pictures"]) == page.count("<figure>")
+    assert min(measured["pictures"]) > 300
 
 
 STRANGE = [
@@ -251,34 +396,38 @@ STRANGE = [
 @pytest.mark.parametrize("name", STRANGE)
 def test_strange_names_change_nothing(runs, tmp_path, monkeypatch, name):
     """In the terminal, on the page, in Markdown and in the picture."""
-    figures = []
-    save = Figure.savefig
-    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: (figures.append(self), save(self, path, **how)))
+    figures, save = [], Figure.savefig
+    monkeypatch.setattr(Figure, "savefig", lambda self, to, **how: (figures.append(self), save(self, to, **how)))
     result = runs("full", base=a_run(recipe=name))[0]
     found = [replace(result, settings={**result.settings, "method": name}), result]
-    html.write(found, tmp_path / "out")
+    html.write_folder(of_runs(found), tmp_path / "out")
     seen = one_line(name)
     assert seen.isprintable()
     assert seen in printed(found, 100)
     page, markdown = ((tmp_path / "out" / file).read_text() for file in ("report.html", "report.md"))
-    tags = Tags()
-    tags.feed(page)
-    assert not tags.open
-    assert seen in tags.words
+    assert seen in whole(page).words
     assert seen in re.sub(r"\\(\W)", r"\1", markdown)
     assert "<script>" not in page
     for text in (page, markdown, printed(found, 80)):
         assert all(c.isprintable() or c == "\n" for c in text)
-    legend = figures[0].legends[0].get_texts()
-    assert [(text.get_text(), text.get_parse_math()) for text in legend] == [(seen, False), ("full", False)]
-    numbers = (tmp_path / "out" / "curves.csv").read_text()
-    assert all(not line.startswith(("=", '"=')) for line in numbers.splitlines())
-    assert r"\$" in (tmp_path / "out" / "table.tex").read_text() or "$" not in name
+    assert len(figures) > 3
+    for figure in figures:
+        legend = figure.legends[0].get_texts()
+        assert [(text.get_text(), text.get_parse_math()) for text in legend] == [(seen, False), ("full", False)]
+    table = (tmp_path / "out" / "figures" / "loss-steps.csv").read_text()
+    assert f"\n'{seen}," in table if name.startswith("=") else seen in table
 
 
-def test_curves_have_one_colour_a_method_and_a_legend(runs):
-    figure = html.run_sections(runs("full", "lora", seeds=(1, 2)))[0].pictures[0].figure
-    training, validation = figure.axes
+def test_latex_reads_names_as_text():
+    lines = latex_table(["method", "loss"], [["a_b$%<\\", "2.00 ± 0.01"]]).splitlines()
+    assert r"a\_b\$\%$<$\textbackslash{} & 2.00 $\pm$ 0.01 \\" in lines
+
+
+def test_curves_have_one_colour_a_method_and_a_legend(runs, tmp_path, monkeypatch):
+    figures = []
+    monkeypatch.setattr(Figure, "savefig", lambda self, path, **how: figures.append(self))
+    draw_curves(of_runs(runs("full", "lora", seeds=(1, 2)))[0], tmp_path / "curves.png")
+    training, validation = figures[0].axes
     for axes in (training, validation):
         assert len({line.get_color() for line in axes.lines}) == 2
         assert len(axes.collections) == 2, "the seeds of each as a band"
@@ -286,11 +435,11 @@ def test_curves_have_one_colour_a_method_and_a_legend(runs):
         assert axes.get_ylabel() == "loss (nats per byte)"
     assert list(validation.lines[0].get_xdata()) == [10, 20, 30, 40]
     assert list(validation.lines[0].get_ydata()) == pytest.approx([2.015 + 2 / step for step in (10, 20, 30, 40)])
-    assert [text.get_text() for text in figure.legends[0].get_texts()] == ["full", "lora"]
+    assert [text.get_text() for text in figures[0].legends[0].get_texts()] == ["full", "lora"]
 
 
 @pytest.mark.parametrize("library", ["matplotlib", "jinja2"])
 def test_without_a_library_the_remedy_is_named(runs, tmp_path, monkeypatch, library):
     monkeypatch.setitem(sys.modules, library, None)
     with pytest.raises(ImportError, match=re.escape(f"needs {library}: pip install 'lowrank-training[report]'")):
-        html.write(runs("full"), tmp_path / "out")
+        html.write_folder(of_runs(runs("full")), tmp_path / "out")

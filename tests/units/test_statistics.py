@@ -93,4 +93,4 @@ def test_equal_figures_are_no_difference():
 def test_no_more_digits_than_the_spread_allows():
     assert plus_minus(2.123456, 0.0987) == "2.12 ± 0.10"
     assert plus_minus(2.123456, 0.00096) == "2.1235 ± 0.0010"
-    assert plus_minus(0.5, math.nan) == "0.5"
+    assert plus_minus(0.5, math.nan) == plus_minus(0.5, 1e-17) == "0.5000"

@@ -112,20 +112,18 @@ Examples:
 """
 
 _REPORT = """
-report DIR… [--out DIR|FILE.html] [--watch]
-tables, pictures and the page of finished runs, or of an experiment's results
+report DIR… [--out NAME.html|DIR] [--watch]
+one page of runs: the answer, tables and pictures
 
-Prints a table of the finished runs in the folders (or right below them), and writes into a folder report.html (one file
-that needs nothing else: sentence, table, pictures, settings), report.md, curves.png, each picture as SVG with its
-numbers as CSV, and the table as LaTeX. With a name that ends in .html it writes that page alone. Folders that hold an
-experiment's results.json are shown as that: question, answer, table with spread, what was tried.
-
-With --watch the page is written anew whenever a run has ended, until Ctrl-C.
+Prints tables of the finished runs in the folders (or right below them) and of experiments' results, and what their
+seeds allow to be said. --out NAME.html writes one page, which needs nothing but itself; any other name is a folder for
+report.html, report.md, curves.png, and figures/ with each picture as SVG and CSV and the table for LaTeX. Runs that
+cannot be compared with each other stand in tables of their own; a run that failed is a row with its reason.
 
 Examples:
-  lowrank report runs/first runs/second --out report
+  lowrank report runs/first runs/second --out report.html
   lowrank report results/heads-ranks-merge --out table1.html
-  lowrank report runs/first --out first.html --watch
+  lowrank report runs/first --out live.html --watch
 """
 
 _PLAN = """
@@ -452,15 +450,17 @@ def every_command() -> list[Command]:
         Option(name="base", value="DIR|NAME", help="of an adapter's folder: where its base is; default where it says"),
     )
     patience = (Option(name="seconds", value="S", help="how long its first step may take; default 60"),)
-    written = Option(name="out", value="DIR|FILE.html", help="where to write; default DIR if it is one, else report")
-    watched = Option(name="watch", help="write the page anew as runs end, until Ctrl-C")
+    written = (
+        Option(name="out", value="NAME.html|DIR", help="one page, or a folder; default DIR if it is one, else report"),
+        Option(name="watch", help="write the page anew as runs grow, unfinished ones included, until interrupted"),
+    )
     score, generate, chat, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)
     return [
         _command(_TRAIN, commands.train, (*training, *run), dotted, (0, 1)),
         _command(
             _COMPARE, commands.compare, (*several, *(option for option in run if option.name != "method")), dotted
         ),
-        _command(_REPORT, reporting.report, (written, watched), positions=(1, None)),
+        _command(_REPORT, reporting.report, written, positions=(1, None)),
         _command(_PLAN, planning.plan, (*planned, *linked, *run), dotted, (0, 1)),
         _command(_DOCTOR, commands.doctor, patience, positions=(1, None)),
         _command(_EVAL, commands.evaluate, (*score, trust)),

@@ -11,7 +11,6 @@ import itertools
 import json
 import re
 import shlex
-import shutil
 import sys
 import textwrap
 from collections.abc import Iterator, Mapping
@@ -19,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.cli.arguments import WIDTH, Parsed, UsageError, argument_help, fitted, number, row, several, switch, whole
-from lowrank.cli.reporting import show_report
+from lowrank.cli.reporting import show
 from lowrank.infra.convert import convert, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.signatures import Signature, module_file, read
@@ -105,7 +104,9 @@ def compare(parsed: Parsed) -> int:
             own_files.given(name)
     from lowrank.distributed.process_group import world_size
     from lowrank.report.compare import execute, parse_variant, planned
-    from lowrank.report.table import find_results, verdicts
+    from lowrank.report.compared import of_runs
+    from lowrank.report.runs import find_results, find_unfinished
+    from lowrank.report.table import apart, groups
     from lowrank.train.loop import train as train_run
 
     if world_size() > 1:
@@ -130,10 +131,8 @@ def compare(parsed: Parsed) -> int:
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]
     if finished:
-        results = find_results(finished)
-        show_report(results, out)
-        for text in verdicts(results):
-            print(printable(f"\n{text}"))
+        results, broken = find_results(finished), find_unfinished([each.folder for each in failed])
+        show(of_runs(results, broken), out, apart(groups([*results, *(each.result for each in broken)])))
         if "folds" not in parsed.options and len({each.settings.get("data.fingerprint") for each in results}) > 1:
             print(
                 "\nnote: the data has changed between these runs, which stand apart: --out NEW trains all of them anew"
@@ -147,9 +146,8 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     """An experiment's missing runs, its table and its sentence."""
     from lowrank.distributed.process_group import world_size
     from lowrank.infra.extras import import_extra
-    from lowrank.report import html
+    from lowrank.report.compared import of_results
     from lowrank.report.results import FILE
-    from lowrank.report.results_table import printed_results
     from lowrank.run.experiment import chosen
     from lowrank.train.arena import run_experiment
 
@@ -180,9 +178,8 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     told = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in words.items()]
     command = " ".join(["lowrank compare", parsed.positions[0], *told])
     results = run_experiment(experiment, out, command=command, jobs=numbers.get("jobs", 1), say=_say)
-    print(printable(printed_results(results, shutil.get_terminal_size((100, 24)).columns)))
-    html.write_experiments([results], out / "report.html")
-    print(f"\n{out / FILE}, {out / 'report.html'}")
+    show([of_results(results)], out)
+    print(out / FILE)
     return 1 if any(row.error for row in results.rows) else 0
 
 

@@ -1,4 +1,4 @@
-"""What `lowrank report` does: tables in the terminal, and the page, of runs or of an experiment's results."""
+"""The command ``report``, and what a comparison shows at its end: the tables, the sentences, the page."""
 
 from __future__ import annotations
 
@@ -6,64 +6,95 @@ import shutil
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING
 
-from lowrank.cli.arguments import Parsed, switch
+from lowrank.cli.arguments import Parsed, UsageError, switch
 from lowrank.infra.text import printable
 
-_WATCH = 5  # seconds between two looks at the folders
+if TYPE_CHECKING:
+    from lowrank.report.compared import Comparison
+
+_LOOK, _REFRESH = 2.0, 10  # seconds between looks at runs that grow, and until a browser reads their page again
+_GROWING = ("run.json", "log.jsonl", "summary.json", "failed.json", "results.json")
 
 
 def report(parsed: Parsed) -> int:
-    """Tables, pictures and the page of runs that are finished, or of an experiment's results."""
-    folders = [Path(position) for position in parsed.positions]
-    out = Path(parsed.options.get("out", folders[0] if len(folders) == 1 else "report"))
-    _show(folders, out)
-    while switch(parsed, "watch"):
-        time.sleep(_WATCH)
-        _write(folders, out, refresh=_WATCH)
+    """Tables, pictures and the page of runs and experiments."""
+    paths = [Path(position) for position in parsed.positions]
+    alone = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("report")
+    out = Path(parsed.options.get("out", alone))
+    if out.is_file() and not is_page(out):
+        raise UsageError(f"--out {out} is a file: give NAME.html for one page, or the name of a folder")
+    if is_page(out) and out.is_dir():
+        raise UsageError(f"--out {out} is a folder, and a name that ends in .html is one page: give another name")
+    if switch(parsed, "watch"):
+        watch(paths, out if is_page(out) else out / "report.html")
+        return 0
+    from lowrank.report.compared import find_comparisons
+
+    found, why = find_comparisons(paths)
+    show(found, out, why)
     return 0
 
 
-def show_report(results: Sequence[Any], out: Path) -> None:
-    """The table first: it needs no extra package, the pictures do."""
+def is_page(out: Path) -> bool:
+    """Whether a name is that of one page; any other is a folder's."""
+    return out.suffix.lower() in (".html", ".htm")
+
+
+def show(found: Sequence[Comparison], out: Path, why: str = "") -> None:
+    """Print tables and sentences, which need no extra package, then write the page or folder, which does."""
     from lowrank.report import html
-    from lowrank.report.table import printed
+    from lowrank.report.compared import printed
 
-    print(printable(printed(results, _width())))
-    html.write(results, out)
-    print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png")
-
-
-def _show(folders: Sequence[Path], out: Path) -> None:
-    from lowrank.report.results import find_experiments
-    from lowrank.report.results_table import printed_results
-    from lowrank.report.table import find_results, printed
-
-    experiments = find_experiments(folders)
-    for each in experiments.values():
-        print(printable(printed_results(each, _width())) + "\n")
-    if not experiments and out.suffix != ".html":
-        show_report(find_results(folders), out)
-        return
-    if not experiments:
-        print(printable(printed(find_results(folders), _width())) + "\n")
-    print(_write(folders, out))
-
-
-def _write(folders: Sequence[Path], out: Path, refresh: int | None = None) -> Path:
-    """The page alone, which is given."""
-    from lowrank.report import html
-    from lowrank.report.results import find_experiments
-    from lowrank.report.table import find_results
-
-    page = out if out.suffix == ".html" else out / "report.html"
-    if experiments := find_experiments(folders):
-        html.write_experiments(list(experiments.values()), page, refresh=refresh)
+    print(printable(printed(found, shutil.get_terminal_size((100, 24)).columns, why)))
+    if is_page(out):
+        html.write(found, out, why=why)
+        print(f"\n{out}")
     else:
-        html.write_runs(find_results(folders), page, refresh=refresh)
-    return page
+        html.write_folder(found, out, why=why)
+        print(f"\n{out}/report.html, {out}/report.md, {out}/curves.png, {out}/figures/")
 
 
-def _width() -> int:
-    return shutil.get_terminal_size((100, 24)).columns
+def watch(paths: Sequence[Path], page: Path) -> None:
+    """Write the page anew whenever the runs have grown, until interrupted.
+
+    Raises:
+        FileNotFoundError: a path is not there.
+        KeyboardInterrupt: the way it ends.
+    """
+    from lowrank.report import html
+    from lowrank.report.compared import find_comparisons
+
+    for path in paths:
+        if not path.exists():
+            raise FileNotFoundError(f"there is no {path}")
+    print(f"{page} is written anew as the runs grow; an interrupt (Ctrl-C) ends it", flush=True)
+    before: object = None
+    while True:
+        now = _state(paths)
+        if now != before:
+            try:
+                found, why = find_comparisons(paths, growing=True)
+            except FileNotFoundError as error:  # nothing has begun yet
+                print(printable(f"waiting: {error}"), flush=True)
+            else:
+                html.write(found, page, why=why, refresh=_REFRESH)
+            before = now
+        time.sleep(_LOOK)
+
+
+def _state(paths: Sequence[Path]) -> list[tuple[str, int, int]]:
+    """Of every file that a run's page is made of, its size and when it changed."""
+    files = [path for path in paths if path.is_file()]
+    for path in paths:
+        for depth in ("", "*/", "*/*/"):
+            files += [file for name in _GROWING for file in path.glob(depth + name)]
+    found = []
+    for file in sorted(files):
+        try:
+            stat = file.stat()
+        except FileNotFoundError:  # a run that has just been removed
+            continue
+        found.append((str(file), stat.st_size, stat.st_mtime_ns))
+    return found

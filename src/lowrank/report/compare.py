@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.infra import checkpoint
-from lowrank.report.table import is_finished
+from lowrank.infra.files import write_json
+from lowrank.report.runs import FAILED, is_finished
 from lowrank.run.overrides import Catalogue, catalogue, fingerprint, options, override, resolve
 from lowrank.run.own_files import is_own, short
 from lowrank.run.run import Run
@@ -162,7 +163,11 @@ def _attempt(each: Planned, folder: Path, train: Train, *, resume: bool) -> Outc
     try:
         summary = train(each.run, folder, resume=resume)
     except Exception as error:
-        return Outcome(name=each.name, folder=folder, executed=True, error=f"{type(error).__name__}: {error}")
+        text = f"{type(error).__name__}: {error}"
+        if (folder / "run.json").is_file():
+            write_json(folder / FAILED, {"error": text})
+        return Outcome(name=each.name, folder=folder, executed=True, error=text)
+    (folder / FAILED).unlink(missing_ok=True)
     if summary.get("interrupted"):
         raise KeyboardInterrupt
     return Outcome(name=each.name, folder=folder, executed=True)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import read_json
@@ -58,36 +59,51 @@ def peaks(chosen: Sequence[Row]) -> tuple[Table | None, dict[str, Sheet]]:
 
 
 def draw(sheets: Mapping[str, Sheet], path: Path) -> None:
-    """A bar a method, by kinds of bytes at its peak, with the sizes of cards as lines; a PNG.
+    """``bars`` as a PNG.
+
+    Raises:
+        ImportError: matplotlib is missing.
+    """
+    path.parent.mkdir(parents=True, exist_ok=True)
+    bars(sheets).savefig(path, dpi=120, format="png")
+
+
+def bars(sheets: Mapping[str, Sheet], *, size: tuple[float, float] | None = None, font: float = 9) -> Any:
+    """A figure of matplotlib: a bar a method, by kinds of bytes at its peak, with the sizes of cards as lines.
+
+    Args:
+        sheets: the predictions by name.
+        size: in inches; by default large enough to stand alone.
+        font: of the legend, in points.
 
     Raises:
         ImportError: matplotlib is missing.
     """
     Figure = import_extra("matplotlib.figure", "report").Figure
-    figure = Figure(figsize=(max(6.0, 1.3 * len(sheets) + 3), 5.2), layout="constrained")
+    figure = Figure(figsize=size or (max(6.0, 1.3 * len(sheets) + 3), 5.2), layout="constrained")
     axes = figure.subplots()
     names, below = list(sheets), [0.0] * len(sheets)
     most = max(sheet.total for sheet in sheets.values())
-    unit, size = ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
+    unit, scale = ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
     for kind, colour in zip(KINDS, _COLOURS, strict=True):
-        sizes = [sheet.peak.parts.get(kind, 0) / size for sheet in sheets.values()]
+        sizes = [sheet.peak.parts.get(kind, 0) / scale for sheet in sheets.values()]
         if any(sizes):
             axes.bar(names, sizes, bottom=below, color=colour, label=kind, width=0.65)
             below = [a + b for a, b in zip(below, sizes, strict=True)]
-    context = [CUDA_CONTEXT / size * sheet.on_card for sheet in sheets.values()]
+    context = [CUDA_CONTEXT / scale * sheet.on_card for sheet in sheets.values()]
     if any(context):
         axes.bar(names, context, bottom=below, color="#dddddd", label="CUDA context", width=0.65)
-    top = most / size * 1.08
+    top = most / scale * 1.08
     for card in CARDS:
-        if card << 30 <= top * size:
-            axes.axhline((card << 30) / size, color="#444444", linewidth=0.8, linestyle="--")
+        if card << 30 <= top * scale:
+            axes.axhline((card << 30) / scale, color="#444444", linewidth=0.8, linestyle="--")
             axes.annotate(
-                f"{card} GB", (1.005, (card << 30) / size), xycoords=("axes fraction", "data"), fontsize=9, va="center"
+                f"{card} GB", (1.005, (card << 30) / scale), xycoords=("axes fraction", "data"), fontsize=9, va="center"
             )
     axes.set_ylim(0, top)
     axes.set_ylabel(f"{unit} at the peak")
+    axes.tick_params(axis="x", labelrotation=30 if max(map(len, names)) > 9 else 0)
     axes.set_title("memory of a training step", loc="left")
     handles, labels = axes.get_legend_handles_labels()
-    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=9)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    figure.savefig(path, dpi=120, format="png")
+    figure.legend(handles[::-1], labels[::-1], loc="outside right upper", frameon=False, fontsize=font)
+    return figure

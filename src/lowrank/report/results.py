@@ -29,7 +29,9 @@
           "peak_bytes", "state_bytes", "seconds": training alone, "step_seconds",
           "wire_bytes": sent by a rank in all, null on one rank,
           "trained", "total": numbers,
-          "curve": {"train": [[step, loss], …], "val": [[step, loss], …]}, thinned out,
+          "curve": {"train": [[step, loss], …], "val": [[step, loss], …]}, thinned out; where a method refreshes bases
+                   also "basis_energy" and "basis_overlap",
+          "layers": {group of layers: {"change", "effective_rank", "trained"}} of what was changed (`train/spectra`),
           "error": why there are no figures, or null}]
     }
 
@@ -91,6 +93,7 @@ class Row:
     trained: int | None = None
     total: int | None = None
     curve: Curve = field(default_factory=dict)
+    layers: Mapping[str, Mapping[str, float]] = field(default_factory=dict)
     error: str | None = None
 
 

@@ -148,12 +148,24 @@ def plus_minus(value: float, spread: float | None) -> str:
     >>> plus_minus(0.12345, 0.0213), plus_minus(2.5, 0.0144), plus_minus(2.54321, None), plus_minus(123.4, 20)
     ('0.12 ± 0.02', '2.500 ± 0.014', '2.543', '120 ± 20')
     """
-    if spread is None or not math.isfinite(spread) or spread == 0:
-        return f"{value:.4g}"
+    if spread is None or not math.isfinite(spread) or spread <= 1e-12 * abs(value):  # none, or of rounding alone
+        return f"{value:#.4g}".removesuffix(".")
     exponent = math.floor(math.log10(spread))
     decimals = -exponent + (spread / 10**exponent < 1.95)
     shown = max(0, decimals)
     return f"{round(value, decimals):.{shown}f} ± {round(spread, decimals):.{shown}f}"
+
+
+def within(values: Sequence[float]) -> str:
+    """The mean of some figures with no more digits than their spread allows, three where there is none.
+
+    >>> within([0.1931, 0.2044]), within([0.1931]), within([])
+    ('0.199', '0.193', '–')
+    """
+    if not values:
+        return "–"
+    mean, spread = statistics.fmean(values), statistics.stdev(values) if len(values) > 1 else 0.0
+    return plus_minus(mean, spread).partition(" ")[0] if spread > abs(mean) / 500 else f"{mean:.3g}"
 
 
 def _levels(values: Sequence[float], alpha: float) -> list[float]:

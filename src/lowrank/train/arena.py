@@ -32,7 +32,7 @@ from lowrank.infra.environment import environment
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.log import read_log
 from lowrank.report.results import Results, Row, Trial
-from lowrank.report.table import is_finished
+from lowrank.report.runs import FAILED, is_finished
 from lowrank.run.estimate import estimate
 from lowrank.run.experiment import (
     Attempt,
@@ -53,7 +53,7 @@ from lowrank.train.memory import MEMORY
 from lowrank.train.step_time import measured
 
 Say = Callable[[str], None]
-FAILED, TEST, BUDGET = "failed.json", "test.json", "budget.json"
+TEST, BUDGET = "test.json", "budget.json"
 _mark = functools.lru_cache(maxsize=4096)(fingerprint)
 _PLAIN = "exported"
 _POINTS = 40  # of a curve in the file of results
@@ -184,10 +184,10 @@ def _execute(
             settings = " ".join(f"{name}={value}" for name, value in each.settings.items())
             say(f"[{number}/{len(attempts)}] {each.contender.name} {settings} seed {each.run.seed}, {kind}")
             errors.append(_one(*call))
-    for (_, place, *_), error in zip(calls, errors, strict=True):
-        if error is not None:
-            failed[place] = error
-            say(f"failed: {place.name}: {error}")
+    for (_, place, *_), why in zip(calls, errors, strict=True):
+        if why is not None:
+            failed[place] = why
+            say(f"failed: {place.name}: {why}")
     return failed
 
 
