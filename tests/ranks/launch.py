@@ -72,7 +72,7 @@ def message_of(function: Callable[[], object]) -> str:
     """What it is refused with; empty where it is not."""
     try:
         function()
-    except ValueError as error:
+    except (ValueError, RuntimeError) as error:
         return str(error)
     return ""
 

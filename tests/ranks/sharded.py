@@ -68,6 +68,13 @@ class Stack(nn.Module):
         return self.head(x)
 
 
+class Reading(Block):
+    """A block that also reads the weight of a layer that it calls."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x) + F.linear(F.linear(x, self.fc1.weight), self.fc4.weight[:, :1].repeat(1, 20))
+
+
 def stack(dtype: torch.dtype = torch.float64) -> nn.Module:
     torch.manual_seed(0)
     return Stack().to(dtype)
@@ -212,9 +219,24 @@ def refused(ranks: ProcessGroup | None) -> Result:
     with torch.no_grad():
         other.head.bias += ranks.rank
     note("weights", lambda: shard_(together(other, full)))
+    note("read", lambda: _one_step(together(_reading(), small_method("lora", target_modules="fc1,fc3"))))
+    note("read apart", lambda: _one_step(together(_reading(), small_method("lora", target_modules="fc2,fc3"))))
     opt = plan.optimizer()
     note("forget", lambda: opt.forget([opt.param_groups[0]["params"][0]], 0.5))
     return messages
+
+
+def _reading() -> nn.Module:
+    model = stack()
+    model.blocks[1] = Reading().double()
+    return model
+
+
+def _one_step(plan: lowrank.Plan) -> None:
+    shard_(plan)
+    opt = plan.optimizer(lr=1e-2)
+    plan.model(torch.ones(2, WIDTH, dtype=torch.float64)).sum().backward()
+    opt.step()
 
 
 def unsaved(ranks: ProcessGroup, folder: Path) -> Result:

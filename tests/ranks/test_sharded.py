@@ -84,6 +84,8 @@ def test_what_cannot_be_is_refused_with_the_remedy(found: list[dict[str, Any]]) 
         "alone": "torchrun",
         "dtypes": "model.to(dtype)",
         "weights": "rank 1 has weights",
+        "read": "calls blocks.1.fc1, which is adapted, and also reads its weight",
+        "read apart": "",  # of layers that are not adapted
         "forget": "share=0 or share=1",
     }
     for rank in range(RANKS):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -17,6 +18,7 @@ from lowrank.evaluate import evaluate
 from lowrank.evaluate import predict as predicting
 from lowrank.evaluate.predict import classify, predict
 from lowrank.evaluate.score import score
+from lowrank.infra import files
 from lowrank.infra.checkpoint import latest, load
 from lowrank.infra.log import read_log
 from lowrank.recipes import RECIPES
@@ -46,18 +48,39 @@ def train(out: Path, data: Path | str, method: str = "lora", *more: str) -> int:
 def test_a_run_killed_in_its_report_is_finished_by_resuming(
     tmp_path: Path, file: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def killed(*_: object) -> None:
-        raise KeyboardInterrupt
+    """Killed at each file of the report in turn, which is left half written, and once after the last."""
+    from matplotlib.figure import Figure
 
-    with monkeypatch.context() as patched:
-        patched.setattr("lowrank.evaluate.image_report.write_report", killed)
-        assert train(tmp_path / "x", file) == 130
-    for _ in range(2):
-        assert not (tmp_path / "x" / "summary.json").exists()
-        assert main(["train", "--resume", str(tmp_path / "x"), "--quiet"]) == 0
-        assert (tmp_path / "x" / "clinic" / "metrics.json").is_file()
-        (tmp_path / "x" / "summary.json").unlink()  # and killed once more
-    assert sum("test_auc" in record for record in read_log(tmp_path / "x" / "log.jsonl")) == 1
+    assert train(tmp_path / "whole", file) == 0
+    wanted = {path.name: path.read_bytes() for path in (tmp_path / "whole" / "clinic").iterdir()}
+    shutil.copytree(tmp_path / "whole", tmp_path / "x")
+    shutil.rmtree(tmp_path / "x" / "clinic")
+    log = tmp_path / "x" / "log.jsonl"
+    log.write_text("".join(line for line in log.open() if "test_auc" not in line))
+    write, draw = files.write_text_atomically, Figure.savefig
+    written: list[str] = []
+    for left in [*range(len(wanted)), None]:
+
+        def killed(path: Path, left: int | None = left) -> None:
+            if path.parent.name == "clinic":
+                if len(written) == left:
+                    path.write_bytes(b"half")
+                    raise KeyboardInterrupt
+                written.append(path.name)
+
+        (tmp_path / "x" / "summary.json").unlink(missing_ok=True)
+        written.clear()
+        with monkeypatch.context() as patched:
+            for module in ("infra.files", "evaluate.image_report", "evaluate.image_page"):
+                name = f"lowrank.{module}.write_text_atomically"
+                patched.setattr(name, lambda path, text, killed=killed: (killed(path), write(path, text)))
+            patched.setattr(
+                Figure, "savefig", lambda f, path, killed=killed, **how: (killed(path), draw(f, path, **how))
+            )
+            assert main(["train", "--resume", str(tmp_path / "x"), "--quiet"]) == (0 if left is None else 130)
+        assert (tmp_path / "x" / "summary.json").exists() == (left is None)
+    assert {path.name: path.read_bytes() for path in (tmp_path / "x" / "clinic").iterdir()} == wanted
+    assert sum("test_auc" in record for record in read_log(log)) == 1
 
 
 @pytest.mark.parametrize("method", METHODS)

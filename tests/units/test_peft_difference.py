@@ -17,6 +17,7 @@ from torch import Tensor, nn
 import lowrank
 from lowrank.cli import main
 from lowrank.interop import AdapterBank, export_difference, read_peft, write_difference
+from lowrank.interop.adapter_start import base_of
 from lowrank.interop.peft_difference import leading_part
 from lowrank.run.run import Call
 from lowrank.run.session import Base, restore
@@ -106,6 +107,20 @@ def test_a_run_becomes_a_lora_on_its_base(
     assert json.loads((tmp_path / "0.9" / "adapter_config.json").read_text())["base_model_name_or_path"] == str(base)
     small, large = ((tmp_path / name / "adapter_model.safetensors").stat().st_size for name in ("0.9", "1"))
     assert small < large
+
+
+def test_an_adapter_leads_to_its_base_from_any_folder(
+    tmp_path: Path, base: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(base.parent)
+    run = trained("lora", tmp_path / "run", Path(base.name))
+    written = ("lora", "--format peft", "--format peft --rank 1")
+    for number, form in enumerate(written):
+        words = form.split() if number else []
+        assert main(["export", str(run), "--adapter", str(tmp_path / str(number)), *words]) == 0
+    monkeypatch.chdir(tmp_path)
+    for number in range(len(written)):
+        assert base_of(tmp_path / str(number)) == str(base)
 
 
 def test_a_base_that_is_gone_or_changed_is_refused(tmp_path: Path, base: Path) -> None:

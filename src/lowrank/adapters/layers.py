@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, Additive
+from lowrank.distributed.shards import is_sharded
 from lowrank.infra.seeds import generator
 from lowrank.linalg.quantised_linear import dense_weight, dequantised, is_quantised, keep_unpacked_
 from lowrank.linalg.rounding import round_into_, wide
@@ -130,10 +131,11 @@ class AdaptedLayer(nn.Module):
         """Attributes that this layer does not have (``in_features``, ``nf``, …), from the original.
 
         Who reads ``weight`` past the layer does not see its adapters, and a merge would change what is computed there:
-        ``on_read``, where it is set, is told of it when a gradient comes back to what was read.
+        ``on_read``, where it is set, is told of it when a gradient comes back to what was read. While a weight is
+        sharded nobody computes with it, and FSDP takes what it reads for the parameter.
         """
         on_read = self.__dict__.get("on_read")
-        if name == "weight" and on_read is not None and torch.is_grad_enabled():
+        if name == "weight" and on_read is not None and torch.is_grad_enabled() and not is_sharded(self._weight):
             read = self._weight.detach().requires_grad_()
             read.register_hook(lambda gradient: on_read())
             return read

@@ -186,12 +186,17 @@ def export_peft(source: Path, out: Path, *, which: str = "best") -> int:
     """
     session, step = restored_for(out, source, which)
     try:
-        write_peft(session.plan, out, base=str(session.run.model.args.get("path", "")))
+        write_peft(session.plan, out, base=base_place(session.run.model))
     except ValueError as error:
         raise ValueError(
             f"{error}; --rank N or --energy 0.9 writes what was changed in the weights as a LoRA"
         ) from error
     return step
+
+
+def base_place(model: Call) -> str:
+    """Where a run's base is, for PEFT: a folder's path written whole, which leads there from anywhere, or a name."""
+    return model.placed().places.get("path") or str(model.args.get("path", ""))
 
 
 def stacked(layer: AdaptedLayer) -> tuple[Tensor, Tensor, float]:

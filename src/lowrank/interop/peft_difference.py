@@ -25,7 +25,7 @@ from lowrank.adapters import merge_and_unload
 from lowrank.adapters.layers import dequantise_, is_conv1d, is_linear
 from lowrank.data.images.set import some
 from lowrank.interop.adapter_bank import ADAPTER, restored_for
-from lowrank.interop.peft import Change, write_changes
+from lowrank.interop.peft import Change, base_place, write_changes
 from lowrank.run.session import Base, Session, open_session, run_folder
 
 
@@ -65,7 +65,7 @@ def export_difference(
     _check(rank, energy)
     session, step = restored_for(out, source, which)
     base = base_weights(run_folder(source), session)
-    place = str(session.run.model.args.get("path", ""))
+    place = base_place(session.run.model)
     kept = write_difference(merge_and_unload(session.model), base, out, rank=rank, energy=energy, place=place)
     return step, kept
 

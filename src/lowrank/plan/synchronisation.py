@@ -177,10 +177,7 @@ class Synchroniser:
         """Until the first step find who reads the weight of an adapted layer without calling it (``F.linear``, say)."""
         self._read = set()
         for name, layer in adapted_layers(self.model):
-            if not any(
-                is_sharded(p) for p in layer.parameters(recurse=False)
-            ):  # FSDP takes what it reads for the parameter
-                layer.on_read = partial(self._read.add, name)
+            layer.on_read = partial(self._read.add, name)
 
     def _check_reads_(self, read: set[str]) -> None:
         self._read = None
