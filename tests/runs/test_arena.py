@@ -7,7 +7,7 @@ from concurrent.futures.process import BrokenProcessPool
 from dataclasses import replace
 
 import pytest
-from tests.runs.tiny import tiny
+from tests.runs.tiny import TEXT, tiny
 
 from lowrank.infra.log import Log
 from lowrank.report.compared import of_results, printed
@@ -15,6 +15,7 @@ from lowrank.report.results import FILE, read_results
 from lowrank.report.results_table import findings
 from lowrank.run.experiment import Contender, Experiment
 from lowrank.train import arena
+from lowrank.train.changed_data import ChangedDataError
 
 GOLDEN = {"full": 4.196, "frozen": 4.539}
 TIMES = ("seconds", "step_seconds", "environment")
@@ -129,6 +130,24 @@ def test_runs_on_changed_data_stand_in_no_table(pretended, tmp_path):
         file.write_text(json.dumps(content))
     with pytest.raises(ValueError, match=r"the content of .*text.txt has changed between .*--out NEW"):
         run(experiment("full", "lora", seeds=(1, 2, 3, 4)), tmp_path)
+
+
+def test_a_new_run_on_changed_data_is_refused_before_it_trains(tmp_path):
+    text = tmp_path / "text.txt"
+    text.write_bytes(TEXT.read_bytes())
+
+    def made(*seeds):
+        contenders = [Contender(name=m, run=tiny(m, data=str(text), steps=2, eval_every=2)) for m in ("full", "frozen")]
+        about = {"name": "tiny", "question": "Which?", "caveat": "None.", "baseline": "full", "trials": 1, "shrink": 2}
+        return Experiment(**about, contenders=contenders, test_batches=1, seeds=seeds)
+
+    assert not any(row.error for row in run(made(1), tmp_path / "a").rows)
+    text.write_bytes(TEXT.read_bytes() + b"More of it.")
+    with pytest.raises(ChangedDataError, match=r"text.txt has changed .*give --out NEW, or put the data back"):
+        run(made(1, 2), tmp_path / "a")
+    assert len(list(tmp_path.glob("a/runs/*/summary.json"))) == 2
+    text.write_bytes(TEXT.read_bytes())
+    assert len(run(made(1, 2), tmp_path / "a").rows) == 4
 
 
 def test_a_process_that_is_killed_is_words(pretended, tmp_path, monkeypatch):

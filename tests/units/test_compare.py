@@ -1,12 +1,14 @@
 """Comparisons: what is planned, what is executed, what is left alone."""
 
 import json
+import re
 from functools import partial
 
 import pytest
-from tests.runs.tiny import tiny
+from tests.runs.tiny import TEXT, tiny
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
+from lowrank.cli import main
 from lowrank.report.compare import Planned, Variant, execute, parse_variant, planned
 from lowrank.run.run import Call
 from lowrank.train.loop import train
@@ -159,3 +161,20 @@ def test_folders_that_hold_no_run_are_passed_over(tmp_path):
     (tmp_path / "strange").mkdir()
     (tmp_path / "strange" / "run.json").write_text("{}")
     assert execute(plan("full"), tmp_path, FakeTrain(), say=quiet, offer=OFFER)[0].executed
+
+
+def test_runs_on_changed_data_join_finished_ones_only_where_it_is_meant(tmp_path, capsys):
+    text, out = tmp_path / "text.txt", tmp_path / "out"
+    text.write_bytes(TEXT.read_bytes())
+    size = "--data.context 16 --model.n_layer 1 --model.n_head 2 --model.n_embd 32 --batch-size 4 --device cpu"
+    size += f" --steps 2 --eval-batches 1 --quiet --data {text} --out {out}"
+    words = ["compare", "gpt-mini", *size.split()]
+    assert main([*words, "--methods", "full"]) == 0
+    text.write_bytes(TEXT.read_bytes() + b"More of it.")
+    capsys.readouterr()
+    assert main([*words, "--methods", "full,frozen"]) == 1
+    told = capsys.readouterr()
+    assert re.search(r"failed: frozen.*text.txt has changed .* give --out NEW, or put the data back", told.err)
+    assert [path.parent.name for path in out.glob("*/summary.json")] == ["full_seed_0"]
+    assert main([*words, "--methods", "full,frozen", "--allow-changed-data"]) == 0
+    assert "the data has changed between these runs, which stand apart" in capsys.readouterr().out

@@ -127,7 +127,7 @@ def compare(parsed: Parsed) -> int:
     if out.exists() and not out.is_dir():
         raise UsageError(f"--out {out} is a file: give the name of a folder that is to hold the runs")
     how: dict[str, Any] = {name: switch(parsed, name) for name in ("allow_changed_data", "quiet")}
-    outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, **how))
+    outcomes = execute(runs, out, lambda run, folder, resume: train_run(run, folder, resume=resume, beside=True, **how))
     finished = list(dict.fromkeys(each.folder for each in outcomes if each.error is None))
     failed = [each for each in outcomes if each.error is not None]
     if finished:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import itertools
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 from lowrank.infra import checkpoint
 from lowrank.infra.files import write_json
 from lowrank.report.runs import FAILED, is_finished
-from lowrank.run.overrides import Catalogue, catalogue, fingerprint, options, override, resolve
+from lowrank.run.overrides import Catalogue, catalogue, fingerprint, options, override, resolve, told_to_learn
 from lowrank.run.own_files import is_own, short
 from lowrank.run.run import Run
 from lowrank.run.validation import validate
@@ -130,13 +130,15 @@ def execute(
     Args:
         runs: from `planned`.
         out: holds one folder a run; complete ones are recognised by fingerprint, whatever they are called.
-        train: `lowrank.train.loop.train`.
+        train: `lowrank.train.loop.train`, told in the run's data what finished runs of the same data have learnt.
         say: where to announce what happens.
         offer: as in `planned`.
     """
-    found = _fingerprints(out, offer)
-    done = {mark: folder for folder, mark in found if is_finished(folder, say=say)}
-    begun = {mark: folder for folder, mark in found if checkpoint.saved(folder / "checkpoints")}
+    found = _runs(out, offer)
+    finished = [(folder, run) for folder, run in found if is_finished(folder, say=say)]
+    done = {fingerprint(run, offer): folder for folder, run in finished}
+    begun = {fingerprint(run, offer): folder for folder, run in found if checkpoint.saved(folder / "checkpoints")}
+    contents = {told_to_learn(run, offer): run.data.fingerprint for _, run in finished}
     outcomes = []
     for number, each in enumerate(runs, start=1):
         mark = fingerprint(each.run, offer)
@@ -146,9 +148,12 @@ def execute(
             continue
         folder = begun.get(mark) or _free(out, each.name)
         say(f"[{number}/{len(runs)}] {each.name} -> {folder}")
-        outcomes.append(_attempt(each, folder, train, resume=mark in begun))
+        same = told_to_learn(each.run, offer)
+        data = replace(each.run.data, fingerprint=contents.get(same, ""))
+        outcomes.append(_attempt(replace(each, run=replace(each.run, data=data)), folder, train, resume=mark in begun))
         if outcomes[-1].error is None:
             done[mark] = folder
+            contents[same] = Run.read(folder / "run.json").data.fingerprint
         else:
             say(f"failed: {outcomes[-1].error}")
     return outcomes
@@ -195,12 +200,14 @@ def _argument(name: str) -> str | None:
     return argument if kind == "method" and dot else None
 
 
-def _fingerprints(out: Path, offer: Catalogue | None) -> list[tuple[Path, str]]:
-    """Folders of runs under `out` with their fingerprints; what cannot be read is no run of ours."""
+def _runs(out: Path, offer: Catalogue | None) -> list[tuple[Path, Run]]:
+    """Folders of runs under `out`; what cannot be read is no run of ours."""
     found = []
     for path in sorted(out.glob("*/run.json")):
         try:
-            found.append((path.parent, fingerprint(Run.read(path), offer)))
+            run = Run.read(path)
+            fingerprint(run, offer)
+            found.append((path.parent, run))
         except (ValueError, TypeError, OSError):
             continue
     return found

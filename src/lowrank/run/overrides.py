@@ -168,6 +168,12 @@ def with_whole_paths(run: Run) -> Run:
     return replace(run, **whole)
 
 
+def told_to_learn(run: Run, offer: Catalogue | None = None) -> tuple[object, ...]:
+    """What runs have alike that learn the same as long as their data's content does not change."""
+    run = with_whole_paths(resolve(run, offer))
+    return run.data, run.model.name, run.model.args.get("path"), run.model.args.get("context")
+
+
 def options() -> dict[str, Any]:
     """Fields of `Run` that can be set from outside: name -> annotation."""
     hints = get_type_hints(Run)

@@ -44,10 +44,11 @@ from lowrank.run.experiment import (
     reported,
     tune,
 )
-from lowrank.run.overrides import catalogue, fingerprint, override
+from lowrank.run.overrides import catalogue, fingerprint, override, told_to_learn
 from lowrank.run.run import Run, flat
 from lowrank.run.session import open_session, task_of
 from lowrank.run.validation import validate
+from lowrank.train.changed_data import ChangedDataError
 from lowrank.train.loop import train
 from lowrank.train.memory import MEMORY
 from lowrank.train.step_time import measured
@@ -74,7 +75,8 @@ def run_experiment(
         say: is told what happens.
 
     Raises:
-        ValueError: the methods could not be compared with each other, or a run could not do what it says.
+        ValueError: the methods could not be compared with each other, a run could not do what it says, or the data has
+            changed under finished runs.
         KeyboardInterrupt: it was stopped; the same call goes on.
     """
     if reasons := incomparable(experiment):
@@ -88,7 +90,7 @@ def run_experiment(
     failed: dict[Path, str] = {}
     while missing := _missing(experiment, folder, failed):
         failed |= _execute(missing, folder, jobs=jobs, quiet=quiet, test_batches=experiment.test_batches, say=say)
-        _refuse_changed_data(folder)
+    _contents(folder)
     results = _results(experiment, folder, failed, command)
     results.write(out)
     return results
@@ -104,20 +106,23 @@ def folder_of(root: Path, contender: Contender, run: Run) -> Path:
     return root / f"{slug[:60]}-{hashlib.sha256(' '.join(marks).encode()).hexdigest()[:12]}"
 
 
-def _refuse_changed_data(root: Path) -> None:
-    """Runs of one table have learnt from one content of their data, whatever its file is called."""
-    seen: dict[str, dict[str, Path]] = {}
-    for place in sorted(each.parent for each in root.glob("*/summary.json")):
-        data = read_json(place / "run.json")["data"]
-        if data.get("fingerprint"):
-            seen.setdefault(str(data["args"].get("source")), {}).setdefault(data["fingerprint"], place)
-    for source, places in seen.items():
-        if len(places) > 1:
-            one, other, *_ = places.values()
-            raise ValueError(
-                f"the content of {source} has changed between {one} and {other}, which cannot stand in one table: give "
-                "--out NEW, or put the data back and remove what was trained on the other"
+def _contents(root: Path) -> dict[tuple[object, ...], str]:
+    """What finished runs have learnt from, by what they are told to; of one table it is one content of the data.
+
+    Raises:
+        ChangedDataError: it has changed between two of them.
+    """
+    found: dict[tuple[object, ...], tuple[str, Path]] = {}
+    for place in sorted(each.parent for each in root.glob("*/summary.json") if is_finished(each.parent)):
+        run = Run.read(place / "run.json")
+        now = run.data.fingerprint  # which runs of before have not
+        content, other = found.setdefault(told_to_learn(run), (now, place)) if now else ("", place)
+        if content != now:
+            raise ChangedDataError(
+                f"the content of {run.data.args.get('source')} has changed between {other} and {place}, which cannot "
+                "stand in one table: give --out NEW, or put the data back and remove what was trained on the other"
             )
+    return {told: content for told, (content, _) in found.items()}
 
 
 def _attempts(experiment: Experiment, root: Path, failed: Mapping[Path, str]) -> Iterator[tuple[Contender, Tuned]]:
@@ -163,8 +168,9 @@ def _execute(
     failed: dict[Path, str] = {}
     for start in dict.fromkeys(each.contender.start for each in attempts if each.contender.start is not None):
         _started(start, root, quiet)
+    contents = _contents(root)
     calls = [
-        (each.run, folder_of(root, each.contender, each.run), each.contender.start, root, quiet)
+        (_told(each.run, contents), folder_of(root, each.contender, each.run), each.contender.start, root, quiet)
         + ((test_batches,) if each.rung is None else (False,))
         for each in attempts
     ]
@@ -191,6 +197,10 @@ def _execute(
     return failed
 
 
+def _told(run: Run, contents: Mapping[tuple[object, ...], str]) -> Run:
+    return replace(run, data=replace(run.data, fingerprint=contents.get(told_to_learn(run), "")))
+
+
 def _one(
     run: Run, place: Path, start: Run | None, root: Path, quiet: bool, test_batches: int | bool | None
 ) -> str | None:
@@ -199,6 +209,7 @@ def _one(
 
     Raises:
         KeyboardInterrupt: it was stopped from outside.
+        ChangedDataError: the data is not what finished runs have learnt from.
     """
     try:
         if not is_finished(place):
@@ -207,11 +218,14 @@ def _one(
             if origin is not None and _takes_weights(run):
                 run, origin = override(run, {"model.weights": str((origin / _PLAIN).absolute())}), None
             began = time.perf_counter()
-            if train(run, place, resume=resume, init_from=origin, judge=False, quiet=quiet).get("interrupted"):
+            how: dict[str, Any] = {"beside": True, "judge": False, "quiet": quiet}
+            if train(run, place, resume=resume, init_from=origin, **how).get("interrupted"):
                 raise KeyboardInterrupt
             write_json(place / "wall.json", {"seconds": time.perf_counter() - began})
         if test_batches is not False and not (place / TEST).is_file():
             write_json(place / TEST, _score(run, place, test_batches))
+    except ChangedDataError:
+        raise
     except (ArithmeticError, ValueError) as error:
         if isinstance(error, ArithmeticError):  # it diverged, and would again
             place.mkdir(parents=True, exist_ok=True)

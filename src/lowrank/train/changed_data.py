@@ -20,7 +20,14 @@ class ChangedDataError(ValueError):
 
 
 def check_data(
-    run: Run, now: str, saved: Checkpoint | None, ranks: ProcessGroup | None, *, worker: int = 0, allowed: bool = False
+    run: Run,
+    now: str,
+    saved: Checkpoint | None,
+    ranks: ProcessGroup | None,
+    *,
+    worker: int = 0,
+    allowed: bool = False,
+    beside: bool = False,
 ) -> list[str]:
     """What a reader should know of changed data; every rank must call it.
 
@@ -31,6 +38,7 @@ def check_data(
         ranks: who train it together.
         worker: of this rank; under ``--own-data`` only the ranks of one worker have the same.
         allowed: whether other data is meant.
+        beside: a new run is to stand in a table beside others, of whose data ``run`` has the fingerprint.
 
     Raises:
         ChangedDataError: on every rank, where one goes on with other data.
@@ -41,6 +49,11 @@ def check_data(
     found = _everyone((changed, now, worker, _path(run)), ranks)
     notes = []
     for rank, (was, is_now, _, path) in enumerate(found):
+        if was and saved is None and beside and not allowed:
+            raise ChangedDataError(
+                f"{path} has changed (content {is_now[:8]}) since the runs beside this one learnt from it ({was[:8]}), "
+                "with which it cannot stand in one table: give --out NEW, or put the data back"
+            )
         if was and saved is None:
             notes.append(f"note: {path} (content {is_now[:8]}) is not what that run.json was trained on ({was[:8]})")
         elif was:

@@ -63,6 +63,7 @@ def train(
     init_from: Path | None = None,
     init_adapter: Path | None = None,
     allow_changed_data: bool = False,
+    beside: bool = False,
     judge: bool = True,
     quiet: bool = False,
 ) -> dict[str, Any]:
@@ -79,6 +80,8 @@ def train(
         init_adapter: start from the factors of an adapter's folder, ours or PEFT's, which are trained further.
         allow_changed_data: go on, although the data's content is not what the run was trained on, or differs between
             ranks.
+        beside: a new run, too, is refused where its data is not the content whose fingerprint ``run`` has: that of
+            others in one table.
         judge: score the best checkpoint on the test split at the end, where the task asks for it.
         quiet: no progress line.
 
@@ -86,7 +89,7 @@ def train(
         NotFinite: the loss is not finite. The checkpoints saved before are kept.
         FileExistsError: ``out`` holds a run already and neither ``resume`` nor ``elastic`` is asked for.
         CheckpointError: nothing to resume from, or the disk is full.
-        ChangedDataError: the run was trained on other data.
+        ChangedDataError: the run, or those beside it, were trained on other data.
         RanksDisagree, RankLost: of several ranks one was started otherwise, or is gone.
     """
     if not (resume or elastic):
@@ -94,7 +97,8 @@ def train(
     with joined(pick_device(run.device)) as ranks:
         writer = is_writer(out, ranks)
         with lock_folder(out, ranks, writer=writer, new=not (resume or elastic)):
-            how: dict[str, Any] = {"resume": resume, "elastic": elastic, "allow_changed_data": allow_changed_data}
+            how: dict[str, Any] = {"resume": resume, "elastic": elastic, "beside": beside}
+            how |= {"allow_changed_data": allow_changed_data}
             starts: dict[str, Any] = {"init_from": init_from, "init_adapter": init_adapter}
             return _train(run, out, ranks, **how, **starts, writer=writer, judge=judge, quiet=quiet)
 
@@ -109,6 +113,7 @@ def _train(
     init_from: Path | None,
     init_adapter: Path | None,
     allow_changed_data: bool,
+    beside: bool,
     writer: bool,
     judge: bool,
     quiet: bool,
@@ -131,7 +136,7 @@ def _train(
     if saved is not None:
         loop.restore(saved, ended=elastic)
     worker, now = session.plan.layout.worker, session.data.fingerprint
-    notes += check_data(run, now, saved, ranks, worker=worker, allowed=allow_changed_data)
+    notes += check_data(run, now, saved, ranks, worker=worker, allowed=allow_changed_data, beside=beside)
     loop.coordinator.agree(__version__, loop.step, session.data)
     if saved is not None:
         loop.saver.restore_random(saved)
