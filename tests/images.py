@@ -9,17 +9,24 @@ import numpy as np
 COUNTS = {"train": 24, "val": 12, "test": 12}
 
 
-def pictures(labels: np.ndarray, size: int, colour: bool = False, seed: int = 0) -> np.ndarray:
-    """uint8 images whose brightness follows the label, so that something can be learnt."""
+def pictures(labels: np.ndarray, size: int, colour: bool = False, seed: int = 0, slices: int = 0) -> np.ndarray:
+    """uint8 images, or volumes of ``slices``, whose brightness follows the label, so that something can be learnt."""
     noise = np.random.default_rng(seed)
     level = 40 + 150 * (labels.reshape(len(labels), -1)[:, 0] / max(1, labels.max()))
-    shape = (len(labels), size, size) + ((3,) if colour else ())
+    shape = (len(labels), *([slices] if slices else []), size, size, *([3] if colour else []))
     base = level.reshape(-1, *([1] * (len(shape) - 1)))
     return (base + noise.normal(0, 15, size=shape)).clip(0, 255).astype(np.uint8)
 
 
 def medmnist_file(
-    path: Path, classes: int = 2, size: int = 28, *, several: int = 0, colour: bool = False, compressed: bool = True
+    path: Path,
+    classes: int = 2,
+    size: int = 28,
+    *,
+    several: int = 0,
+    colour: bool = False,
+    compressed: bool = True,
+    slices: int = 0,
 ) -> Path:
     """A file in MedMNIST's layout; ``several`` labels an image instead of one of ``classes``."""
     content = {}
@@ -29,7 +36,7 @@ def medmnist_file(
             labels = noise.integers(0, 2, size=(count, several)).astype(np.uint8)
         else:
             labels = (np.arange(count) % classes).astype(np.uint8)[:, None]
-        content[f"{split}_images"] = pictures(labels, size, colour, number)
+        content[f"{split}_images"] = pictures(labels, size, colour, number, slices)
         content[f"{split}_labels"] = labels
     (np.savez_compressed if compressed else np.savez)(path, **content)
     return path

@@ -44,7 +44,9 @@ def test_every_set_is_recognised_by_its_name(tmp_path: Path, name: str) -> None:
 
     task, count = INFO[name]["task"], len(INFO[name]["label"])
     several = count if "label, binary" in task else 0
-    data = images(str(medmnist_file(tmp_path / f"{name}.npz", classes=count, several=several)))
+    data = images(
+        str(medmnist_file(tmp_path / f"{name}.npz", classes=count, several=several, slices=12 * name.endswith("3d")))
+    )
     expected = {"binary-class": "binary", "multi-class": "multi-class", "ordinal-regression": "ordinal"}
     assert data.kind == expected.get(task, "multi-label")
     assert len(data.classes) == count

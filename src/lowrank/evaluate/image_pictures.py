@@ -116,7 +116,10 @@ def mistakes(judged: Judged) -> Figure | None:
         axes.set_axis_off()
         if place < len(worst):
             i = worst[place]
-            axes.imshow(np.asarray(judged.images[i]), cmap="gray", vmin=0, vmax=255)
+            picture = np.asarray(judged.images[i])
+            if picture.ndim == 3 and picture.shape[2] != 3:  # a volume
+                picture = picture[len(picture) // 2]
+            axes.imshow(picture, cmap="gray", vmin=0, vmax=255)
             axes.set_title(_caption(judged, i), fontsize=6.5)
     return figure
 

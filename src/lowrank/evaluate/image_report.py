@@ -55,7 +55,7 @@ class Judged:
     """A split with a model's predictions.
 
     ``labels`` (n,) or (n, classes); ``scores`` (n, classes) probabilities; ``images`` (n, h, w[, 3]) uint8, for the
-    sheet of mistakes; ``names`` and ``patients`` may be empty.
+    sheet of mistakes (of volumes, (n, d, h, w), their middle slices); ``names`` and ``patients`` may be empty.
     """
 
     kind: Kind

@@ -73,7 +73,8 @@ class ImageTask:
         spec: Any = getattr(model, "image_spec", None) or data.spec
         several = (len(data.classes),) if data.set.kind == "multi-label" else ()
         labels = torch.zeros(rows, *several, dtype=torch.int64)
-        return {"images": torch.zeros(rows, 3, spec.size, spec.size), "labels": labels}
+        sides = (spec.size, spec.size) if spec.depth is None else (spec.depth, spec.size, spec.size)
+        return {"images": torch.zeros(rows, 3, *sides), "labels": labels}
 
     def report(self, data: ImageData, tally: ImageTally, folder: Path, split: str) -> list[str]:
         from lowrank.evaluate.image_report import report  # and the libraries that draw

@@ -5,6 +5,8 @@
 
 from lowrank.infra.registry import Registry
 
-MODELS = Registry("model", "lowrank.models.text", "lowrank.models.sequences", "lowrank.models.vision")
+MODELS = Registry(
+    "model", "lowrank.models.text", "lowrank.models.sequences", "lowrank.models.vision", "lowrank.models.volumes"
+)
 
 __all__ = ["MODELS"]

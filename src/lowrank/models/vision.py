@@ -56,7 +56,7 @@ def vit_mini(
         depth=depth,
         num_heads=heads,
         mlp_ratio=mlp_ratio,
-        num_classes=_outputs(data),
+        num_classes=check_outputs(data),
         pos_drop_rate=dropout,
         proj_drop_rate=dropout,
         attn_drop_rate=dropout,
@@ -104,7 +104,7 @@ def vit(
         model: Any = timm.create_model(
             name,
             pretrained=weights == "hub",
-            num_classes=_outputs(data),
+            num_classes=check_outputs(data),
             drop_rate=dropout,
             drop_path_rate=drop_path,
             **given,
@@ -145,7 +145,7 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
     try:
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
             folder if folder.is_dir() else path,
-            num_labels=_outputs(data),
+            num_labels=check_outputs(data),
             ignore_mismatched_sizes=True,
             output_loading_info=True,
             trust_remote_code=False,
@@ -320,10 +320,17 @@ def _spec_of_folder(folder: Path, size: int) -> ImageSpec:
 # --- checks ----------------------------------------------------------------------------------------------------------
 
 
-def _outputs(data: Any) -> int:
-    """How many classes the model is to tell apart."""
+def check_outputs(data: Any, *, volumes: bool = False) -> int:
+    """How many classes the model is to tell apart.
+
+    Raises:
+        ValueError: the data is text, or volumes where the model takes images, or the reverse.
+    """
     if not hasattr(data, "classes"):
         raise ValueError(f"the model looks at images, and the data is {type(data).__name__}; see lowrank recipes")
+    if not data.unread and data.set.volumes != volumes:
+        what, other = ("images", "vit or vit-mini") if volumes else ("volumes", "vit-3d")
+        raise ValueError(f"{data.set.name} holds {what}, which --model {other} takes")
     return len(data.classes)
 
 

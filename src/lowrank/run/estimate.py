@@ -186,7 +186,8 @@ def _from_configuration(run: Run, data: Any) -> nn.Module:
         return _sequence_classifier(str(args.get("path", "")), data.outputs, str(args.get("dtype", "float32")))
     if run.task == "images" and args.get("weights") is not None:
         bare = replace(run, model=Call(name=name, args={**args, "weights": None}))
-        return _marked(catalogue().make("model", bare, data), ("head",))
+        made = catalogue().make("model", bare, data)
+        return _marked(made, getattr(made, "drawn", ("head",)))
     model = catalogue().make("model", run, data)
     return model
 

@@ -3,6 +3,8 @@
     uint8 (batch, h, w[, 3]) → augmented → resized → three channels → (x/255 − mean)/std
         → float32 (batch, 3, size, size)
 
+Volumes (batch, d, h, w) become (batch, 3, depth, size, size); what augments them does the same to every slice.
+
 Training passes over the set in a new order each epoch, without a short last batch: the order of the next epoch follows
 on. With ``balance="sampler"`` every class is drawn equally often instead, with replacement.
 """
@@ -29,15 +31,22 @@ BALANCES = ("none", "weights", "sampler")
 def to_model(
     images: np.ndarray, spec: ImageSpec, names: tuple[str, ...] = (), noise: torch.Generator | None = None
 ) -> Tensor:
-    """uint8 (batch, h, w) or (batch, h, w, 3) → float32 (batch, 3, size, size)."""
+    """uint8 (batch, h, w) or (batch, h, w, 3) → float32 (batch, 3, size, size); volumes as in the module's text."""
     x = torch.from_numpy(np.array(images))  # a copy: memory-mapped arrays cannot be written to, and tensors can
-    x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
+    if spec.depth is None:
+        x = x[:, None] if x.dim() == 3 else x.permute(0, 3, 1, 2)
     if names and noise is not None:
         x = augment(x, names, noise)
     y = x.float()
     if y.shape[-2:] != (spec.size, spec.size):
         y = F.interpolate(y, size=(spec.size, spec.size), mode=spec.interpolation, antialias=True).clamp_(0, 255)
-    mean, std = (torch.tensor(values).view(1, 3, 1, 1) for values in (spec.mean, spec.std))
+    if spec.depth is not None:
+        if y.shape[1] != spec.depth:  # along the slices, as another axis of a plane
+            y = F.interpolate(y.transpose(1, 2), (spec.depth, spec.size), mode=spec.interpolation, antialias=True)
+            y = y.transpose(1, 2).clamp_(0, 255)
+        y = y[:, None]
+    shape = (1, 3, *[1] * (y.dim() - 2))
+    mean, std = (torch.tensor(values).view(shape) for values in (spec.mean, spec.std))
     return torch.addcmul(-mean / std, y, 1 / (255 * std))  # grey becomes three channels in the same pass
 
 

@@ -41,13 +41,15 @@ class Reading:
     """How image files become arrays.
 
     ``size``: pixels of each side. ``grey``: one channel, or three. ``window``: for more than eight bits, see above.
-    ``fit``: an image that is not square is padded with black, cropped in its middle, or stretched.
+    ``fit``: an image that is not square is padded with black, cropped in its middle, or stretched. ``depth``: of
+    volumes, the slices; None: they are images.
     """
 
     size: int = 224
     grey: bool = False
     window: str = "auto"
     fit: Fit = "pad"
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST:

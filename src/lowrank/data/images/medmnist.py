@@ -24,7 +24,7 @@ from lowrank.data.split_names import SPLITS
 from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
 
-SIZES = (28, 64, 128, 224)
+SIZES, SIZES_3D = (28, 64, 128, 224), (28, 64)
 KIND_OF_TASK: dict[str, Kind] = {
     "binary-class": "binary",
     "multi-class": "multi-class",
@@ -34,6 +34,7 @@ KIND_OF_TASK: dict[str, Kind] = {
 NAMES = (
     *("pathmnist", "chestmnist", "dermamnist", "octmnist", "pneumoniamnist", "retinamnist"),
     *("breastmnist", "bloodmnist", "tissuemnist", "organamnist", "organcmnist", "organsmnist"),
+    *("organmnist3d", "nodulemnist3d", "adrenalmnist3d", "fracturemnist3d", "vesselmnist3d", "synapsemnist3d"),
 )
 PACKED, LARGE = 100, 1 << 26  # a file that unpacks to so many times its size, and to more than so many bytes, is not
 KEYS = tuple(f"{split}_{what}" for split in SPLITS for what in ("images", "labels"))
@@ -42,7 +43,7 @@ KEYS = tuple(f"{split}_{what}" for split in SPLITS for what in ("images", "label
 def facts(name: str, size: int) -> dict[str, Any]:
     """What is known of an official set without its file, as ``ImageData.to_json`` says it."""
     kind, classes = _task(name)
-    reading = {"size": size, "grey": _info(name)["n_channels"] == 1}
+    reading = {"size": size, "grey": _info(name)["n_channels"] == 1, "depth": size if _volumes(name) else None}
     return {"kind": kind, "classes": classes, "reading": reading, "spec": {"size": size}}
 
 
@@ -55,8 +56,8 @@ def download(name: str, size: int) -> Path:
     """
     if name not in NAMES:
         raise ValueError(f"there is no MedMNIST set {name!r}{nearest(name, NAMES)}; there are {', '.join(NAMES)}")
-    if size not in SIZES:
-        raise ValueError(f"data.size={size}: {name} exists at {', '.join(map(str, SIZES))} pixels")
+    if size not in (sizes := SIZES_3D if _volumes(name) else SIZES):
+        raise ValueError(f"data.size={size}: {name} exists at {', '.join(map(str, sizes))} pixels")
     suffix = "" if size == 28 else f"_{size}"
     for folder in (cache_root() / "medmnist", Path.home() / ".medmnist"):
         if (folder / f"{name}{suffix}.npz").is_file():
@@ -108,7 +109,15 @@ def read_npz(path: Path, options: Options) -> ImageSet:
         split: Split(images=_squeezed(arrays[f"{split}_images"]), labels=_shaped(labels[split], kind))
         for split in SPLITS
     }
-    found = ImageSet(name=name or path.stem, kind=kind, classes=classes, splits=splits, notes=notes, pixels=digest)
+    found = ImageSet(
+        name=name or path.stem,
+        kind=kind,
+        classes=classes,
+        splits=splits,
+        notes=notes,
+        pixels=digest,
+        volumes=_volumes(name) if name else _are_volumes(splits["train"].images),
+    )
     if options.size not in (None, found.size):
         raise ValueError(
             f"data.size={options.size}, and {path} holds images of {found.size} pixels: give another file, or "
@@ -139,6 +148,15 @@ SOURCES += [
         names=NAMES,
     ),
 ]
+
+
+def _volumes(name: str) -> bool:
+    return name.endswith("3d")
+
+
+def _are_volumes(images: np.ndarray) -> bool:
+    """Whether a stranger's images (n, d, h, w) are volumes: a last axis of up to four would be channels."""
+    return images.ndim == 4 and images.shape[3] > 4
 
 
 def _recognised(path: Path) -> str | None:

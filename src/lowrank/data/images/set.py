@@ -5,8 +5,8 @@ wants (its size, mean and deviation) is an :class:`ImageSpec`, which the model b
 
 A source of images announces itself where it is defined, by an :class:`ImageSource` in ``SOURCES``.
 
-Shapes: images (n, h, w) grey or (n, h, w, 3) colour; labels (n,) int64, or (n, classes) uint8 of zeros and ones for
-``multi-label``.
+Shapes: images (n, h, w) grey or (n, h, w, 3) colour, volumes (n, d, h, w) grey; labels (n,) int64, or (n, classes)
+uint8 of zeros and ones for ``multi-label``.
 """
 
 from __future__ import annotations
@@ -32,12 +32,16 @@ KINDS: tuple[str, ...] = get_args(Kind)
 
 @dataclass(frozen=True, kw_only=True)
 class ImageSpec:
-    """How a model wants its images: square, of ``size`` pixels, (x/255 − mean)/std in each of three channels."""
+    """How a model wants its images: square, of ``size`` pixels, (x/255 − mean)/std in each of three channels.
+
+    ``depth``: of a model of volumes, the slices; None: the model takes images.
+    """
 
     size: int
     mean: tuple[float, float, float] = (0.5, 0.5, 0.5)
     std: tuple[float, float, float] = (0.5, 0.5, 0.5)
     interpolation: Literal["bilinear", "bicubic"] = "bilinear"
+    depth: int | None = None
 
     def __post_init__(self) -> None:
         if len(self.mean) != 3 or len(self.std) != 3:
@@ -62,7 +66,7 @@ class Split:
 @dataclass(frozen=True, kw_only=True)
 class ImageSet:
     """A data set. ``notes`` says what a reader should know about how it was read; ``pixels`` is a digest of all pixels,
-    or empty where there are none."""
+    or empty where there are none; ``volumes`` that each image is one, of slices."""
 
     name: str
     kind: Kind
@@ -70,6 +74,7 @@ class ImageSet:
     splits: Mapping[str, Split]
     notes: tuple[str, ...] = ()
     pixels: str = ""
+    volumes: bool = False
 
     def __post_init__(self) -> None:
         check_choice("data.kind", self.kind, KINDS)
@@ -86,8 +91,17 @@ class ImageSet:
 
     @property
     def size(self) -> int:
-        """Pixels of the longer side as stored."""
-        return max(next(iter(self.splits.values())).images.shape[1:3])
+        """Pixels of the longer side as stored; of volumes in a slice."""
+        return max(self._shape[2:4] if self.volumes else self._shape[1:3])
+
+    @property
+    def depth(self) -> int | None:
+        """Slices of a volume as stored; None: they are images."""
+        return int(self._shape[1]) if self.volumes else None
+
+    @property
+    def _shape(self) -> tuple[int, ...]:
+        return next(iter(self.splits.values())).images.shape
 
     @cached_property
     def fingerprint(self) -> str:
@@ -102,11 +116,12 @@ class ImageSet:
 def _check(of: ImageSet, name: str, split: Split) -> None:
     where, count = f"the {name} split of {of.name}", len(of.classes)
     images, labels = split.images, split.labels
-    shaped = images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+    shaped = images.ndim == 4 if of.volumes else images.ndim == 3 or (images.ndim == 4 and images.shape[3] == 3)
+    if of.volumes and shaped and images.shape[1] == 1:
+        raise ValueError(f"{where} holds volumes of one slice, which are images: give them as (n, h, w)")
     if images.dtype != np.uint8 or not shaped or 0 in images.shape[1:]:
-        raise ValueError(
-            f"{where} holds images {images.shape} of {images.dtype}; uint8 (n, h, w) or (n, h, w, 3) is wanted"
-        )
+        wanted = "(n, d, h, w)" if of.volumes else "(n, h, w) or (n, h, w, 3)"
+        raise ValueError(f"{where} holds images {images.shape} of {images.dtype}; uint8 {wanted} is wanted")
     if len(images) != len(labels):
         raise ValueError(f"{where} has {len(images)} images and {len(labels)} labels")
     if not len(labels):

@@ -187,9 +187,11 @@ def images(
     """Images with labels.
 
     Args:
-        source: ``digits``, the name of a MedMNIST set, a ``.npz`` file in MedMNIST's layout, or a folder of images.
+        source: ``digits``, the name of a MedMNIST set, a ``.npz`` file in MedMNIST's layout, of images or volumes, or a
+            folder of images.
         dataset: which MedMNIST set a ``.npz`` holds, where its name does not tell.
-        size: pixels: of a MedMNIST set, 28 (default), 64, 128 or 224; of a folder's images as stored, 224 by default.
+        size: pixels: of a MedMNIST set, 28 (default), 64, 128 or 224 (of volumes 28 or 64); of a folder's
+            images as stored, 224 by default.
         kind: of task, where labels and names do not tell: binary, multi-class, multi-label, ordinal.
         labels: a folder's table: a CSV file with columns path, label (or labels), perhaps patient and split.
         patient_pattern: regular expression whose first group in a file's path is the patient; splits keep patients
@@ -234,13 +236,15 @@ def images(
         found = _folded(found, folds, fold, 0.15 if val_fraction is None else val_fraction)
     for note in found.notes:
         print(f"note: {note}", file=sys.stderr)
-    grey = found.splits["train"].images.ndim == 3
-    reading = Reading(size=found.size, grey=grey, window=window, fit=fit)
+    if found.volumes and "randaugment" in names:
+        raise ValueError("data.augment: randaugment is for images; volumes take hflip, vflip and crop")
+    grey = found.volumes or found.splits["train"].images.ndim == 3
+    reading = Reading(size=found.size, grey=grey, window=window, fit=fit, depth=found.depth)
     path = Path(source).expanduser()
     return ImageData(
         set=found,
         reading=reading,
-        spec=ImageSpec(size=found.size),
+        spec=ImageSpec(size=found.size, depth=found.depth),
         augment=names,
         balance=balance,
         origin=str(path.resolve()) if path.exists() else "",
