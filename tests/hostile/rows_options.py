@@ -11,6 +11,21 @@ SHORT = "train gpt-mini --data {text_txt} --device cpu --quiet --out o"
 
 FINETUNE = "train finetune --model.path {plain} --device cpu --quiet --out o --data f.jsonl"
 SILENT = '{"messages": [{"role": "user"}, {"role": "assistant", "content": "y"}]}\n' * 40
+READING = """
+from torch import nn
+import torch.nn.functional as F
+from lowrank.models.text import gpt2
+class M(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.fc = nn.Linear(16, 16)
+    def forward(self, x):
+        return COMPUTED
+def m(data):
+    model = gpt2(data, n_layer=1, n_head=2, n_embd=16)
+    model.transformer.h[0].mlp = M()
+    return model
+"""
 
 
 def option(words: str, *says: str) -> Row:
@@ -131,6 +146,19 @@ OPTIONS = [
 
 MODELS = [
     row("eval {plain}", "on what text", "--data"),
+    *(
+        Row(
+            name=f"a model that computes {computed}",
+            words=f"{SHORT} --model f.py:m --method lora --method.target_modules fc",
+            says=(says, "exclude_modules"),
+            given={"f.py": READING.replace("COMPUTED", computed)},
+            writes=("o", "o/*"),
+        )
+        for computed, says in (
+            ("F.linear(self.fc(x), self.fc.weight)", "fc, which is adapted, and also reads its weight"),
+            ("F.linear(x, self.fc.weight)", "h.0.mlp.fc were never called"),
+        )
+    ),
     row(
         f"{SHORT} --method f.py:m",
         "m returned int, and a method is wanted",

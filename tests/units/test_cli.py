@@ -263,6 +263,10 @@ def test_faults_of_our_own_are_a_short_message_and_a_report(lowrank, monkeypatch
         (re.error("missing )"), "cannot be read (error: missing )"),
         (MemoryError(), "out of memory (MemoryError): use a smaller --batch-size"),
         (RuntimeError("[enforce fail] DefaultCPUAllocator: can't allocate memory: you tried"), "out of memory ("),
+        (
+            RuntimeError("aten.mm got mixed torch.Tensor and DTensor"),
+            "reads a weight past its layer, which is in shards",
+        ),
     ],
 )
 def test_what_input_or_the_machine_has_caused_is_an_error_in_words(lowrank, monkeypatch, error, says):

@@ -323,6 +323,13 @@ def _mendable(error: Exception) -> str | None:
             f"out of memory ({text.splitlines()[0]}): use a smaller --batch-size with a larger --grad-accum, a shorter "
             "context, --precision bf16 or --per-layer; what was saved is whole, --resume goes on from there"
         )
+    if "mixed torch.Tensor and DTensor" in text:
+        return (
+            "the model reads a weight past its layer, which is in shards there: call the layer, or take --engine ddp "
+            f"({text.splitlines()[0]})"
+        )
+    if type(error) is RuntimeError and _is_ours(error):
+        return text
     if isinstance(error, OSError):
         return _of_the_system(error) or text
     if isinstance(error, (ValueError, ImportError, ArithmeticError)):
@@ -333,6 +340,14 @@ def _mendable(error: Exception) -> str | None:
     from lowrank.infra.checkpoint import CheckpointError  # and torch with it
 
     return text if isinstance(error, CheckpointError) else None
+
+
+def _is_ours(error: Exception) -> bool:
+    """Whether our own code raised it, which then has words for what a model does."""
+    trace = error.__traceback__
+    while trace is not None and trace.tb_next is not None:
+        trace = trace.tb_next
+    return trace is not None and str(trace.tb_frame.f_globals.get("__name__")).startswith("lowrank.")
 
 
 def _of_the_system(error: OSError) -> str | None:
