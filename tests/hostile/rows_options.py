@@ -113,7 +113,7 @@ OPTIONS = [
     row("export {text} o --checkpoint x", "best or latest"),
     row("export {images} --adapter a --format x", "--format is lowrank or peft"),
     row("export {text} --adapter a", "full trains the weights themselves"),
-    row("report nix", "no finished run", "nix"),
+    row("report nix", "there is no nix: name a folder of finished runs"),
     row("plan gpt-mini --link 1Gbit --ranks 0", "--ranks 0"),
     row("plan gpt-mini --link 0 --ranks 2", "--link 0"),
     row("plan gpt-mini --link 1Gbit --ranks 2 --latency -1ms", "--latency -1ms"),

@@ -68,7 +68,7 @@ def watch(paths: Sequence[Path], page: Path) -> None:
 
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"there is no {path}")
+            raise FileNotFoundError(f"there is no {path}: name a folder of finished runs, or a results.json")
     print(f"{page} is written anew as the runs grow; an interrupt (Ctrl-C) ends it", flush=True)
     before: object = None
     while True:

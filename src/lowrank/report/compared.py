@@ -150,7 +150,7 @@ def find_comparisons(paths: Sequence[Path], *, growing: bool = False) -> tuple[l
     unfinished: list[Unfinished] = []
     for path in paths:
         if not path.exists():
-            raise FileNotFoundError(f"there is no {path}")
+            raise FileNotFoundError(f"there is no {path}: name a folder of finished runs, or a results.json")
         experiments = find_experiments([path])
         found += map(of_results, experiments.values())
         if growing and not experiments and (path / "runs").is_dir():
