@@ -75,12 +75,23 @@ def commands() -> Iterator[tuple[str, str]]:
 
 
 COMMANDS = sorted(set(commands()))
+# generated, or each section for itself
+TOLD = ("api", "coming-from", "composition", "evidence", "log", "protocol")
 KNOWN = {command.name: command for command in app.every_command()}
 
 
 def test_there_are_commands() -> None:
     assert len(COMMANDS) > 60
     assert {name for name, _ in COMMANDS} >= {"README.md", "docs/start.md", "docs/finetuning.md", "docs/coming-from.md"}
+
+
+@pytest.mark.parametrize("name", [name for name in NAMES if name.startswith("docs/")])
+def test_commands_stand_in_blocks_and_first(name: str) -> None:
+    """An indented command would be checked by nobody, and a page begins with the command that answers its title."""
+    text = (ROOT / name).read_text(encoding="utf-8")
+    assert not re.search(r"^ {4,}(torchrun|lowrank|python|make) ", prose(ROOT / name), re.M)
+    if Path(name).stem not in TOLD:
+        assert "```" in text.split("\n## ")[0]
 
 
 @pytest.mark.parametrize(("name", "words"), COMMANDS)

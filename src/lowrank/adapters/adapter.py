@@ -77,7 +77,7 @@ class Site:
 
 
 class Adapter(nn.Module, ABC):
-    """A trainable change to a frozen W (out, in), made for a :class:`Site`.
+    """A trainable change to a frozen W (out, in), made for a ``Site``.
 
     Laws: a fresh one changes nothing; in evaluation ``adapter(x, W) == linear(x, merged(W))``; after
     ``W ← merged(W); settle_()`` again ``merged(W) == W``.

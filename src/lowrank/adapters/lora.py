@@ -45,7 +45,7 @@ Init = Literal["kaiming", "orthogonal", "reference", "pissa"]
 
 @dataclass(frozen=True)
 class LoRA:
-    """Makes a :class:`LoRAAdapter` for a linear layer; the hyper-parameters of LoRA and its relatives.
+    """Makes a ``LoRAAdapter`` for a linear layer; the hyper-parameters of LoRA and its relatives.
 
     Args:
         rank: of each head; at most the smaller side of the matrix.
@@ -90,7 +90,7 @@ class LoRA:
 
 
 class LoRAAdapter(Additive, SplitAdapter):
-    """The factors of :class:`LoRA` on one matrix: parameters A (heads, rank, in) and B (heads, out, rank)."""
+    """The factors of ``LoRA`` on one matrix: parameters A (heads, rank, in) and B (heads, out, rank)."""
 
     linear_in = ("B",)
     overlaps = True

@@ -3,7 +3,7 @@
     A method is what we add to the weights (adapt), how we turn gradients into steps (rules), and when the first is
     merged into the weights (merge).
 
-Each function here returns the :class:`Method` of one paper with that paper's defaults; its docstring cites it and says
+Each function here returns the ``Method`` of one paper with that paper's defaults; its docstring cites it and says
 where the defaults differ. Arguments mean the same everywhere:
 
 * ``target_modules``, ``exclude_modules``: which linear layers (``lowrank.targets`` lists the groups and forms);

@@ -8,7 +8,7 @@
     (matrices)  all others: ratio 1, so that the run's learning rate is theirs
 
 Factors of adapters belong to no group. A ratio for a group of which nothing is trained is an error when the method is
-bound. The arguments are those of :func:`groups`, written there once and taken by every function of the catalogue.
+bound. The arguments are those of ``groups``, written there once and taken by every function of the catalogue.
 """
 
 from __future__ import annotations

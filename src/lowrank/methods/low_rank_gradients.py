@@ -1,6 +1,6 @@
 """Methods with low-rank gradients: every weight is trained, the optimizer's state lives in a moving subspace.
 
-All are one rule, :class:`~lowrank.optim.Projected`, with different values in its slots. ``target_modules`` are the
+All are one rule, ``lowrank.optim.Projected``, with different values in its slots. ``target_modules`` are the
 matrices that are projected (by default every linear layer but the output, as in the papers' codes); everything else
 follows plain AdamW, at the run's full learning rate. ``embeddings`` chooses the rule of the embeddings and the output
 layer, which are up to half of a small model: ``adamw`` (as published), ``adamw8bit`` or ``project``. ``basis`` is

@@ -30,7 +30,7 @@ FACTOR_B = ("*.adapters.*.B",)
 
 @dataclass(frozen=True)
 class Adapt:
-    """Which linear layers get which adapter; ``make`` is called with each layer's :class:`~lowrank.adapters.Site`."""
+    """Which linear layers get which adapter; ``make`` is called with each layer's ``lowrank.adapters.Site``."""
 
     target_modules: Targets
     make: Callable[[Site], Adapter]

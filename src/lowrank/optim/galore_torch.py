@@ -245,15 +245,15 @@ class GaLoreAdamW8bit(GaLoreOptimizer):
     """galore-torch's ``GaLoreAdamW8bit``: AdamW with its moments in this library's block-wise 8 bits.
 
     Args:
-        params, lr, betas, eps, weight_decay: as in :class:`GaLoreAdamW`, with bitsandbytes' defaults; ``eps`` is added
+        params, lr, betas, eps, weight_decay: as in ``GaLoreAdamW``, with bitsandbytes' defaults; ``eps`` is added
             after bias correction, as in ``torch.optim.AdamW``.
         amsgrad, optim_bits, args, percentile_clipping, block_wise, is_paged: galore-torch's; only their defaults are
             supported.
         min_8bit_size: moments of fewer numbers stay float32.
-        per_layer: as in :class:`GaLoreAdamW`.
+        per_layer: as in ``GaLoreAdamW``.
 
     Raises:
-        ValueError: as in :class:`GaLoreAdamW`, and where an unsupported option is not at its default.
+        ValueError: as in ``GaLoreAdamW``, and where an unsupported option is not at its default.
     """
 
     def __init__(
@@ -292,15 +292,15 @@ class GaLoreAdafactor(GaLoreOptimizer):
     """galore-torch's ``GaLoreAdafactor``: Adafactor as in transformers, projected where a group has a rank.
 
     Args:
-        params: as in :class:`GaLoreAdamW`.
+        params: as in ``GaLoreAdamW``.
         lr: the learning rate; None with ``relative_step``, which brings its own.
         eps, clip_threshold, decay_rate, beta1, scale_parameter, relative_step, warmup_init: as in
-            :class:`~lowrank.optim.Adafactor`; clipping acts inside the subspace.
+            ``lowrank.optim.Adafactor``; clipping acts inside the subspace.
         weight_decay: decoupled, applied before the update.
-        per_layer: as in :class:`GaLoreAdamW`.
+        per_layer: as in ``GaLoreAdamW``.
 
     Raises:
-        ValueError: as in :class:`GaLoreAdamW`; an ``lr`` beside ``relative_step``, neither of them, or ``warmup_init``
+        ValueError: as in ``GaLoreAdamW``; an ``lr`` beside ``relative_step``, neither of them, or ``warmup_init``
             without ``relative_step``.
     """
 

@@ -7,7 +7,7 @@ The optimizer then does, for a learning rate η and a decay λ,
     p ← p·(1 − η·λ) − η·c·U
 
 so that no rule ever sees the parameter, the learning rate or the decay. ``update`` is the definition. All else that a
-rule may say of itself has a default in :class:`Rule`.
+rule may say of itself has a default in ``Rule``.
 
 State is a nested dict of tensors whose keys, shapes and dtypes are fixed by ``init``. Unless a rule's ``storage`` says
 otherwise it is float32 (float64 for float64 parameters) whatever the parameter's dtype: arithmetic is never narrower.

@@ -33,7 +33,7 @@ Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Ledgered:
-    """A prediction, and as a context what was measured in it. ``predicted`` is the :class:`~lowrank.plan.sheet.Sheet`,
+    """A prediction, and as a context what was measured in it. ``predicted`` is the ``lowrank.plan.sheet.Sheet``,
     ``measured`` the peak of torch's bytes in the context, None before."""
 
     def __init__(self, predicted: Sheet, model: nn.Module, optimizer: torch.optim.Optimizer | None):

@@ -139,7 +139,7 @@ class Plan:
             lr: learning rate; a ``Use`` may multiply it.
             weight_decay: decoupled decay, for every trained parameter but adapter factors (unless a ``Use`` names
                 those).
-            per_layer, accumulate, clip_per_layer, scaler, capturable: see :class:`lowrank.optim.Optimizer`.
+            per_layer, accumulate, clip_per_layer, scaler, capturable: see ``lowrank.optim.Optimizer``.
             merge: ``"auto"``, where ``step()`` merges when it is due, or ``"manual"``, where you call
                 ``lowrank.merge_(plan, opt)``.
 
@@ -222,7 +222,7 @@ def apply_(
 
     Args:
         model: any module with linear layers; it is changed: layers get adapters, ``requires_grad`` is set.
-        method: from ``lowrank.methods``, or your own :class:`~lowrank.methods.Method`.
+        method: from ``lowrank.methods``, or your own ``lowrank.methods.Method``.
         seed: of the factors' random streams.
         ranks: the processes that train it together (``lowrank.distributed.process_group.joined``). Every rank divides
             its loss by the global batch.
