@@ -19,6 +19,7 @@ from torch import nn
 
 from lowrank.data.images.batches import to_model
 from lowrank.data.images.decode import Damaged, Reading, image_files, read_image
+from lowrank.data.images.medical import volumes_of
 from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.collected import check_finite
@@ -85,6 +86,8 @@ def predict(
         model, data = session.model, session.data
     else:
         raise ValueError("which model? give --adapter DIR (and --base where it is elsewhere), or --base RUN")
+    if data.reading.depth is not None:
+        paths = volumes_of(paths)
     made = [
         each
         for batch in _batches(paths, data.reading, batch_size, skip_damaged)
@@ -97,7 +100,7 @@ def predict(
 
 @torch.no_grad()
 def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: ImageData) -> list[Prediction]:
-    """Predictions for (name, (h, w) or (h, w, 3) uint8), all of one shape."""
+    """Predictions for (name, (h, w), (h, w, 3) or (d, h, w) uint8), all of one shape."""
     several = data.kind == "multi-label"
     x = to_model(np.stack([array for _, array in images]), data.spec).to(next(model.parameters()).device)
     scores = probabilities(logits_of(model, x), several=several).cpu().numpy()

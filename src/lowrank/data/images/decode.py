@@ -21,19 +21,16 @@ from typing import Any, Literal
 
 import numpy as np
 
+from lowrank.data.images.medical import DICOM, NIFTI, Damaged, Raw, is_medical, read_plane, read_volume
 from lowrank.infra.checks import check_choice
 
 Fit = Literal["pad", "crop", "stretch"]
-SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp")
+SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM, *NIFTI)
 WIDE = ("I;16", "I;16B", "I;16L", "I", "F")  # PIL's modes of more than eight bits
 GREY = ("1", "L", "LA", *WIDE)
 LARGEST = 1 << 14  # pixels of a side as stored
 BLOCK_BYTES = 1 << 26  # in which Pillow allocates
 PIXELS_IN_FLIGHT = 1 << 25  # of all threads together; an image that is larger than this is decoded alone
-
-
-class Damaged(ValueError):
-    """A file that is no image, or a broken one."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -81,7 +78,7 @@ def image_files(folder: Path, *, deep: bool = True) -> list[Path]:
     return sorted(
         path
         for path in found
-        if path.suffix.lower() in SUFFIXES
+        if path.name.lower().endswith(SUFFIXES)
         and not any(is_stray(part) for part in path.relative_to(folder).parts)
         and path.is_file()
     )
@@ -98,16 +95,27 @@ def is_grey(path: Path) -> bool:
     Raises:
         Damaged: it has no readable header.
     """
+    if is_medical(path):
+        return read_plane(path).values.ndim == 2
     with _opened(path) as image:
         return image.mode in GREY
 
 
 def read_image(path: Path, reading: Reading) -> np.ndarray:
-    """A file as (size, size) or (size, size, 3) uint8.
+    """A file as (size, size) or (size, size, 3) uint8; of volumes, a file or a series' folder as (depth, size, size).
 
     Raises:
         Damaged: it cannot be decoded.
     """
+    if reading.depth is not None:
+        with _budget.held(PIXELS_IN_FLIGHT):
+            return _boxed(read_volume(path), reading, reading.depth)
+    if is_medical(path):
+        from PIL import Image
+
+        with _budget.held(PIXELS_IN_FLIGHT // 8):
+            image = Image.fromarray(_eight_bits(read_plane(path), reading.window))
+            return np.asarray(_fitted(image.convert("L" if reading.grey else "RGB"), reading.size, reading.fit))
     with _opened(path) as header:
         pixels = header.width * header.height
     with _budget.held(pixels):
@@ -131,6 +139,39 @@ def _decoded(path: Path, reading: Reading) -> np.ndarray:
             return np.asarray(_fitted(image if image.mode == mode else image.convert(mode), reading.size, reading.fit))
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise Damaged(str(error)) from error
+
+
+def _eight_bits(raw: Raw, window: str) -> np.ndarray:
+    """As uint8, by the window asked for, or the header's own; eight bits without one stay as they are."""
+    chosen = raw.window or window if window == "auto" else window
+    plain = raw.values.dtype == np.uint8 and chosen in ("auto", "full")
+    values = raw.values if plain or raw.values.shape[-1:] == (3,) else windowed(raw.values, chosen)
+    return 255 - values if raw.inverted else values
+
+
+def _boxed(raw: Raw, reading: Reading, depth: int) -> np.ndarray:
+    """A volume in (depth, size, size), its voxels cubes but where ``fit`` stretches them."""
+    import torch
+    import torch.nn.functional as F
+
+    box = np.array([depth, reading.size, reading.size])
+    extent = np.array(raw.values.shape) * raw.spacing
+    scales = box / extent
+    scale = {"stretch": scales, "pad": scales.min(), "crop": scales.max()}[reading.fit]
+    d, h, w = (int(n) for n in np.maximum(np.rint(extent * scale), 1))
+    x = torch.from_numpy(np.array(_eight_bits(raw, reading.window))).float()[None]
+    x = F.interpolate(x, (h, w), mode="bilinear", antialias=True).transpose(1, 2)
+    x = F.interpolate(x, (d, w), mode="bilinear", antialias=True).transpose(1, 2)[0].clamp(0, 255)
+    found, made = np.rint(x.numpy()).astype(np.uint8), np.zeros(box, dtype=np.uint8)
+    spare = box - (d, h, w)
+    into = tuple(
+        slice(max(0, n // 2), max(0, n // 2) + min(b, m)) for n, b, m in zip(spare, box, (d, h, w), strict=True)
+    )
+    out_of = tuple(
+        slice(max(0, -n // 2), max(0, -n // 2) + min(b, m)) for n, b, m in zip(spare, box, (d, h, w), strict=True)
+    )
+    made[into] = found[out_of]
+    return made
 
 
 def windowed(x: np.ndarray, window: str) -> np.ndarray:

@@ -24,6 +24,7 @@ from typing import Any
 import numpy as np
 
 from lowrank.data.images.decode import SUFFIXES, Damaged, Reading, image_files, is_grey, is_stray, read_image
+from lowrank.data.images.medical import series_files, volumes_of
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, some, stored
 from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS, split_of
@@ -48,12 +49,14 @@ def read_folder(source: str, options: Options) -> ImageSet:
             already.
     """
     root = Path(source).expanduser()
-    reading = Reading(size=224 if options.size is None else options.size, window=options.window, fit=options.fit)
+    size = options.size if options.size is not None else 64 if options.volumes else 224
+    depth = size if options.volumes else None
+    reading = Reading(size=size, window=options.window, fit=options.fit, depth=depth)
     notes: list[str] = []
     if options.labels is not None:
-        entries, several = _from_table(root, _table(root, options.labels))
+        entries, several = _from_table(root, _table(root, options.labels), options.volumes)
     else:
-        entries, several = _from_folders(root, notes), False
+        entries, several = _from_folders(root, notes, options.volumes), False
     if options.patient_pattern is not None:
         entries = _with_patients(entries, options.patient_pattern)
     classes = _in_order({label for entry in entries for label in entry.labels})
@@ -74,7 +77,15 @@ def read_folder(source: str, options: Options) -> ImageSet:
         raise ValueError(f"{root} leaves no image to train on")
     if left_out := len(entries) - len(readable):
         notes.append(f"{left_out} damaged images of {root} are left out")
-    return ImageSet(name=root.name, kind=kind, classes=classes, splits=splits, notes=tuple(notes), pixels=digest)
+    return ImageSet(
+        name=root.name,
+        kind=kind,
+        classes=classes,
+        splits=splits,
+        notes=tuple(notes),
+        pixels=digest,
+        volumes=options.volumes,
+    )
 
 
 SOURCES.append(
@@ -84,7 +95,7 @@ SOURCES.append(
         read=read_folder,
         takes=(
             *("size", "kind", "labels", "patient_pattern", "val_fraction", "test_fraction"),
-            *("window", "fit", "skip_damaged"),
+            *("window", "fit", "skip_damaged", "volumes"),
         ),
     )
 )
@@ -107,14 +118,14 @@ class _Rows:
 # --- files and labels ------------------------------------------------------------------------------------------------
 
 
-def _from_folders(root: Path, notes: list[str]) -> list[Entry]:
+def _from_folders(root: Path, notes: list[str], volumes: bool) -> list[Entry]:
     """A folder a class, below the splits' folders if there are any; ``notes`` gets what is passed over."""
     below = _subfolders(root, notes)
     divided = _are_splits(root, below)
     entries = []
     for base in below:
         for folder in _subfolders(base, notes) if divided else [base]:
-            for path in image_files(folder):
+            for path in volumes_of(image_files(folder)) if volumes else image_files(folder):
                 relative = path.relative_to(root).as_posix()
                 split = split_of(base.name) if divided else None
                 entries.append(Entry(path=relative, labels=(folder.name,), patient=relative, split=split))
@@ -171,7 +182,7 @@ def _table(root: Path, labels: str) -> Path:
     return path if path.is_file() or not (root / labels).is_file() else root / labels
 
 
-def _from_table(root: Path, table: Path) -> tuple[list[Entry], bool]:
+def _from_table(root: Path, table: Path, volumes: bool) -> tuple[list[Entry], bool]:
     """The entries of a table, and whether an image may have several labels."""
     header, rows = _rows_of(table)
     which = "labels" if "labels" in header else "label"
@@ -193,7 +204,11 @@ def _from_table(root: Path, table: Path) -> tuple[list[Entry], bool]:
             )
         patient = row.get("patient") or row["path"]
         entries.append(Entry(path=row["path"], labels=labels, patient=patient, split=split_of(split)))
-    missing = [entry.path for entry in entries if not (root / entry.path).is_file()]
+    missing = [
+        entry.path
+        for entry in entries
+        if not (root / entry.path).is_file() and not (volumes and (root / entry.path).is_dir())
+    ]
     if missing:
         raise ValueError(f"{len(missing)} of {len(entries)} files in {table} are not in {root}: {some(missing)}")
     if repeated := len(entries) - len({entry.path for entry in entries}):
@@ -297,7 +312,11 @@ def _splits(entries: Sequence[Entry], labels: np.ndarray, options: Options, root
 
 def _pixels(root: Path, paths: Sequence[str], reading: Reading, skip_damaged: bool) -> tuple[np.ndarray, set[int], str]:
     """The images as one array, a row a file; the rows that could be read; a digest of it all."""
-    files = [(path, (root / path).stat()) for path in paths]
+    files = [
+        (path, file.stat())
+        for path in paths
+        for file in (series_files(root / path) if (root / path).is_dir() else [root / path])
+    ]
     key = [str(root.resolve()), repr(reading), skip_damaged, [(p, s.st_size, s.st_mtime_ns) for p, s in files]]
     folder = stored(root.name, key, lambda empty: _decode_all(root, paths, reading, skip_damaged, empty))
     readable = set(json.loads((folder / "readable.json").read_text()))
@@ -320,8 +339,11 @@ def _decode_all(root: Path, paths: Sequence[str], reading: Reading, skip_damaged
         with ThreadPoolExecutor() as pool:
             return list(pool.map(one, [i for i in range(len(paths)) if i not in damaged]))
 
-    reading = replace(reading, grey=all(attempt(lambda i: is_grey(root / paths[i]))))
-    shape = (len(paths), reading.size, reading.size) + (() if reading.grey else (3,))
+    if reading.depth is None:
+        reading = replace(reading, grey=all(attempt(lambda i: is_grey(root / paths[i]))))
+        shape: tuple[int, ...] = (len(paths), reading.size, reading.size, *(() if reading.grey else (3,)))
+    else:
+        shape = (len(paths), reading.depth, reading.size, reading.size)
     array = np.lib.format.open_memmap(folder / "images.npy", mode="w+", dtype=np.uint8, shape=shape)
     attempt(lambda i: array.__setitem__(i, read_image(root / paths[i], reading)))
     array.flush()

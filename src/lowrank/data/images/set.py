@@ -151,6 +151,7 @@ class Options:
     fit: Fit = "pad"
     skip_damaged: bool = False
     unpack_large: bool = False
+    volumes: bool = False
 
     def given(self) -> list[str]:
         """The names of those that differ from the default."""

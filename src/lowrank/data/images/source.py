@@ -179,6 +179,7 @@ def images(
     fit: Fit = "pad",
     skip_damaged: bool = False,
     unpack_large: bool = False,
+    volumes: bool = False,
     augment: Sequence[str] = (),
     balance: Literal["none", "weights", "sampler"] = "none",
     folds: int | None = None,
@@ -201,6 +202,8 @@ def images(
         fit: images that are not square: pad, crop or stretch.
         skip_damaged: leave out files that cannot be read.
         unpack_large: unpack a ``.npz`` that becomes more than a hundred times as large.
+        volumes: a folder's files are volumes: NIfTI, or a folder of its own for each DICOM series; by default 64 voxels
+            a side.
         augment: any of hflip, vflip, crop, randaugment.
         balance: against rare classes: weights in the loss, or a sampler that draws all classes alike.
         folds: cross-validation: all images, whatever their splits, are dealt to so many folds, by patient and class.
@@ -224,6 +227,7 @@ def images(
         fit=fit,
         skip_damaged=skip_damaged,
         unpack_large=unpack_large,
+        volumes=volumes,
     )
     origin = next((each for each in SOURCES if each.matches(source)), None)
     if origin is None:
