@@ -147,6 +147,24 @@ def test_models_of_others_from_their_configuration(tmp_path: Path, capsys: pytes
     assert "has no config.json" in capsys.readouterr().err
 
 
+def test_a_model_that_needs_its_numbers_is_made_and_that_is_said(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    (tmp_path / "own.py").write_text(
+        "from lowrank.models.text import gpt2\n\n\n"
+        "def model(data, width: int = 8):\n"
+        "    made = gpt2(data, n_layer=4, n_embd=width, n_head=1)\n"
+        "    made.deviation = made.transformer.wte.weight.detach().numpy().std()\n"
+        "    return made\n"
+    )
+    assert main(["plan", "gpt-mini", "--model", f"{tmp_path / 'own.py'}:model", "--data.context", "8"]) == 0
+    out = capsys.readouterr().out
+    assert "needs " in out.splitlines()[1]
+    assert "cannot be made without its numbers" in out
+    assert "it was made, and one step of each" in " ".join(out.split())
+    assert max(map(len, out.splitlines())) <= 100
+
+
 def test_the_answer_comes_first() -> None:
     sheet = estimate(small("gpt-mini", method="lora"))
     assert isinstance(sheet, Sheet)

@@ -10,6 +10,7 @@ Sizes are binary (1 GiB = 1024³ bytes). A card that is sold as 24 GB holds 24 G
 from __future__ import annotations
 
 import re
+import textwrap
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 
@@ -155,7 +156,7 @@ class Sheet:
             lines.append(
                 f"saved activations: {gib(saved)} a layer; with --checkpoint-activations only its input, {gib(kept)}"
             )
-        return [*lines, *self.notes]
+        return [*lines, *(textwrap.fill(note, 100, subsequent_indent="  ") for note in self.notes)]
 
     def to_json(self) -> dict[str, object]:
         """For a run's records."""

@@ -34,7 +34,7 @@ def duration(run: Run, sheet: Sheet, *, ranks: int = 1) -> list[str]:
         return []
     work, rhythm = sheet.counts.work, sheet.rhythm
     flops, moved = parts_of(work, rhythm, _flops), parts_of(work, rhythm, _bytes)
-    again = f", {_count(flops['again'])} again (checkpointed)" if flops["again"] else ""
+    again = f", {_count(flops['again'])} computed again" if flops["again"] else ""
     lines = [
         f"FLOP a step: {_count(flops['forward'])} forward, {_count(flops['backward'])} backward{again}, "
         f"{_count(flops['step'])} in the optimizer",

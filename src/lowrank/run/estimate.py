@@ -345,7 +345,13 @@ def _input_bytes(session: Session) -> int:
 def _title(session: Session) -> str:
     run, context = session.run, getattr(session.data, "context", None)
     size = f"{run.batch_size} {session.task.unit}" if context is None else f"{run.batch_size} × {context} tokens"
-    how = [run.precision] + ["per layer"] * run.per_layer + ["checkpointed"] * run.checkpoint_activations
+    base = run.model.args.get("quantise")
+    how = (
+        [run.precision]
+        + ([f"{base} base"] if base else [])
+        + ["per layer"] * run.per_layer
+        + ["checkpointed"] * run.checkpoint_activations
+    )
     times = f", {run.grad_accum} micro-batches a step" if run.grad_accum > 1 else ""
     return f"{run.recipe}, {run.method.name}: {size}{times} ({', '.join(how)})"
 

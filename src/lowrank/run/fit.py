@@ -40,7 +40,7 @@ def fitted(run: Run, size: int) -> Fit:
     Raises:
         ValueError: nothing does; the message says what the smallest needs, and which part of it is the largest.
     """
-    smallest: Sheet | None = None
+    smallest: tuple[Sheet, Run] | None = None
     given: list[Concession] = []
     for concession in (None, *_CONCESSIONS):
         changed = _with(run, given if concession is None else [*given, concession])
@@ -48,12 +48,12 @@ def fitted(run: Run, size: int) -> Fit:
             continue
         given += [] if concession is None else [concession]
         sheet = _least(changed)
-        if smallest is None or sheet.total < smallest.total:
-            smallest = sheet
+        if smallest is None or sheet.total < smallest[0].total:
+            smallest = sheet, changed
         if sheet.total <= size:
             return _largest_rows(run, *_needed(run, given, changed, sheet, size), size)
     assert smallest is not None
-    raise ValueError(_no_fit(smallest, size))
+    raise ValueError(_no_fit(*smallest, size))
 
 
 def _with(run: Run, concessions: Sequence[Concession]) -> Run | None:
@@ -91,13 +91,16 @@ def _needed(
     return changed, sheet, [what for _, what in kept]
 
 
-def _no_fit(smallest: Sheet, size: int) -> str:
+def _no_fit(smallest: Sheet, run: Run, size: int) -> str:
     kind, most = max(smallest.peak.parts.items(), key=lambda item: item[1])
+    sharded = ", or several ranks with --engine fsdp, which hold a part each"
+    if run.model.args.get("quantise") is not None:
+        sharded = ""  # quantised weights are held whole
     helps = {
-        "weights": "a smaller model, or several ranks with --engine fsdp, which hold a part each",
+        "weights": f"a smaller model{sharded}",
         "activations": "a shorter --data.context",
         "logits and loss": "a shorter --data.context, or a smaller vocabulary",
-    }.get(kind, "a smaller model, a shorter --data.context, or several ranks with --engine fsdp")
+    }.get(kind, f"a smaller model, a shorter --data.context{sharded}")
     context = f", and {gib(CUDA_CONTEXT)} are CUDA's context" if smallest.on_card else ""
     return (
         f"nothing found fits {gib(size)}: the least needs {gib(smallest.total)} ({smallest.title}), of which "
