@@ -22,6 +22,7 @@ DATA = Registry(
     "lowrank.data.text.finetuning",
     "lowrank.data.text.glue",
     "lowrank.data.images.source",
+    "lowrank.data.images.masks",
 )
 
 

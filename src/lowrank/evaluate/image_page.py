@@ -15,6 +15,7 @@ PICTURES = {
     "roc": "Sensitivity against false alarms, by threshold",
     "calibration": "How often answers of a confidence are right",
     "mistakes": "The surest wrong answers",
+    "overlays": "The best, the median and the worst image by Dice",
 }
 
 

@@ -6,7 +6,12 @@
 from lowrank.infra.registry import Registry
 
 MODELS = Registry(
-    "model", "lowrank.models.text", "lowrank.models.sequences", "lowrank.models.vision", "lowrank.models.volumes"
+    "model",
+    "lowrank.models.text",
+    "lowrank.models.sequences",
+    "lowrank.models.vision",
+    "lowrank.models.volumes",
+    "lowrank.models.segmenter",
 )
 
 __all__ = ["MODELS"]

@@ -26,7 +26,7 @@ _ALL = (
     *(llama.llama_mini, llama.llama_60m, llama.llama_130m, llama.llama_350m, llama.llama_1b, llama.llama_7b),
     *(glue.glue_cola, glue.glue_sst2, glue.glue_mrpc, glue.glue_stsb, glue.glue_qqp),
     *(glue.glue_mnli, glue.glue_qnli, glue.glue_rte, glue.glue_wnli),
-    *(vit.vit_mini, vit.vit_finetune, vit.vit_pretrain, vit.vit_3d),
+    *(vit.vit_mini, vit.vit_finetune, vit.vit_pretrain, vit.vit_3d, vit.vit_segment),
 )
 RECIPES: Mapping[str, Recipe] = {recipe.__name__.replace("_", "-"): recipe for recipe in _ALL}
 

@@ -151,3 +151,26 @@ def vit_pretrain() -> Run:
         checkpoint_every=1000,
         per_method={"*": {"lr": 1e-3}, "lte": {"method.rank": 64, "method.heads": 32, "method.merge_every": 10}},
     )
+
+
+def vit_segment() -> Run:
+    """Grey and white matter of T1 slices: four layers 96 wide with a decoder on their tokens, from scratch.
+
+    Command:  lowrank train vit-segment --data mni152 --method lora --epochs 3
+    Time:     half a minute on 2 shared cores, the report included
+    Expected: mean test Dice 0.60 (grey matter 0.71, white matter 0.50) after 3 epochs of LoRA
+    """
+    return Run(
+        recipe="vit-segment",
+        task="segmentation",
+        model=Call(name="vit-mini-segment"),
+        data=Call(name="masks", args={"source": "mni152"}),
+        method=Call(name="full"),
+        epochs=30,
+        lr=1e-3,
+        weight_decay=0.05,
+        batch_size=3,
+        eval_every=None,
+        checkpoint_every=500,
+        per_method=_MINI,
+    )

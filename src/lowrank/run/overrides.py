@@ -27,7 +27,13 @@ from lowrank.run.run import Call, Run, flat, local_paths, names_that
 Functions = Mapping[str, Callable[..., Any]]
 _CALLS = ("model", "data", "method")
 _FIXED = (*_CALLS, "recipe", "per_method", "files")
-_TASKS = Registry("task", "lowrank.evaluate.text_task", "lowrank.evaluate.sequence_task", "lowrank.evaluate.image_task")
+_TASKS = Registry(
+    "task",
+    "lowrank.evaluate.text_task",
+    "lowrank.evaluate.sequence_task",
+    "lowrank.evaluate.image_task",
+    "lowrank.evaluate.segmentation_task",
+)
 
 
 @dataclass(frozen=True, kw_only=True)

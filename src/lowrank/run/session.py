@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
+from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import some
 from lowrank.data.images.source import FACTS, ImageData
 from lowrank.data.text.corpora import RUN_TOKENIZER, UnreadText, open_run_tokenizer
@@ -235,7 +236,8 @@ def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | Unrea
         return None if tokenizer is None else UnreadText(folder=place, tokenizer=tokenizer, **known)
     if not facts and (root / FACTS).is_file():
         facts = read_json(root / FACTS)
-    return ImageData.without_images(facts) if facts else None
+    kind = MaskData if facts and facts.get("masks") else ImageData
+    return kind.without_images(facts) if facts else None
 
 
 def without_tokenizer(run: Run, root: Path) -> str:

@@ -1,0 +1,179 @@
+"""The report of a run's final test on masks: Dice, IoU and Hausdorff distance by class, and overlays.
+
+    metrics.json  report.html  report.md     figures overall and by class with 95 % bootstrap intervals
+    predictions.csv                          the figures of every image
+    overlays.png                             the best, the median and the worst image: as it is, its mask, the answer
+
+An image's figures are averaged over its patient where that is known, and patients (else images) are resampled. The
+Hausdorff distance is MONAI's, its 95th percentile, in pixels as stored; it is defined where mask and answer both have
+the class.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import math
+import warnings
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+
+from lowrank.data.images.masks import MaskData
+from lowrank.data.images.set import Split
+from lowrank.evaluate.image_page import write_page
+from lowrank.evaluate.image_report import RESAMPLES, Figure, figure_text, interval
+from lowrank.evaluate.segmentation_task import MaskTally, class_means, one_hot
+from lowrank.infra.extras import import_extra
+from lowrank.infra.files import write_json, write_text_atomically
+
+NAMES = {"dice": "Dice", "iou": "IoU", "hausdorff_95": "Hausdorff 95 % (pixels)"}
+COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233))
+
+
+def report(data: MaskData, tally: MaskTally, folder: Path, split: str) -> list[str]:
+    """Write what a run's best checkpoint made of ``split`` to ``folder/clinic``; gives what is worth saying of it."""
+    part, place, classes = data.set.splits[split], folder / "clinic", data.classes[1:]
+    place.mkdir(parents=True, exist_ok=True)
+    each = np.concatenate([tally.overlap, _hausdorff(part, tally, len(data.classes))[None]])
+    figures = _figures(each, classes, part)
+    _write_each(place / "predictions.csv", part, each, classes)
+    overlays(part, tally, each[0], data.classes).savefig(place / "overlays.png", dpi=150)
+    write_json(place / "metrics.json", figures)
+    table = _table(figures)
+    overall = {NAMES[name]: figure_text(figure) for name, figure in figures["overall"].items()}
+    write_page(place, figures, overall, table)
+    write_text_atomically(place / "report.md", _markdown(figures, overall, table))
+    told = ", ".join(f"{name} {_short(row['dice']['value'])}" for name, row in figures["classes"].items())
+    return [f"report: {place / 'report.html'}", f"Dice by class: {told}", *figures["findings"]]
+
+
+def _short(value: float | None) -> str:
+    return "–" if value is None else f"{value:.3f}"
+
+
+def _hausdorff(part: Split, tally: MaskTally, classes: int) -> np.ndarray:
+    """(images, classes − 1), NaN where it is not defined; one image at a time."""
+    monai = import_extra("monai.metrics", "medical")
+    found = np.full((len(part), classes - 1), np.nan)
+    for i in range(len(part)):
+        mask = np.asarray(part.labels[i])
+        true, said = (
+            one_hot(torch.from_numpy(np.array(m))[None], classes) for m in (mask, tally.answer(i, mask.shape))
+        )
+        both = (true.flatten(2).any(dim=2) & said.flatten(2).any(dim=2))[0, 1:].nonzero()[:, 0]
+        if len(both):
+            pick = both + 1
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own call
+                far = monai.compute_hausdorff_distance(said[:, pick], true[:, pick], True, percentile=95)
+            found[i, both.numpy()] = far[0].numpy()
+    return found
+
+
+def _figures(each: np.ndarray, classes: Sequence[str], part: Split) -> dict[str, Any]:
+    """The content of ``metrics.json``; each (3, images, classes)."""
+    of, units = "images", each
+    if len(part.patients):
+        patients = np.array(part.patients)
+        units = np.stack(
+            [np.stack([class_means(f[patients == who]) for who in sorted(set(part.patients))]) for f in each]
+        )
+        of = "patients"
+    count = units.shape[1]
+    weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
+    there = np.isfinite(units)
+    values = np.where(there, units, 0.0)
+    with np.errstate(invalid="ignore"):
+        drawn = np.einsum("rn,fnc->frc", weights, values) / np.einsum("rn,fnc->frc", weights, there.astype(np.float64))
+    means = np.stack([class_means(f) for f in units])
+    overall, rows = {}, {}
+    for k, name in enumerate(NAMES):
+        overall[name] = _figure(_mean(means[k][None])[0], _mean(drawn[k]))
+    for c, name in enumerate(classes):
+        own = {key: _figure(means[k, c], drawn[k, :, c]) for k, key in enumerate(NAMES)}
+        rows[name] = {"images": int(np.isfinite(each[0, :, c]).sum()), **own}
+    missing = [name for c, name in enumerate(classes) if not (each[0, :, c] > 0).any()]
+    findings = [f"{name} was never found where it is" for name in missing]
+    return {
+        **{"images": len(part), "kind": "segmentation", "resamples": RESAMPLES, "resampled": of},
+        **{"findings": findings, "overall": overall, "classes": rows},
+    }
+
+
+def _mean(values: np.ndarray) -> np.ndarray:
+    """The mean over the classes (the last dimension) that are defined."""
+    return class_means(values.T)
+
+
+def _figure(value: float, drawn: np.ndarray) -> Figure:
+    low, high = interval(drawn) or (None, None)
+    return {"value": float(value) if math.isfinite(value) else None, "low": low, "high": high}
+
+
+def _table(figures: Mapping[str, Any]) -> list[list[str]]:
+    rows = [
+        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in NAMES)]
+        for name, row in figures["classes"].items()
+    ]
+    return [["class", "images", *NAMES.values()], *rows]
+
+
+def _markdown(figures: Mapping[str, Any], overall: Mapping[str, str], table: Sequence[Sequence[str]]) -> str:
+    lines = [f"# {figures['images']:,} images, segmentation", ""]
+    lines += [line for sentence in figures["findings"] for line in (f"**{sentence}**", "")]
+    lines += [f"* {name}: {text}" for name, text in overall.items()]
+    lines += ["", f"| {' | '.join(table[0])} |", "|" + "---|" * len(table[0])]
+    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table[1:]]
+    of = figures["resampled"]
+    lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]
+    return "\n".join(lines) + "\n"
+
+
+def _write_each(path: Path, part: Split, each: np.ndarray, classes: Sequence[str]) -> None:
+    file = io.StringIO(newline="")
+    writer = csv.writer(file)
+    writer.writerow(["image", "patient", *(f"{key} {name}" for key in NAMES for name in classes)])
+    for i in range(len(part)):
+        name = part.names[i] if len(part.names) else i
+        patient = part.patients[i] if len(part.patients) else ""
+        writer.writerow([name, patient, *("" if np.isnan(v) else f"{v:.6g}" for v in each[:, i].reshape(-1))])
+    write_text_atomically(path, file.getvalue())
+
+
+def overlays(part: Split, tally: MaskTally, dice: np.ndarray, classes: Sequence[str]) -> Any:
+    """A figure with the best, the median and the worst image by Dice: the image, its mask, the answer."""
+    from matplotlib.figure import Figure as Drawing
+    from matplotlib.patches import Patch
+
+    score = class_means(dice.T)
+    order = [int(i) for i in np.argsort(-score, kind="stable") if np.isfinite(score[i])] or [0]
+    shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
+    figure = Drawing(figsize=(7.2, 7.7), layout="constrained")
+    axes = figure.subplots(3, 3)
+    for row, (word, i) in zip(axes, shown.items(), strict=True):
+        image, mask = np.asarray(part.images[i]), np.asarray(part.labels[i])
+        said = tally.answer(i, mask.shape)
+        name = Path(part.names[i]).name if len(part.names) else f"image {i}"
+        titles = (f"{word}: {name[-24:]}".replace("$", r"\$"), "mask", f"answer, Dice {score[i]:.3f}")
+        for place, title, drawn in zip(row, titles, (None, mask, said), strict=True):
+            place.set_axis_off()
+            place.set_title(title, fontsize=8)
+            place.imshow(painted(image, drawn), interpolation="nearest")
+    names = [name.replace("$", r"\$") for name in classes[1 : len(COLOURS) + 1]]
+    keys = [Patch(color=np.array(colour) / 255, label=name) for name, colour in zip(names, COLOURS, strict=False)]
+    figure.legend(handles=keys, loc="outside lower center", ncols=min(3, len(keys)), fontsize=8, frameon=False)
+    return figure
+
+
+def painted(image: np.ndarray, mask: np.ndarray | None) -> np.ndarray:
+    """(h, w, 3) uint8: a grey or colour image, its classes in colours over it."""
+    base = np.repeat(image[..., None], 3, axis=2) if image.ndim == 2 else image
+    if mask is None:
+        return base
+    colours = np.array([COLOURS[i % len(COLOURS)] for i in range(255)], dtype=np.float64)
+    mixed = np.where((mask > 0)[..., None], 0.45 * base + 0.55 * colours[mask.astype(np.int64) - 1], base)
+    return mixed.round().astype(np.uint8)

@@ -1,0 +1,104 @@
+"""Runs on masks: trained, scored, resumed and reported as others are; folders that cannot be right are refused."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from lowrank.cli import main
+from lowrank.data.images.masks import masks
+from lowrank.evaluate.segmentation_task import mask_loss, overlaps
+from lowrank.infra.log import read_log
+
+SMALL = ["--model.image_size", "32", "--model.patch_size", "8", "--model.width", "16", "--model.depth", "2"]
+SMALL += ["--model.heads", "2", "--model.hidden", "8", "--batch-size", "4"]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """Twelve images of 40 × 30 pixels: a bright square of each on dark noise, whose mask is 1, and 2 below it."""
+    root, noise = tmp_path / "set", np.random.default_rng(0)
+    for what in ("images", "masks"):
+        (root / what).mkdir(parents=True)
+    for i in range(12):
+        image, mask = noise.integers(0, 60, (30, 40)), np.zeros((30, 40))
+        top, left = noise.integers(0, 12), noise.integers(0, 25)
+        mask[top : top + 8, left : left + 12], mask[top + 8 : top + 14, left : left + 12] = 1, 2
+        image[mask > 0] += 120
+        Image.fromarray(image.astype(np.uint8)).save(root / "images" / f"{i:02}.png")
+        Image.fromarray(mask.astype(np.uint8)).save(root / "masks" / f"{i:02}.png")
+    return root
+
+
+def train(out: Path, data: Path, *more: str) -> int:
+    return main(["train", "vit-segment", "--data", str(data), *SMALL, "--out", str(out), "--epochs", "2", *more])
+
+
+@pytest.mark.parametrize("method", ["lora", "linear_probe"])
+def test_a_run_on_masks_is_trained_resumed_scored_and_reported(
+    folder: Path, tmp_path: Path, method: str, capsys: pytest.CaptureFixture[str]
+) -> None:
+    out = tmp_path / "x"
+    assert train(out, folder, "--method", method, "--stop-at", "2") == 0
+    assert main(["train", "--resume", str(out), "--quiet"]) == 0
+    whole = tmp_path / "whole"
+    assert train(whole, folder, "--method", method) == 0
+    losses = [[record["loss"] for record in read_log(each / "log.jsonl") if "loss" in record] for each in (out, whole)]
+    assert losses[0] == losses[1]
+    figures = json.loads((whole / "clinic" / "metrics.json").read_text())
+    assert list(figures["classes"]) == ["1", "2"]
+    assert (whole / "clinic" / "overlays.png").is_file()
+    capsys.readouterr()
+    assert main(["eval", str(whole), "--split", "test"]) == 0
+    told = capsys.readouterr().out
+    assert f"{figures['overall']['dice']['value']:.4f}"[:5] in told
+    assert main(["plan", "vit-segment", "--data", "mni152", "--method", method]) == 0
+
+
+def test_the_probe_trains_the_decoder_and_nothing_else(folder: Path, tmp_path: Path) -> None:
+    from lowrank.run.session import restore
+
+    assert train(tmp_path / "x", folder, "--method", "linear_probe", "--stop-at", "1") == 0
+    session, _ = restore(tmp_path / "x", "latest")
+    trained = {name for name, p in session.model.named_parameters() if p.requires_grad}
+    assert trained == {f"head.{layer}.{what}" for layer in ("neighbours", "pixels") for what in ("weight", "bias")}
+
+
+def test_overlap_and_loss_are_those_of_their_definition() -> None:
+    mask = torch.zeros(1, 4, 4, dtype=torch.int64)
+    said = mask.clone()
+    mask[0, :2], said[0, 1:3] = 1, 1
+    dice, iou = overlaps(said, mask, 3)[:, 0]
+    assert dice[0] == 0.5
+    assert iou[0] == pytest.approx(1 / 3)
+    assert torch.isnan(dice[1])
+    sure = torch.nn.functional.one_hot(mask, 2).permute(0, 3, 1, 2) * 100.0
+    assert mask_loss(sure, mask) == pytest.approx(0, abs=1e-5)
+    assert mask_loss(torch.zeros(1, 2, 4, 4), mask) == pytest.approx(np.log(2) + 1 - 9 / 17)
+
+
+def test_slices_of_different_splits_are_never_neighbours() -> None:
+    where = {int(name.split()[1]): split for split, part in masks().set.splits.items() for name in part.names}
+    assert all(z + 1 not in where for z in where)
+    assert len(set(where.values())) == 3
+
+
+@pytest.mark.parametrize(
+    ("fault", "message"),
+    [
+        (lambda root: (root / "masks" / "03.png").unlink(), "images/03.png has no mask"),
+        (lambda root: (root / "images" / "03.png").unlink(), "masks/03.png has no image"),
+        (lambda root: Image.new("L", (30, 40)).save(root / "masks" / "03.png"), "its image 40 × 30"),
+        (lambda root: Image.new("RGB", (40, 30)).save(root / "masks" / "03.png"), "03.png is no mask"),
+        (lambda root: Image.new("L", (40, 30), 7).save(root / "masks" / "03.png"), "03.png holds the label 7"),
+        (lambda root: (root / "masks").rename(root / "labels"), "images/ and masks/"),
+    ],
+)
+def test_folders_that_cannot_be_right_are_refused(folder: Path, fault: object, message: str) -> None:
+    fault(folder)  # type: ignore[operator]
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        masks(str(folder), classes=("background", "one", "two"))
+    assert message in str(error.value)
