@@ -17,6 +17,9 @@ import torch
 from tests.runs.tiny import tiny
 
 import lowrank
+from lowrank.adapters.layers import matrix_of
+from lowrank.adapters.merge import merge_and_unload
+from lowrank.adapters.targets import linear_layers
 from lowrank.evaluate.evaluator import _share, evaluate
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
@@ -304,3 +307,31 @@ def test_a_signal_saves_and_leaves(number: int, tmp_path: Path) -> None:
     assert "--resume" in said
     saved = checkpoint.load(checkpoint.latest(out / "checkpoints"))
     assert saved.step == read_log(out / "log.jsonl")[-1]["step"]
+
+
+@pytest.mark.parametrize("method", ["lte", "galore", "full"])
+def test_what_a_run_changed_is_recorded_at_its_end(method: str, tmp_path: Path) -> None:
+    """Beside the plain models at its start and at its end; a run that was resumed has no start."""
+    run = tiny(method)
+    train(run, tmp_path / "whole", quiet=True)
+    found = json.loads((tmp_path / "whole" / "spectra.json").read_text())["layers"]
+    ends = [
+        merge_and_unload(session.model) for session in (open_session(run), restore(tmp_path / "whole", "latest")[0])
+    ]
+    before, after = ({each.name: each for each in linear_layers(model)} for model in ends)
+    expected: dict[str, list[float]] = {"change": [], "effective_rank": []}
+    for layer in (each for each in before.values() if "attention" in each.groups):
+        start, end = (matrix_of(module).detach().double() for module in (layer.module, after[layer.name].module))
+        shares = torch.linalg.svdvals(end - start)
+        shares = shares[shares > 0] / shares.sum()
+        expected["change"].append(float((end - start).norm() / start.norm()))
+        expected["effective_rank"].append(math.exp(-float((shares * shares.log()).sum())))
+    for name, values in expected.items():
+        assert found["attention"][name] == pytest.approx(sum(values) / len(values), rel=1e-3)
+    energies = [r["basis_energy"] for r in read_log(tmp_path / "whole" / "log.jsonl") if "basis_energy" in r]
+    assert bool(energies) is (method == "galore")
+    assert all(0 < energy < 1.001 for energy in energies)
+    train(replace(run, stop_at=2), tmp_path / "parts", quiet=True)
+    assert (tmp_path / "parts" / "spectra.json").is_file()
+    train(run, tmp_path / "parts", resume=True, quiet=True)
+    assert not (tmp_path / "parts" / "spectra.json").exists()

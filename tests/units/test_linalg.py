@@ -8,6 +8,7 @@ from hypothesis import strategies as st
 from lowrank.linalg.basis import SVD, Gaussian, PowerIteration, align_signs, captured_energy
 from lowrank.linalg.quantise import Code, dither, round_bfloat16, split
 from lowrank.linalg.subspace import Subspace, residual
+from lowrank.optim.refresh import fit, noting_refreshes
 
 SIZES = st.integers(1, 12)
 SPECTRAL = [SVD(), PowerIteration(), PowerIteration(iterations=1), PowerIteration(iterations=3, sample=1)]
@@ -33,6 +34,23 @@ def test_spectral_bases_are_orthonormal_and_capture_the_energy(basis, side, shap
         torch.testing.assert_close(q.mT @ q, torch.eye(8), atol=1e-5, rtol=0)
     assert captured_energy(g, cold, side) > 0.97 * exact
     assert captured_energy(g, warm, side) > 0.99 * exact
+
+
+def test_refreshes_are_noted_where_somebody_asks():
+    g, old = decaying(12, 20, lead=(2,)), torch.linalg.qr(torch.randn(2, 12, 4))[0]
+    values = torch.linalg.svdvals(g).square()
+    with noting_refreshes(noted := []):
+        new, _ = fit(SVD(), g, ("left",), 4, old=None, seed=0)
+        fit(SVD(), g, ("left",), 4, old=new, seed=0)
+        fit(SVD(), g, ("left",), 4, old=Subspace(left=old), seed=0)
+        fit(Gaussian(), g, ("left",), 4, old=None, seed=0)
+    fit(SVD(), g, ("left",), 4, old=None, seed=0)
+    assert len(noted) == 3, "nothing outside, nor of a basis that is no orthonormal one"
+    for energy, _ in noted:
+        torch.testing.assert_close(energy, (values[:, :4].sum(dim=1) / values.sum(dim=1)).mean())
+    assert noted[0][1] is None
+    torch.testing.assert_close(noted[1][1], torch.tensor(1.0))
+    torch.testing.assert_close(noted[2][1], (new.left.mT @ old).square().sum() / 8)
 
 
 def test_a_second_iteration_captures_more_where_the_spectrum_is_flat():

@@ -216,6 +216,11 @@ class Tags(HTMLParser):
         self.words.append(text)
 
 
+def html_of(found, folder):
+    html.write(of_runs(found), folder / "page.html")
+    return (folder / "page.html").read_text()
+
+
 def whole(page):
     """The page's tags; it refers to nothing but itself."""
     tags = Tags(page)
@@ -246,6 +251,10 @@ def test_the_report_is_written_whole(runs, tmp_path):
     assert files >= {"table.tex", *(f"{n}.{end}" for n in names for end in ("csv", "svg"))}
     rates = (tmp_path / "out" / "figures" / "rates.csv").read_text().splitlines()
     assert rates[:2] == ["method,lr,figure,fewer_steps", "full,0.001,2.015,False"]
+    quality = (tmp_path / "out" / "figures" / "quality-memory.csv").read_text().splitlines()
+    assert quality[:2] == ["method,peak_bytes,figure,deviation,on_the_front", "full,612000000,2.015,0.00707,True"]
+    losses = (tmp_path / "out" / "figures" / "loss-steps.csv").read_text().splitlines()
+    assert losses[:2] == ["method,seed,split,step,tokens,seconds,loss", "full,1,train,1,2900,0.1,5.01"]
 
 
 def test_one_page_of_300_runs_is_small_and_soon_made(runs, tmp_path):
@@ -333,6 +342,19 @@ def test_an_experiment_is_a_page_of_its_own(tmp_path):
     both, why = find_comparisons([RESULTS / "heads-ranks-merge", RESULTS / "layers-replaced"])
     assert [each.title.partition(" ")[0] for each in both] == ["heads-ranks-merge", "layers-replaced"]
     assert why.startswith("Each experiment has a table of its own")
+
+
+def test_what_a_run_recorded_of_its_layers_and_bases_is_drawn(runs, tmp_path):
+    """And left out of the page of runs that did not."""
+    full, lora = runs("full", "lora")
+    with (lora.folder / "log.jsonl").open("a") as log:
+        log.write('{"step": 40, "basis_energy": 0.5, "basis_overlap": 0.25}\n')
+    layers = {"attention": {"change": 0.5, "effective_rank": 2.5, "trained": 1000}}
+    (lora.folder / "spectra.json").write_text(json.dumps({"layers": layers}))
+    html.write_folder(of_runs(find_results([full.folder, lora.folder])), tmp_path / "out")
+    for name in ("change", "effective-rank", "trained", "basis-energy", "basis-overlap"):
+        assert len((tmp_path / "out" / "figures" / f"{name}.csv").read_text().splitlines()) == 2
+    assert "Effective rank of the change" not in html_of([full], tmp_path)
 
 
 @pytest.mark.parametrize("what", ["", "foreign", "missing"])

@@ -63,9 +63,14 @@ class Layer:
         return self.name if part == WHOLE else f"{self.name}.{part}"
 
 
-def linear_layers(model: nn.Module) -> list[Layer]:
-    """Every linear layer of ``model`` with its groups, in the order of ``named_modules``."""
-    found = [(name, module) for name, module in model.named_modules() if name and is_linear(module)]
+def linear_layers(model: nn.Module, *, adapted: bool = False) -> list[Layer]:
+    """Every linear layer of ``model`` with its groups, in the order of ``named_modules``; those that adapters have
+    replaced too where ``adapted``."""
+    modules = {
+        name: module._original[0] if adapted and isinstance(module, AdaptedLayer) else module
+        for name, module in model.named_modules()
+    }
+    found = [(name, module) for name, module in modules.items() if name and is_linear(module)]
     outputs, beside = output_layers(model), defaultdict[str, dict[str, tuple[int, int]]](dict)
     for name, module in found:
         parent, _, last = name.rpartition(".")

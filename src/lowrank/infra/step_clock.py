@@ -5,9 +5,10 @@ from __future__ import annotations
 import resource
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -63,3 +64,9 @@ def peak_bytes(device: torch.device) -> int:
                 return int(line.split()[1]) * 1024
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak if sys.platform == "darwin" else peak * 1024
+
+
+def seconds_of(records: Sequence[Mapping[str, Any]]) -> float:
+    """Seconds of training, evaluations and checkpoints apart: each record holds the mean of the steps before it."""
+    steps = [0, *(record["step"] for record in records)]
+    return sum(r["step_seconds"] * (r["step"] - before) for before, r in zip(steps, records, strict=False))

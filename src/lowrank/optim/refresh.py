@@ -17,19 +17,22 @@ Shape legend: G (..., rows, cols);  Q (..., side, rank);  M, V as R in ``linalg.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Generator, Iterable
+from collections.abc import Callable, Generator, Iterable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
-from typing import Any, cast
+from typing import Any, TypeAlias, cast
 
 import torch
 from torch import Tensor
 
 from lowrank.infra.seeds import stable_seed
-from lowrank.linalg.basis import Basis, JointBasis, Side, random_basis
+from lowrank.linalg.basis import Basis, JointBasis, Side, captured_energy, random_basis
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.rules import Move, Refresh, State
 from lowrank.optim.stacks import add_one_
 
+Noted: TypeAlias = tuple[Tensor, Tensor | None]
+_NOTES: list[list[Noted]] = []  # of all threads: on a GPU the backward pass, in which layers may step, has its own
 GOLDEN = (math.sqrt(5) - 1) / 2
 
 
@@ -129,6 +132,30 @@ def streams(clocks: list[State]) -> list[int]:
     return [stable_seed(*pair) for pair in zip(counts(clocks, "index"), counts(clocks, "refreshes"), strict=True)]
 
 
+@contextmanager
+def noting_refreshes(into: list[Noted]) -> Iterator[None]:
+    """Meanwhile ``fit`` adds to ``into``, of every stack of matrices whose orthonormal basis it refreshes, the share of
+    ‖G‖² in the new basis and, unless there was none before, ‖Qₙᵀ Qₒ‖² / rank: 1 where the subspace has stayed the same.
+    Means over the stack and the sides, on its device."""
+    _NOTES.append(into)
+    try:
+        yield
+    finally:
+        _NOTES.remove(into)
+
+
+def _note(g: Tensor, new: dict[str, Tensor], old: Subspace | None) -> None:
+    whole = g.square().sum(dim=(-2, -1)).clamp_min(1e-30)
+    energy, overlap = [], []
+    for side, q in new.items():
+        energy.append((captured_energy(g, q, cast(Side, side)) / whole).mean())
+        if old is not None:
+            overlap.append((q.mT @ getattr(old, side)).square().sum(dim=(-2, -1)).mean() / q.shape[-1])
+    noted = torch.stack(energy).mean(), torch.stack(overlap).mean() if overlap else None
+    for into in _NOTES:
+        into.append(noted)
+
+
 def fit(
     basis: Basis, g: Tensor, sides: tuple[Side, ...], rank: int, *, old: Subspace | None, seed: int
 ) -> tuple[Subspace, int]:
@@ -147,6 +174,8 @@ def fit(
             new = torch.where(bad[..., None, None], stay, new)
         failed = bad
         found[side] = new
+    if _NOTES and basis.orthonormal:
+        _note(g, found, old)
     return Subspace(left=found.get("left"), right=found.get("right")), int(failed.sum())
 
 

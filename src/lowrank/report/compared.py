@@ -35,6 +35,7 @@ from lowrank.report.table import (
     fitted_table,
     groups,
     judged_by,
+    loss_unit,
     repeat,
     rows,
     said,
@@ -104,7 +105,8 @@ class Comparison:
         title: in what they differ from those of the other comparisons; empty where there is one.
         question, answer: what was asked, and the sentences that answer it.
         metric: by which methods are compared, with its unit; ``lower``: whether less is better.
-        loss, unit: the curves' figure with its unit; what batches are counted in.
+        loss, unit: the figure of validation curves with its unit, a loss or another (``is_loss``); what batches are
+            counted in.
         table, best: the methods, and the row of the best one.
         rates, tried: every learning rate, where there were several.
         about: hardware, versions, commit, command.
@@ -129,6 +131,7 @@ class Comparison:
     shared: Mapping[str, str]
     differ: Mapping[str, str]
     runs: Table
+    is_loss: bool = True
     measured: Sequence[Row] = ()
 
 
@@ -265,7 +268,7 @@ def _entry(row: Row, name: str) -> Entry:
 
 def _seen(result: Result, name: str) -> Seen:
     timed = [r for r in result.log if isinstance(r.get("step_seconds"), (int, float))]
-    sizes = [r["step_seconds"] * r[name] for r in timed for unit in _UNITS if (name := f"{unit}_per_second") in r]
+    sizes = [r["step_seconds"] * r[rate] for r in timed for unit in _UNITS if (rate := f"{unit}_per_second") in r]
     seconds = [r["step_seconds"] for r in timed]
     value = result.summary.get(name)
     return Seen(
@@ -303,16 +306,6 @@ def _json(file: Path) -> dict[str, Any]:
 
 def _series(result: Result, name: str) -> Series:
     return [(r["step"], float(r[name])) for r in result.log if isinstance(r.get(name), (int, float))]
-
-
-def loss_unit(results: Sequence[Result]) -> str:
-    """What the loss is a mean over."""
-    settings = [each.settings for each in results]
-    if any(each["task"] != "text" for each in settings):
-        return "nats per example"
-    names = {"bytes": "nats per byte", "chars": "nats per character"}
-    units = {names.get(str(each.get("data.tokenizer")), "nats per token") for each in settings}
-    return units.pop() if len(units) == 1 else "nats per token"
 
 
 def _about(results: Sequence[Result]) -> dict[str, str]:
@@ -370,11 +363,7 @@ def of_results(results: Results) -> Comparison:
         "commit": str(env.get("commit") or ""),
         "command": results.command,
         "seeds": ", ".join(map(str, results.seeds)) + (f"; tuned by {tuned}" if results.trials else "; not tuned"),
-        "searched": "; ".join(
-            f"{method}: {', '.join(f'{name} of {said(list(values))}' for name, values in options.items())}"
-            for method, options in results.space.items()
-            if options
-        ),
+        "searched": _searched(results),
         "equal": results.equal,
         "time": f"{results.seconds / 60:.0f} minutes in all, tuning included",
         _SAYS: results.caveat,
@@ -387,6 +376,7 @@ def of_results(results: Results) -> Comparison:
         answer=findings(results),
         metric=f"{results.metric.replace('_', ' ')} ({results.unit})",
         lower=results.lower,
+        is_loss=results.metric == "test_loss",
         loss=f"loss ({results.unit})"
         if results.metric == "test_loss"
         else results.metric.replace("test_", "validation "),
@@ -404,6 +394,15 @@ def of_results(results: Results) -> Comparison:
         differ={},
         runs=_rows(results),
     )
+
+
+def _searched(results: Results) -> str:
+    """Each space that was searched, after the methods that have it."""
+    found: dict[str, list[str]] = {}
+    for method, space in results.space.items():
+        if text := ", ".join(f"{name} of {said(list(values))}" for name, values in space.items()):
+            found.setdefault(text, []).append(method)
+    return "; ".join(f"{', '.join(methods)}: {text}" for text, methods in found.items())
 
 
 def _seen_row(row: ResultsRow, metric: str, unit: str) -> Seen:

@@ -15,8 +15,8 @@ from lowrank.infra.text import one_line
 from lowrank.plan.sheet import Sheet
 from lowrank.report.compared import Comparison
 from lowrank.report.memory import draw, peaks
-from lowrank.report.pictures import DASHES, Picture, draw_curves, looks_of, memory_picture, pictures, table_csv
-from lowrank.report.table import Table, latex_table, markdown_table
+from lowrank.report.pictures import DASHES, Picture, draw_curves, looks_of, memory_picture, pictures
+from lowrank.report.table import Table, latex_table, markdown_table, table_csv
 
 PEAKS = "Peaks of memory by kind of step, predicted / measured:"
 _DRAWN = 6  # comparisons of a page with pictures: the largest

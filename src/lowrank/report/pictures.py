@@ -8,7 +8,6 @@ work, its legend left to the page) and to keep (white ground, legend below), wit
 
 from __future__ import annotations
 
-import csv
 import io
 import math
 import re
@@ -17,7 +16,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeAlias
 
 from lowrank.infra.extras import import_extra
 from lowrank.infra.progress import short_count
@@ -25,6 +24,7 @@ from lowrank.infra.text import one_line
 from lowrank.plan.sheet import Sheet
 from lowrank.report.compared import REFRESHED, Comparison, Entry, Seen, Series
 from lowrank.report.memory import bars
+from lowrank.report.table import table_csv
 
 # Okabe and Ito's colours, which people with colour blindness tell apart; beyond eight methods the dashes change.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C6D1F")
@@ -34,6 +34,10 @@ _INK, _LINES = "#1b1f24", "#d8dee4"  # on a page replaced by its own
 _POINTS = 200  # of a curve; more cannot be seen
 _WIDTH, _HEIGHT = 4.6, 3.3  # inches, of the picture without its legend
 _LEGEND_LINE = 0.19
+
+
+Looks: TypeAlias = Mapping[str, Mapping[str, Any]]  # label -> colour, dashes and marker
+Drawn: TypeAlias = tuple[Callable[[Any], None], str]  # what draws into axes, and its numbers as CSV
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -66,9 +70,8 @@ def pictures(compared: Comparison, *, prefix: str, points: int = _POINTS) -> lis
     drawn: list[Picture] = []
     looks = looks_of(compared.entries)
 
-    def add(name: str, title: str, draw: Callable[[Any], None], data: str = "", legend: bool = True) -> None:
-        used = looks if legend else {}
-        page, file = _svg(draw, used, f"{prefix}{name}-", title)
+    def add(name: str, title: str, draw: Callable[[Any], None], data: str = "") -> None:
+        page, file = _svg(draw, looks, f"{prefix}{name}-", title)
         drawn.append(Picture(name=name, title=title, page=page, file=file, data=data))
 
     axes = {"steps": "optimizer step", compared.unit: f"{compared.unit} seen", "seconds": "seconds of training"}
@@ -77,15 +80,17 @@ def pictures(compared: Comparison, *, prefix: str, points: int = _POINTS) -> lis
         scales = [[_scale(seen, by) for seen in entry.seeds] for entry in compared.entries]
         if not any(s is not None for row in scales for s in row):
             continue
-        top = _focus([y for entry in compared.entries for seen in entry.seeds for _, y in seen.val])
+        shown = [y for entry in compared.entries for seen in entry.seeds for _, y in seen.val]
+        top = _focus(shown) if compared.is_loss else None
 
         def losses(ax: Any, scales: Any = scales, label: str = label, top: float | None = top) -> None:
             for entry, row, look in zip(compared.entries, scales, looks.values(), strict=True):
-                _loss_lines(ax, entry, row, look, points)
+                _loss_lines(ax, entry, row, look, points, training=compared.is_loss)
             ax.set_ylim(top=top)
-            _labelled(ax, label, compared.loss)
+            _labelled(ax, label, compared.loss, whole=not label.startswith("seconds"))
 
-        add(f"loss-{by}", f"Loss against {by}", losses, table if number == 0 else "")
+        what = "Loss" if compared.is_loss else compared.loss.capitalize()
+        add(f"loss-{by}", f"{what} against {by}", losses, table if number == 0 else "")
     if memory := _memory(compared.entries):
         draw, data = _quality(compared, memory, looks)
         add("quality-memory", "Quality against memory, with the Pareto front", draw, data)
@@ -93,6 +98,7 @@ def pictures(compared: Comparison, *, prefix: str, points: int = _POINTS) -> lis
         draw, data = _rates(compared, looks)
         add("rates", "Every learning rate tried", draw, data)
     for key, title, label in (
+        ("trained", "Numbers trained, by group of layers", "numbers trained"),
         ("change", "What training changed, by group of layers", "‖ΔW‖ / ‖W₀‖"),
         ("effective_rank", "Effective rank of the change, by group of layers", "effective rank of ΔW"),
     ):
@@ -149,13 +155,22 @@ def draw_curves(compared: Comparison, path: Path) -> None:
 # --- curves ----------------------------------------------------------------------------------------------------------
 
 
-def _loss_lines(axes: Any, entry: Entry, scales: Sequence[float | None], look: Mapping[str, Any], points: int) -> None:
-    """Validation as a line with its seeds' range, training (smoothed) as a thin one; x in the unit of ``scales``."""
+def _loss_lines(
+    axes: Any,
+    entry: Entry,
+    scales: Sequence[float | None],
+    look: Mapping[str, Any],
+    points: int,
+    *,
+    training: bool,
+) -> None:
+    """Validation as a line with its seeds' range, and training (smoothed) as a thin one, where that is the same figure;
+    x in the unit of ``scales``."""
     known = [(seen, scale) for seen, scale in zip(entry.seeds, scales, strict=True) if scale is not None]
     if not known:
         return
     scale = statistics.fmean(scale for _, scale in known)  # one for all, so that seeds meet at the same x
-    train = [_thin(_smooth(seen.train), points) for seen, _ in known]
+    train = [_thin(_smooth(seen.train), points) for seen, _ in known if training]
     val = [_thin(seen.val, points) for seen, _ in known]
     thin = {**look, "marker": "", "alpha": 0.45 if any(val) else 1.0, "linewidth": 1.0}
     _curve(axes, [[(x * scale, y) for x, y in series] for series in train], thin, band=not any(val))
@@ -240,9 +255,7 @@ def pareto(points: Mapping[str, tuple[float, float]], *, lower: bool) -> list[st
     return front
 
 
-def _quality(
-    compared: Comparison, memory: Mapping[str, tuple[float, float, float]], looks: Mapping[str, Mapping[str, Any]]
-) -> tuple[Callable[[Any], None], str]:
+def _quality(compared: Comparison, memory: Mapping[str, tuple[float, float, float]], looks: Looks) -> Drawn:
     most = max(peak for peak, _, _ in memory.values())
     name, size = ("GiB", 1 << 30) if most >= 1 << 30 else ("MiB", 1 << 20)
     front = pareto({label: point[:2] for label, point in memory.items()}, lower=compared.lower)
@@ -264,7 +277,7 @@ def _quality(
     return draw, table_csv(["method", "peak_bytes", "figure", "deviation", "on_the_front"], lines)
 
 
-def _rates(compared: Comparison, looks: Mapping[str, Mapping[str, Any]]) -> tuple[Callable[[Any], None], str]:
+def _rates(compared: Comparison, looks: Looks) -> Drawn:
     """Whole runs filled and joined in the order of their rates, the better where a rate was tried twice."""
 
     def draw(axes: Any) -> None:
@@ -298,9 +311,7 @@ def _layer_groups(entries: Sequence[Entry], key: str) -> list[str]:
     return list(dict.fromkeys(found))
 
 
-def _bars(
-    entries: Sequence[Entry], groups: Sequence[str], key: str, label: str, looks: Mapping[str, Mapping[str, Any]]
-) -> tuple[Callable[[Any], None], str]:
+def _bars(entries: Sequence[Entry], groups: Sequence[str], key: str, label: str, looks: Looks) -> Drawn:
     def value(group: str) -> Callable[[Seen], float | None]:
         return lambda seen: seen.layers.get(group, {}).get(key)
 
@@ -315,6 +326,7 @@ def _bars(
             style = {"width": wide * 0.92, "color": looks[entry.label]["color"]}
             axes.bar(at, heights, yerr=spreads, error_kw={"elinewidth": 0.8, "ecolor": _INK}, **style)
         axes.set_xticks(range(len(groups)), [one_line(group) for group in groups])
+        axes.yaxis.set_major_formatter(_short)
         _labelled(axes, "", label, whole=False)
 
     lines = [
@@ -326,9 +338,7 @@ def _bars(
     return draw, table_csv(["method", "layers", key], lines)
 
 
-def _refreshes(
-    entries: Sequence[Entry], key: str, looks: Mapping[str, Mapping[str, Any]]
-) -> tuple[Callable[[Any], None], str]:
+def _refreshes(entries: Sequence[Entry], key: str, looks: Looks) -> Drawn:
     def draw(axes: Any) -> None:
         for entry in entries:
             _curve(axes, [seen.refreshed.get(key, ()) for seen in entry.seeds], looks[entry.label])
@@ -355,7 +365,12 @@ def _labelled(axes: Any, x: str, y: str, *, whole: bool = True) -> None:
     axes.spines[["top", "right"]].set_visible(False)
     if whole:
         axes.xaxis.get_major_locator().set_params(integer=True, nbins=6)
-        axes.xaxis.set_major_formatter(lambda x, _: short_count(x) if x >= 10_000 else f"{x:g}")
+        axes.xaxis.set_major_formatter(_short)
+
+
+def _short(value: float, place: object) -> str:
+    """A number at an axis."""
+    return short_count(value) if value >= 10_000 else f"{value:g}"
 
 
 @contextmanager
@@ -368,9 +383,7 @@ def _style() -> Any:
         yield
 
 
-def _svg(
-    draw: Callable[[Any], None], looks: Mapping[str, Mapping[str, Any]], prefix: str, title: str
-) -> tuple[str, str]:
+def _svg(draw: Callable[[Any], None], looks: Looks, prefix: str, title: str) -> tuple[str, str]:
     """(for a page, to keep): one drawing; the legend lies below it, where the page does not look."""
     Figure = import_extra("matplotlib.figure", "report").Figure
     lines = import_extra("matplotlib.lines", "report")
@@ -428,14 +441,3 @@ def _for_page(svg: str, prefix: str, title: str, cut: float) -> str:
 def _columns(points: Iterable[tuple[float, float]]) -> tuple[list[float], list[float]]:
     found = list(points)
     return [x for x, _ in found], [y for _, y in found]
-
-
-def table_csv(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
-    """As CSV; what a spreadsheet would take for a formula is text."""
-    buffer = io.StringIO()
-    writer = csv.writer(buffer, lineterminator="\n")
-    writer.writerow(header)
-    for name, *others in lines:
-        name = one_line(name)
-        writer.writerow([f"'{name}" if name[:1] in tuple("=+-@") else name, *others])
-    return buffer.getvalue()

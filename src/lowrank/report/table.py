@@ -8,6 +8,8 @@ each such group has a table of its own.
 
 from __future__ import annotations
 
+import csv
+import io
 import math
 import re
 import statistics
@@ -151,6 +153,16 @@ def _labels(results: Sequence[Result]) -> list[str]:
     return labels
 
 
+def loss_unit(results: Sequence[Result]) -> str:
+    """What the loss is a mean over."""
+    settings = [each.settings for each in results]
+    if any(each["task"] != "text" for each in settings):
+        return "nats per example"
+    names = {"bytes": "nats per byte", "chars": "nats per character"}
+    units = {names.get(str(each.get("data.tokenizer")), "nats per token") for each in settings}
+    return units.pop() if len(units) == 1 else "nats per token"
+
+
 # --- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -262,6 +274,17 @@ def latex_table(header: Sequence[str], body: Sequence[Sequence[str]]) -> str:
     form = "l" + "r" * (len(header) - 1)
     lines = [rf"\begin{{tabular}}{{{form}}}", r"\hline", line(header), r"\hline", *map(line, body), r"\hline"]
     return "\n".join([*lines, r"\end{tabular}"]) + "\n"
+
+
+def table_csv(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:
+    """As CSV; what a spreadsheet would take for a formula is text."""
+    buffer = io.StringIO()
+    writer = csv.writer(buffer, lineterminator="\n")
+    writer.writerow(header)
+    for name, *others in lines:
+        name = one_line(name)
+        writer.writerow([f"'{name}" if name[:1] in tuple("=+-@") else name, *others])
+    return buffer.getvalue()
 
 
 def said(value: Any) -> str:

@@ -31,6 +31,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.log import read_log
+from lowrank.report.compared import REFRESHED, SPECTRA
 from lowrank.report.results import Results, Row, Trial
 from lowrank.report.runs import FAILED, is_finished
 from lowrank.run.estimate import estimate
@@ -398,7 +399,9 @@ def _row(each: Attempt, edge: Sequence[str], experiment: Experiment, root: Path,
         wire_bytes=None if sent is None else int(sent * each.steps),
         trained=summary.get("parameters_trained"),
         total=summary.get("parameters_total"),
-        curve={"train": _thin(log, "loss"), "val": _thin(log, experiment.judged_by)},
+        curve={"train": _thin(log, "loss"), "val": _thin(log, experiment.judged_by)}
+        | {name: series for name in REFRESHED if (series := _thin(log, name))},
+        layers=read_json(place / SPECTRA)["layers"] if (place / SPECTRA).is_file() else {},
     )
 
 

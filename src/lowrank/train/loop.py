@@ -34,7 +34,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.files import finite, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
-from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
+from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak, seconds_of
 from lowrank.interop.adapter_start import start_from_adapter_
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
@@ -50,6 +50,7 @@ from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock
 from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
 from lowrank.train.signals import asked_to_stop
+from lowrank.train.spectra import Spectra
 
 __all__ = ["NotFinite", "train"]
 
@@ -132,7 +133,7 @@ def _train(
     session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
     if init_adapter is not None and saved is None:
         start_from_adapter_(session.plan, init_adapter)
-    loop = _Loop(session, out, quiet=quiet, writer=writer)
+    loop = _Loop(session, out, quiet=quiet, writer=writer, new=saved is None)
     if saved is not None:
         loop.restore(saved, ended=elastic)
     worker, now = session.plan.layout.worker, session.data.fingerprint
@@ -153,6 +154,7 @@ def _train(
     summary = loop.summary(interrupted=interrupted)
     if writer:
         loop.memory.write(out)
+        loop.spectra.write(out)
         write_json(out / SUMMARY, summary)
     if stopping.is_set():
         loop.coordinator.wait()  # the launcher ends all ranks when the first leaves with an exit status
@@ -162,7 +164,7 @@ def _train(
 class _Loop:
     """The state of a training run between two steps, and what moves it on."""
 
-    def __init__(self, session: Session, out: Path, *, quiet: bool, writer: bool = True):
+    def __init__(self, session: Session, out: Path, *, quiet: bool, writer: bool, new: bool):
         run = session.run
         self.writer = writer  # of the run's folder
         self.session, self.out = session, out
@@ -202,6 +204,7 @@ class _Loop:
         self.saver = Saver(*parts, writer=writer, data=session.data)
         self.clock = StepClock()
         self.memory = RunMemory(session, self.optimizer, alone=self.coordinator.ranks is None)
+        self.spectra = Spectra(session, kept=new and writer and self.coordinator.ranks is None)
 
     def _eval_every(self) -> int:
         """Steps between evaluations; 0: never, as asked for or as there is nothing to evaluate on."""
@@ -225,11 +228,13 @@ class _Loop:
         self.clock = StepClock()
         stop = stopping.is_set() and not self.coordinator.ranks
         while self.step < end and not stop:
-            with self.memory.watching(self.memory.kind_of_step(self.step)):
-                record = self._one_step()
+            with self.memory.watching(self.memory.kind_of_step(self.step)), self.spectra.noting():
+                made = self._one_step()
             self.step += 1
-            record["loss"], stop = self.coordinator.after_step(record, stopping.is_set(), self.step)
-            self._log(record)
+            made["loss"], stop = self.coordinator.after_step(made, stopping.is_set(), self.step)
+            self._log(made)
+            if noted := self.spectra.noted():
+                self._write({"step": self.step, **noted})
             last = self.step == end
             evaluating = self.eval_every > 0 and (last or self.step % self.eval_every == 0)
             saving = last or self.step % self.session.run.checkpoint_every == 0
@@ -445,12 +450,6 @@ class _Loop:
             "step_seconds": seconds,
             rate_name: statistics.median(r[rate_name] for r in records) if records else None,
             "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
-            "seconds": _seconds(records),
+            "seconds": seconds_of(records),
             **self.coordinator.summary(records),
         }
-
-
-def _seconds(records: list[dict[str, Any]]) -> float:
-    """Seconds of training, evaluations and checkpoints apart: each record holds the mean of the steps before it."""
-    steps = [0, *(record["step"] for record in records)]
-    return sum(r["step_seconds"] * (r["step"] - before) for before, r in zip(steps, records, strict=False))
