@@ -164,7 +164,7 @@ def overlays(part: Split, tally: MaskTally, dice: np.ndarray, classes: Sequence[
             place.set_title(title, fontsize=8)
             place.imshow(painted(image, drawn), interpolation="nearest")
     names = [name.replace("$", r"\$") for name in classes[1 : len(COLOURS) + 1]]
-    keys = [Patch(color=np.array(colour) / 255, label=name) for name, colour in zip(names, COLOURS, strict=False)]
+    keys = [Patch(color=f"#{bytes(colour).hex()}", label=name) for name, colour in zip(names, COLOURS, strict=False)]
     figure.legend(handles=keys, loc="outside lower center", ncols=min(3, len(keys)), fontsize=8, frameon=False)
     return figure
 

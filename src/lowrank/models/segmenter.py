@@ -99,7 +99,7 @@ def vit_mini_segment(
         weights: a file or folder to start the encoder from.
     """
     shape = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
-    encoder = vit_mini(data, **shape, dropout=dropout, weights=weights)  # type: ignore[arg-type]
+    encoder = vit_mini(data, **shape, dropout=dropout, weights=weights)
     return Segmenter(encoder, len(data.classes), depths, hidden)
 
 
