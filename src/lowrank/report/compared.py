@@ -219,7 +219,8 @@ def _of_group(group: Group, whys: Mapping[Path, str]) -> Comparison:
     loss = loss_unit(group.results)
     if len(names) > 1:
         words = "highest AUC" if name.endswith("auc") else "lowest loss"
-        question = f"{recipes}: which of {', '.join(names)} has the {words} on the {split} split?"
+        which = ", ".join(names) if len(names) <= 8 else f"{len(names)} methods and settings"
+        question = f"{recipes}: which of {which} has the {words} on the {split} split?"
     else:
         question = f"{recipes}: what does {names[0]} come to?"
     return Comparison(

@@ -60,11 +60,8 @@ class Spectra:
         return {name: float(torch.stack(values).mean()) for name, values in zip(REFRESHED, both, strict=True) if values}
 
     def write(self, folder: Path) -> None:
-        """``spectra.json``: by group of layers the means over its matrices, and how many numbers train there. What an
-        earlier end of the run has left is removed where there is nothing to say."""
-        if not self.before:
-            (folder / SPECTRA).unlink(missing_ok=True)
-            return
+        """``spectra.json``: by group of layers the means over its matrices, and how many numbers train there;
+        none where there is nothing to say."""
         found: dict[str, dict[str, list[float]]] = defaultdict(lambda: defaultdict(list))
         for layer, before in self.before:
             for name, value in figures(before, _now(self.model, layer).cpu()).items():
