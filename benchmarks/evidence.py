@@ -5,7 +5,7 @@
 
 Each claim is judged by a function of one experiment's results. *Confirmed* and *refuted* need a paired test, Holm's
 correction over the claim's comparisons, and at least three seeds; "as good as" needs the interval to lie within
-`MARGIN` of the other's figure. Everything else is *undecided*.
+`MARGIN` of the other's figure, and not to be worse for certain. Everything else is *undecided*.
 """
 
 from __future__ import annotations
