@@ -103,7 +103,9 @@ def test_every_value_occurs_as_often_as_any_other():
 def test_what_cannot_be_compared_is_named(changes, says):
     made = experiment()
     assert incomparable(made) == {}
-    other = chosen(made, changes=changes).contenders[1]
+    changed = chosen(made, changes=changes)
+    assert changed.caveat.endswith(f"But here: {' '.join(map(str, *changes.items()))}.")
+    other = changed.contenders[1]
     found = incomparable(replace(made, contenders=[made.contenders[0], other]))
     assert list(found) == ["lora"]
     assert says.replace(".", "") in found["lora"].replace(".", "").replace("(", "").replace(")", "")

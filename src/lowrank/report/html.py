@@ -20,7 +20,7 @@ from lowrank.report.table import Table, latex_table, markdown_table, table_csv
 
 PEAKS = "Peaks of memory by kind of step, predicted / measured:"
 _DRAWN = 6  # comparisons of a page with pictures: the largest
-_PREDICTED = 8  # methods of a comparison whose memory is predicted
+_PREDICTED, _MANY = 8, 100  # methods of a page whose memory is predicted, a third of a second each; fewer of many runs
 _PAGE_POINTS = 12_000  # of the curves of all runs together, which keeps the page below 5 MB
 
 
@@ -75,13 +75,15 @@ def _drawn(found: Sequence[Comparison]) -> dict[int, tuple[list[Picture], Table 
     """Number of a comparison, from 1 -> (pictures, table of peaks, predictions), of the largest ones."""
     runs = sum(len(entry.seeds) for each in found for entry in each.entries)
     points = max(20, min(200, _PAGE_POINTS // max(1, runs)))
+    predicted = _PREDICTED if runs <= _MANY else _PREDICTED // 2
     sizes = {n: sum(len(entry.seeds) for entry in each.entries) for n, each in enumerate(found, start=1)}
     largest = sorted(sizes, key=lambda n: -sizes[n])[:_DRAWN]
     drawn = {}
     for number in sorted(largest):
         each = found[number - 1]
         shown = pictures(each, prefix=f"c{number}-", points=points)
-        memory, sheets = peaks(each.measured[:_PREDICTED])
+        memory, sheets = peaks(each.measured[:predicted])
+        predicted -= len(sheets)
         if sheets:
             shown.append(memory_picture(sheets, prefix=f"c{number}-memory-"))
         drawn[number] = (shown, memory, sheets)

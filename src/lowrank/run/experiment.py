@@ -272,6 +272,9 @@ def chosen(
     if equal not in (None, "tokens", "seconds", "memory"):
         raise ValueError(f"--equal {equal}: it is tokens, seconds or memory")
     others: dict[str, Any] = {"seeds": seeds, "trials": trials, "equal": equal}
+    size = [f"{name.replace('_', '-')} {value}" for name, value in changes.items() if name not in ("data", "device")]
+    if size:  # the caveat is of the declared size
+        others["caveat"] = f"{experiment.caveat} But here: {', '.join(size)}."
     others["contenders"] = [
         replace(
             each,
