@@ -267,6 +267,17 @@ def test_one_page_of_300_runs_is_small_and_soon_made(runs, tmp_path):
     assert [file.name for file in tmp_path.glob("*.*")] == ["page.html"]
 
 
+def test_a_page_that_would_be_too_large_leaves_files_out(runs, tmp_path, monkeypatch):
+    found = runs("full", "lora")
+    whole_page = html_of(found, tmp_path)
+    monkeypatch.setattr(html, "_LARGEST", len(whole_page) - 1)
+    page = html_of(found, tmp_path)
+    assert len(page) < len(whole_page) / 1.5
+    assert page.count("<figure>") == whole_page.count("<figure>")
+    assert page.count("data:image/svg") == 0
+    assert "too\nlarge to hold the pictures as files" in page
+
+
 def test_the_sentence_stands_above_the_table(runs, tmp_path):
     (group,) = of_runs(runs("full", "lora", seeds=(1, 2, 3)))
     html.write([group], tmp_path / "page.html")

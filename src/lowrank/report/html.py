@@ -21,7 +21,8 @@ from lowrank.report.table import Table, latex_table, markdown_table, table_csv
 PEAKS = "Peaks of memory by kind of step, predicted / measured:"
 _DRAWN = 6  # comparisons of a page with pictures: the largest
 _PREDICTED, _MANY = 8, 100  # methods of a page whose memory is predicted, a third of a second each; fewer of many runs
-_PAGE_POINTS = 12_000  # of the curves of all runs together, which keeps the page below 5 MB
+_PAGE_POINTS = 12_000  # of the curves of all runs together
+_LARGEST = 5_000_000  # bytes of a page; a larger one leaves the pictures' files to the folder
 
 
 def write(found: Sequence[Comparison], out: Path, *, why: str = "", refresh: int | None = None) -> None:
@@ -54,7 +55,8 @@ def write_folder(found: Sequence[Comparison], out: Path, *, why: str = "") -> No
     for number, each in enumerate(found, start=1):
         end = "" if number == 1 else f"_{number}"
         curves, bars = out / f"curves{end}.png", out / f"memory{end}.png"
-        draw_curves(each, curves)
+        if number in drawn:
+            draw_curves(each, curves)
         write_text_atomically(out / "figures" / f"table{end}.tex", latex_table(*each.table))
         shown, memory, sheets = drawn.get(number, ([], None, {}))
         for picture in shown:
@@ -62,7 +64,8 @@ def write_folder(found: Sequence[Comparison], out: Path, *, why: str = "") -> No
             if picture.data:
                 write_text_atomically(out / "figures" / f"{picture.name}{end}.csv", picture.data)
         markdown += [f"## {one_line(each.title)}"] if each.title else []
-        markdown += [*map(one_line, each.answer), markdown_table(*each.table), f"![loss curves]({curves.name})"]
+        markdown += [*map(one_line, each.answer), markdown_table(*each.table)]
+        markdown += [f"![loss curves]({curves.name})"] if number in drawn else []
         if memory:
             draw(sheets, bars)
             markdown += [PEAKS, markdown_table(*memory), f"![memory of a step]({bars.name})"]
@@ -91,7 +94,14 @@ def _drawn(found: Sequence[Comparison]) -> dict[int, tuple[list[Picture], Table 
 
 
 def _page(found: Sequence[Comparison], drawn: Mapping[int, Any], why: str, refresh: int | None) -> str:
-    """The page ``report.html.jinja``, filled."""
+    """The page ``report.html.jinja``, filled; the pictures' files are links in it, where there is room."""
+    page = _filled(found, drawn, why, refresh, files=True)
+    return page if len(page.encode()) <= _LARGEST else _filled(found, drawn, why, refresh, files=False)
+
+
+def _filled(
+    found: Sequence[Comparison], drawn: Mapping[int, Any], why: str, refresh: int | None, *, files: bool
+) -> str:
     markup = import_extra("markupsafe", "report").Markup
     sections = []
     for number, each in enumerate(found, start=1):
@@ -100,8 +110,14 @@ def _page(found: Sequence[Comparison], drawn: Mapping[int, Any], why: str, refre
             {
                 "title": picture.title,
                 "svg": markup(picture.page),
-                "links": {f"{picture.name}.svg": _data("image/svg+xml", picture.file)}
-                | ({f"{picture.name}.csv": _data("text/csv", picture.data)} if picture.data else {}),
+                "links": {
+                    name: _data(kind, text)
+                    for name, kind, text in (
+                        (f"{picture.name}.svg", "image/svg+xml", picture.file),
+                        (f"{picture.name}.csv", "text/csv", picture.data),
+                    )
+                    if text and files
+                },
             }
             for picture in shown
         ]
@@ -120,6 +136,7 @@ def _page(found: Sequence[Comparison], drawn: Mapping[int, Any], why: str, refre
         why=why,
         about_peaks=PEAKS,
         refresh=refresh,
+        files=files,
     )
 
 

@@ -32,6 +32,7 @@ DASHES = ("-", "--", ":", "-.")
 _MARKERS = "osD^vP*X"
 _INK, _LINES = "#1b1f24", "#d8dee4"  # on a page replaced by its own
 _POINTS = 200  # of a curve; more cannot be seen
+_MARKS = 8  # about, on a curve
 _WIDTH, _HEIGHT = 4.6, 3.3  # inches, of the picture without its legend
 _LEGEND_LINE = 0.19
 
@@ -80,7 +81,8 @@ def pictures(compared: Comparison, *, prefix: str, points: int = _POINTS) -> lis
         scales = [[_scale(seen, by) for seen in entry.seeds] for entry in compared.entries]
         if not any(s is not None for row in scales for s in row):
             continue
-        shown = [y for entry in compared.entries for seen in entry.seeds for _, y in seen.val]
+        series = [seen.val for entry in compared.entries for seen in entry.seeds if seen.val]
+        shown = [y for each in series for x, y in each if x >= each[-1][0] / 4]
         top = _focus(shown) if compared.is_loss else None
 
         def losses(ax: Any, scales: Any = scales, label: str = label, top: float | None = top) -> None:
@@ -184,7 +186,8 @@ def _curve(axes: Any, seeds: Sequence[Series], look: Mapping[str, Any], *, band:
         return None
     steps = [step for step in tables[0] if all(step in table for table in tables)]
     values = [[table[step] for table in tables] for step in steps]
-    (line,) = axes.plot(steps, list(map(statistics.fmean, values)), **{"linewidth": 1.6, "markersize": 3.5, **look})
+    marks = {"linewidth": 1.6, "markersize": 3.5, "markevery": max(1, len(steps) // _MARKS)}
+    (line,) = axes.plot(steps, list(map(statistics.fmean, values)), **{**marks, **look})
     if len(tables) > 1 and band:
         low, high = list(map(min, values)), list(map(max, values))
         axes.fill_between(steps, low, high, color=look["color"], alpha=0.15, lw=0)
@@ -192,9 +195,9 @@ def _curve(axes: Any, seeds: Sequence[Series], look: Mapping[str, Any], *, band:
 
 
 def _focus(values: Sequence[float]) -> float | None:
-    """Up to where curves are shown: so that what is validated fills most of the picture, whatever was before."""
+    """Up to where curves are shown: so that these figures fill most of the picture, whatever was before."""
     known = [value for value in values if math.isfinite(value)]
-    return max(known) + 0.6 * (max(known) - min(known)) if len(set(known)) > 1 else None
+    return max(known) + 0.4 * (max(known) - min(known)) if len(set(known)) > 1 else None
 
 
 def _thin(series: Series, points: int) -> Series:
@@ -417,10 +420,11 @@ def memory_picture(sheets: Mapping[str, Sheet], *, prefix: str) -> Picture:
 
 
 def _saved(figure: Any) -> str:
-    """As SVG, without metadata, and with letters that every browser has."""
+    """As SVG, without metadata, to a hundredth of a point, and with letters that every browser has."""
     buffer = io.StringIO()
     figure.savefig(buffer, format="svg", facecolor="white")
     svg = re.sub(r"\s*<metadata>.*?</metadata>", "", buffer.getvalue(), flags=re.DOTALL)
+    svg = re.sub(r' (?:d|x|y)="[^"]*"', lambda found: re.sub(r"(\.\d\d)\d+", r"\1", found[0]), svg)
     return re.sub(r"font: ([\d.]+px)[^;\"]*", r"font: \1 system-ui, sans-serif", svg)
 
 
