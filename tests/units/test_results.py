@@ -96,6 +96,15 @@ def test_the_page_of_an_experiment(tmp_path, capsys, place):
         assert "ValueError: it went wrong" in page
 
 
+def test_results_are_not_written_beside(tmp_path, monkeypatch):
+    """Committed ones stay as they are; a report of runs is written into their folder."""
+    monkeypatch.chdir(tmp_path)
+    made().write(tmp_path / "results")
+    assert main(["report", "results"]) == 0
+    assert [file.name for file in (tmp_path / "results").iterdir()] == [FILE]
+    assert (tmp_path / "report" / "report.html").is_file()
+
+
 def test_a_page_is_watched_until_it_is_stopped(tmp_path, monkeypatch):
     made().write(tmp_path / "results")
     looks = []

@@ -466,7 +466,9 @@ def every_command() -> list[Command]:
     )
     patience = (Option(name="seconds", value="S", help="how long its first step may take; default 60"),)
     written = (
-        Option(name="out", value="NAME.html|DIR", help="one page, or a folder; default DIR if it is one, else report"),
+        Option(
+            name="out", value="NAME.html|DIR", help="one page, or a folder; default DIR if it has runs, else report"
+        ),
         Option(name="watch", help="write the page anew as runs grow, unfinished ones included, until interrupted"),
     )
     score, generate, chat, predict, prepare = (options_of(commands.signature(name)) for name in commands.FUNCTIONS)

@@ -21,8 +21,8 @@ _GROWING = ("run.json", "log.jsonl", "summary.json", "failed.json", "results.jso
 def report(parsed: Parsed) -> int:
     """Tables, pictures and the page of runs and experiments."""
     paths = [Path(position) for position in parsed.positions]
-    alone = paths[0] if len(paths) == 1 and paths[0].is_dir() else Path("report")
-    out = Path(parsed.options.get("out", alone))
+    beside = len(paths) == 1 and any(next(paths[0].glob(names), None) for names in ("run.json", "*/run.json"))
+    out = Path(parsed.options.get("out", paths[0] if beside else "report"))
     if out.is_file() and not is_page(out):
         raise UsageError(f"--out {out} is a file: give NAME.html for one page, or the name of a folder")
     if is_page(out) and out.is_dir():
