@@ -172,5 +172,5 @@ def vit_segment() -> Run:
         batch_size=3,
         eval_every=None,
         checkpoint_every=500,
-        per_method=_MINI,
+        per_method={**_MINI, **{name: {**_MINI[name], "method.heads": 3} for name in ("lte", "lte_galore")}},
     )
