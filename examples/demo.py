@@ -36,4 +36,5 @@ def main(folder: str = "runs/demo") -> None:
 
 
 if __name__ == "__main__":
+    del sys.path[0]  # this folder, in which files are named as libraries are
     main(*sys.argv[1:2])
