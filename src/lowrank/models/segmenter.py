@@ -66,10 +66,12 @@ class Segmenter(nn.Module):
         """(batch, 3, s, s) → logits (batch, classes, s, s)."""
         blocks = len(self.encoder.blocks)  # a plan takes some away
         wanted = [max(0, (i + 1) * blocks // self.depths - 1) for i in range(self.depths)]
-        found = self.encoder.forward_intermediates(
-            images, indices=sorted(set(wanted)), norm=True, output_fmt="NCHW", intermediates_only=True
+        read = sorted(set(wanted))
+        tokens = self.encoder.forward_intermediates(
+            images, indices=read, norm=True, output_fmt="NCHW", intermediates_only=True
         )
-        logits: Tensor = self.head(torch.cat([found[sorted(set(wanted)).index(i)] for i in wanted], dim=1))
+        found = dict(zip(read, tokens, strict=True))
+        logits: Tensor = self.head(torch.cat([found[i] for i in wanted], dim=1))
         return logits
 
 

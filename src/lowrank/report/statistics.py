@@ -117,8 +117,8 @@ def compare(
     return found
 
 
-def sentence(differences: Sequence[Difference]) -> str:
-    """What the comparisons say, claims first.
+def sentence(differences: Sequence[Difference], repeats: str = "seeds") -> str:
+    """What the comparisons say, claims first; ``repeats`` is what the runs of a method differ by.
 
     >>> test = {"gain": 0.1234, "half_width": 0.021, "p": 0.003, "verdict": "better"}
     >>> sentence([Difference(method="muon", baseline="full", seeds=5, **test)])
@@ -136,9 +136,9 @@ def sentence(differences: Sequence[Difference]) -> str:
     for seeds in sorted({each.seeds for each in differences if each.verdict == "undecided"}):
         names = [each.method for each in differences if each.verdict == "undecided" and each.seeds == seeds]
         names.append(differences[0].baseline)
-        parts.append(f"{', '.join(names[:-1])} and {names[-1]} cannot be told apart with {seeds} seeds")
+        parts.append(f"{', '.join(names[:-1])} and {names[-1]} cannot be told apart with {seeds} {repeats}")
     if untested := [each.method for each in differences if each.verdict == "no test"]:
-        parts.append(f"no test of {', '.join(untested)}: fewer than {FEWEST} seeds in common with the baseline")
+        parts.append(f"no test of {', '.join(untested)}: fewer than {FEWEST} {repeats} in common with the baseline")
     return "; ".join(parts) + "."
 
 

@@ -205,8 +205,8 @@ def verdict(every: Sequence[Row]) -> str:
         }
         for row in every
     }
-    text = sentence(compare(figures, every[0].label, lower=name.endswith("loss")))
-    return text.replace(" seeds", " folds") if name.startswith("test") else text
+    repeats = "folds" if name.startswith("test") else "seeds"
+    return sentence(compare(figures, every[0].label, lower=name.endswith("loss")), repeats)
 
 
 def judged_by(every: Sequence[Row]) -> str:
