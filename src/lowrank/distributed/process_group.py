@@ -215,11 +215,16 @@ class ProcessGroup(Group):
         )
 
     def _answers(self, rank: int) -> bool:
-        """Whether the process still holds its liveness socket; looked at twice, as a process takes time to die."""
-        if not _connects(self._addresses[rank]):
-            return False
-        time.sleep(1.0)
-        return _connects(self._addresses[rank])
+        """Whether the process still holds its liveness socket; looked at for a second, as a process takes time to die.
+
+        Often, and not once at the end of that second: a launcher that notices the death first stops this process too.
+        """
+        end = time.monotonic() + 1.0
+        while _connects(self._addresses[rank]):
+            if time.monotonic() > end:
+                return True
+            time.sleep(0.02)
+        return False
 
 
 @contextmanager
