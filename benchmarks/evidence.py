@@ -313,9 +313,11 @@ def keep(results: Path) -> Path:
 def run(data: Path, names: Sequence[str]) -> None:
     """Every experiment in turn; the same again goes on."""
     for name in names or list(EXPERIMENTS):
-        source = data / ("pneumoniamnist.npz" if name == "vit-ranks" else "cnn_dailymail_sample.csv")
+        source = {"vit-ranks": str(data / "pneumoniamnist.npz"), "tissue": "mni152"}
         out = ROOT / "runs" / name
-        lowrank(["compare", name, "--data", str(source), "--out", str(out)])
+        lowrank(
+            ["compare", name, "--data", source.get(name, str(data / "cnn_dailymail_sample.csv")), "--out", str(out)]
+        )
         if (out / FILE).is_file():
             print(keep(out / FILE))
 
