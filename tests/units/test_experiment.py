@@ -138,7 +138,7 @@ def test_every_experiment_is_sound_and_comparable(name, size):
     for preset in ("as-meant", "as-published"):
         made = find_experiment(name, size=size, preset=preset)
         assert (made.name, incomparable(made)) == (name, {})
-        assert len(made.seeds) == 5
+        assert len(made.seeds) >= (3 if size == "small" else 5)
         for each in made.contenders:
             validate(each.run)
             assert (preset == "as-published") == (each.space == {})
