@@ -72,12 +72,12 @@ def test_a_run_of_before_warns_once_and_goes_on(trained: tuple[Path, Path], caps
         known = json.loads((step / "manifest.json").read_text())
         known["files"] = {name: size for name, size in known["files"].items() if not name.startswith("tokenizer")}
         (step / "manifest.json").write_text(json.dumps(known))
-    with pytest.warns(UserWarning, match="written before runs kept their tokenizer") as told:
+    with pytest.warns(UserWarning, match="written before runs kept what they learn") as told:
         assert generate(str(folder), "The ", tokens=20, device="cpu") == text
     assert len(told) == 1
     capsys.readouterr()
     train(replace(Run.read(folder / "run.json"), steps=3), folder, resume=True)
-    assert capsys.readouterr().err.count("written before runs kept their tokenizer") == 1
+    assert capsys.readouterr().err.count("written before runs kept what they learn") == 1
 
 
 @pytest.mark.parametrize("inside", [True, False])

@@ -11,7 +11,13 @@ import numpy as np
 import pytest
 import torch
 from tokenizers import Tokenizer, models, pre_tokenizers, processors
-from transformers import PreTrainedTokenizerFast, RobertaConfig, RobertaForMaskedLM
+from transformers import (
+    AutoTokenizer,
+    PreTrainedTokenizerFast,
+    RobertaConfig,
+    RobertaForMaskedLM,
+    RobertaForSequenceClassification,
+)
 
 from lowrank.cli import main
 from lowrank.data.text.glue import Glue, glue
@@ -158,3 +164,6 @@ def test_a_run_from_end_to_end(
     assert f"{summary['test_accuracy']:.4f}"[:5] in capsys.readouterr().out
     assert main(["train", "glue-cola", *options, "--dry-run"]) == 0
     assert "needs" in capsys.readouterr().out
+    assert main(["export", str(out), str(tmp_path / "plain")]) == 0
+    assert RobertaForSequenceClassification.from_pretrained(tmp_path / "plain").config.label2id == {"0": 0, "1": 1}
+    assert AutoTokenizer.from_pretrained(tmp_path / "plain")("It is.")["input_ids"][0] == 0

@@ -73,6 +73,16 @@ class Data(ABC):
         """Write into a run's folder, or an exported model's, what the model must know when the data is gone."""
         return
 
+    def write_beside(self, model: nn.Module, folder: Path, origins: Sequence[str]) -> None:
+        """Write beside an exported model what its library needs of the data, such as a tokenizer.
+
+        Args:
+            model: as it lies there.
+            folder: where.
+            origins: folders and names where a tokenizer may be whole: the base model's.
+        """
+        self.write_facts(folder)
+
     def bytes_per_token(self, split: str) -> float | None:
         """Of text: UTF-8 bytes for one token, to turn nats a token into bits a byte; None where not known."""
         return None

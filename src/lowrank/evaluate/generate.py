@@ -138,8 +138,10 @@ def open_model(
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, device=device)
-        if session.run.task != "text":
+        if not getattr(session.model, "can_generate", bool)():
             raise ValueError(f"{source} is a run on {session.run.task}: only language models generate text")
+        if not hasattr(session.data, "tokenizer"):
+            raise ValueError(f"{source} was trained on ids without a tokenizer: there is no text to read or write")
         return session.model, session.data.tokenizer
     if is_nanogpt(source) and tokenizer is None:
         raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, or a folder with its own")

@@ -51,6 +51,9 @@ class ImageTask:
     def tally(self) -> ImageTally:
         return ImageTally()
 
+    def shaped_by_data(self, run: Run) -> bool:
+        return run.data.args.get("source") not in NAMES
+
     def stand_in(self, run: Run) -> tuple[ImageData, list[str]]:
         args = run.data.args
         source, size = str(args.get("source")), int(str(args.get("size") or 28))

@@ -22,9 +22,6 @@ from safetensors.torch import save_file
 from lowrank.adapters import merge_and_unload
 from lowrank.adapters.layers import quantised_layers
 from lowrank.data import DATA
-from lowrank.data.images.medmnist import NAMES
-from lowrank.data.images.medmnist import facts as medmnist_facts
-from lowrank.data.images.source import ImageData
 from lowrank.data.text.finetuning import holds_examples
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizer_export import save_for_transformers
@@ -105,7 +102,7 @@ def score(
         raise FloatingPointError(
             f"the loss of {source} on {split} is {metrics['loss']}: its weights have diverged, or were damaged"
         )
-    rate = session.data.bytes_per_token(split) if session.run.task == "text" else None
+    rate = session.data.bytes_per_token(split) if session.task.unit == "tokens" else None
     return metrics | ({"bits_per_byte": metrics["loss"] / math.log(2) / rate} if rate else {})
 
 
@@ -114,19 +111,8 @@ def planned_session(run: Run) -> Session:
 
     The vocabulary is the model's own where it is given; only where it is left to the data are tokens prepared.
     """
-    source = run.data.args.get("source")
-    if run.task == "images" and source in NAMES:
-        facts = medmnist_facts(str(source), int(str(run.data.args.get("size") or 28)))
-        return open_session(run, data=ImageData.without_images(facts))
-    vocabulary = run.model.args.get("vocab_size")
-    needs_data = (
-        run.data.name not in DATA
-        or run.task != "text"
-        or (run.model.name != "pretrained" and not isinstance(vocabulary, int))
-    )
-    if needs_data:
-        return open_session(run)
-    data, _ = task_of(run).stand_in(run)
+    task = task_of(run)
+    data = None if run.data.name not in DATA or task.shaped_by_data(run) else task.stand_in(run)[0]
     return open_session(run, data=data)
 
 
@@ -152,8 +138,8 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
     model: Any = merge_and_unload(session.model)
     out.mkdir(parents=True, exist_ok=True)
     if hasattr(model, "save_pretrained"):
-        if session.run.task == "images":
-            _name_classes(model, session.data.classes, Path(str(session.run.model.args.get("path", ""))), out)
+        if classes := getattr(session.data, "classes", ()):
+            _name_classes(model, classes, Path(str(session.run.model.args.get("path", ""))), out)
         with without_bars():
             model.save_pretrained(out)
     else:
@@ -161,10 +147,7 @@ def export(source: Path, out: Path, *, which: str = "best") -> int:
         if hasattr(model, "made_by_timm_as"):
             write_json(out / "config.json", timm_config(model, session.data.classes))
     user_mode_(out)
-    if session.run.task == "text":
-        _save_tokenizer(session, model, out)
-    else:
-        session.data.write_facts(out)
+    session.data.write_beside(model, out, _origins(session.run))
     return step
 
 
@@ -204,15 +187,13 @@ def export_nanogpt(source: Path, out: Path, *, which: str = "best") -> tuple[int
     check_nanogpt(model)
     out.mkdir(parents=True, exist_ok=True)
     note = write_nanogpt(model, out / "ckpt.pt", step=step)
-    _save_tokenizer(session, model, out)
+    session.data.write_beside(model, out, _origins(session.run))
     return step, note
 
 
-def _save_tokenizer(session: Session, model: Any, out: Path) -> None:
-    run = session.run
-    origins = [str(told) for told in (run.model.args.get("path"), run.data.args.get("tokenizer")) if told]
-    context = getattr(getattr(model, "config", None), "max_position_embeddings", None)
-    save_for_transformers(session.data.tokenizer, out, origins=origins, context=context)
+def _origins(run: Run) -> list[str]:
+    """Where a run's tokenizer may be whole."""
+    return [str(told) for told in (run.model.args.get("path"), run.data.args.get("tokenizer")) if told]
 
 
 def _name_classes(model: Any, classes: Sequence[str], base: Path, out: Path) -> None:
@@ -233,7 +214,7 @@ def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]
     options = {f"data.{name}": value for name, value in changes.items() if value is not None}
     if source is None and not options and not session.data.unread:
         return session
-    if source is not None and session.run.task == "text" and not is_own(source):
+    if source is not None and not is_own(source):
         columns = ("data.column", "data.prompt", "data.completion")
         own = dict.fromkeys((*columns, "data.delimiter", "data.separator", "data.limit"))
         options = {name: value for name, value in own.items() if name[5:] in session.run.data.args} | options

@@ -46,6 +46,9 @@ class SegmentationTask:
     def tally(self) -> MaskTally:
         return MaskTally()
 
+    def shaped_by_data(self, run: Run) -> bool:
+        return True
+
     def stand_in(self, run: Run) -> tuple[MaskData, list[str]]:
         args = run.data.args
         source, named = args.get("source"), args.get("classes")

@@ -42,6 +42,9 @@ class SequenceTask:
     def tally(self) -> SequenceTally:
         return SequenceTally()
 
+    def shaped_by_data(self, run: Run) -> bool:
+        return True
+
     def stand_in(self, run: Run) -> tuple[Unread, list[str]]:
         args = run.data.args
         longest, name = str(args.get("context", "auto")), str(args.get("name", "auto"))

@@ -39,6 +39,9 @@ class TextTask:
     def tally(self) -> TextTally:
         return TextTally(self)
 
+    def shaped_by_data(self, run: Run) -> bool:
+        return run.model.name != "pretrained" and not isinstance(run.model.args.get("vocab_size"), int)
+
     def stand_in(self, run: Run) -> tuple[Unread, list[str]]:
         args = run.data.args
         told = args.get("context") or 1024

@@ -133,7 +133,7 @@ def export_adapter(source: Path, out: Path, *, which: str = "best") -> AdapterIn
         base={row.name: digest(dict(plan.model.named_parameters())[row.name]) for row in plan.rows if row.rule is None},
         origin=f"{source} at step {step}",
         metrics=saved.meta["metrics"],
-        **({} if run.task == "text" else {n: value for n, value in session.data.to_json().items() if n != "origin"}),
+        **{n: value for n, value in session.data.to_json().items() if n in ("kind", "classes", "reading", "spec")},
     )
     write_adapter(out, info, tensors)
     return info

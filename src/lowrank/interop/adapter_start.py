@@ -40,7 +40,7 @@ def base_of(folder: Path, base: str | None = None) -> str:
         place = read_json(folder / "adapter_config.json").get("base_model_name_or_path")
     elif base is None:
         info, _ = read_adapter(folder)
-        if info.task != "text":
+        if info.reading:
             raise ValueError(f"{folder} is an adapter for {info.task}: see lowrank predict --adapter {folder}")
         place = str(info.model.args.get("path", "")) if info.model.name == "pretrained" else None
     if not place:

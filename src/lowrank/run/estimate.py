@@ -10,7 +10,6 @@ assumed and said. Weights are not loaded: a model that would be is made from its
 from __future__ import annotations
 
 from dataclasses import replace
-from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -19,9 +18,9 @@ from torch import Tensor, nn
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.simulated import simulated
-from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.progress import short_bytes
 from lowrank.models.blocks import blocks_of
+from lowrank.models.unloaded import UNLOADED, mark_all_but_
 from lowrank.optim.projected import Projected
 from lowrank.plan.communication import forecast
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed
@@ -174,92 +173,12 @@ def _make(run: Run, data: Any, blocks: int | None) -> nn.Module:
 def _from_configuration(run: Run, data: Any) -> nn.Module:
     """The model that a run names; one that would be loaded is made from its configuration, and marked as loaded."""
     name, args = run.model.name, run.model.args
-    if name == "pretrained":
-        return _pretrained(str(args.get("path", "gpt2")), str(args.get("dtype", "float32")), args.get("quantise"))
-    if name == "hf-vit":
-        from lowrank.models.vision import ImageSpec
-
-        model: Any = _hf_vit(str(args.get("path", "")), len(data.classes))
-        model.image_spec = ImageSpec(size=model.config.image_size)
-        return _marked(model, ("classifier",))
-    if run.task == "sequences":
-        return _sequence_classifier(str(args.get("path", "")), data.outputs, str(args.get("dtype", "float32")))
-    if run.task == "images" and args.get("weights") is not None:
-        bare = replace(run, model=Call(name=name, args={**args, "weights": None}))
-        made = catalogue().make("model", bare, data)
-        return _marked(made, getattr(made, "drawn", ("head",)))
-    model = catalogue().make("model", run, data)
-    return model
-
-
-def _pretrained(path: str, dtype: str, quantise: Any) -> nn.Module:
-    import transformers
-
-    from lowrank.models.quantised import quantise_, quantised_as
-
-    if not path:
-        raise ValueError("which model? give --model.path FOLDER|NAME, a causal language model of transformers")
-    config = _configuration(path)
-    made = _of_transformers(transformers.AutoModelForCausalLM, config, dtype)
-    made = quantised_as(made, config) if quantise is None else quantise_(made, quantise)
-    return _marked(made, ())
-
-
-def _sequence_classifier(path: str, outputs: int, dtype: str) -> nn.Module:
-    import transformers
-
-    config = _configuration(path)
-    config.num_labels = outputs
-    made = _of_transformers(transformers.AutoModelForSequenceClassification, config, dtype)
-    return _marked(made, ("classifier", "score"))
-
-
-def _hf_vit(path: str, classes: int) -> nn.Module:
-    import transformers
-
-    config = _configuration(path)
-    config.num_labels = classes
-    return _of_transformers(transformers.AutoModelForImageClassification, config, "float32")
-
-
-def _of_transformers(auto: Any, config: Any, dtype: str) -> nn.Module:
-    """The model of a configuration; ``dtype`` is that of its weights, or "auto" for the configuration's own."""
-    from lowrank.models.text import weights_dtype
-
-    own = getattr(config, "dtype", None) or torch.float32
-    made: nn.Module = auto.from_config(
-        config, trust_remote_code=False, dtype=own if dtype == "auto" else weights_dtype(dtype)
-    )
-    return made
-
-
-def _configuration(path: str) -> Any:
-    """transformers' configuration from a folder or the hub.
-
-    Raises:
-        FileNotFoundError: there is none.
-    """
-    import transformers
-
-    folder = Path(path).expanduser()
-    if (path.startswith((".", "/", "~")) or folder.is_dir()) and not (folder / "config.json").is_file():
-        raise FileNotFoundError(f"model.path={path!r} has no config.json, from which its memory could be told")
-    try:
-        return transformers.AutoConfig.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False)
-    except (OSError, ValueError) as error:
-        if folder.is_dir():
-            raise ValueError(f"{folder / 'config.json'} is none of transformers' configurations: {error}") from error
-        raise FileNotFoundError(
-            f"the configuration of {path} could not be had from the hub ({type(error).__name__}): give a folder with "
-            "config.json, --model.path FOLDER"
-        ) from error
-
-
-def _marked(model: nn.Module, fresh: tuple[str, ...]) -> nn.Module:
-    mark_loaded_(
-        model, [n for n, _ in model.named_parameters(remove_duplicate=False) if not n.startswith(fresh or ("\n",))]
-    )
-    return model
+    if name in UNLOADED:
+        return UNLOADED[name](data, **args)
+    if args.get("weights") is None:
+        return catalogue().make("model", run, data)
+    made = catalogue().make("model", replace(run, model=Call(name=name, args={**args, "weights": None})), data)
+    return mark_all_but_(made, *getattr(made, "drawn", ("head",)))
 
 
 def rhythm_of(session: Session) -> Rhythm:

@@ -72,7 +72,7 @@ class Catalogue:
         Raises:
             PermissionError, ValueError: it lies in a file that is not trusted, or has changed (``own_files.load``).
         """
-        name = run.task if kind == "task" else getattr(run, kind).name
+        name = _named(run, kind)
         self.check(kind, name)
         found: Callable[..., Any] = (
             own_files.load(kind, name, run.files) if own_files.is_own(name) else self.of(kind)[name]
@@ -192,7 +192,7 @@ def _choose(run: Run, kind: str, name: str, offer: Catalogue) -> Run:
     if own_files.is_own(name):
         name, file, digest = own_files.given(name)
         run = replace(run, files={**run.files, file: digest})
-    if name == (run.task if kind == "task" else getattr(run, kind).name):
+    if name == _named(run, kind):
         return run
     run = _with(run, kind, name if kind == "task" else Call(name=name))
     named = [each.rpartition(":")[0] for each in (run.task, run.model.name, run.data.name, run.method.name)]
@@ -240,6 +240,11 @@ def _tokenizer_of(run: Run, offer: Catalogue) -> Setting:
     """Where the run's model has its tokenizer; None where it has none."""
     argument = offer.facts("model", run.model.name).get("tokenizer")
     return None if argument is None else run.model.args.get(argument)
+
+
+def _named(run: Run, kind: str) -> str:
+    called: Call | str = getattr(run, kind)
+    return called if isinstance(called, str) else called.name
 
 
 def _identity(run: Run, kind: str) -> str:

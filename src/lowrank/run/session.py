@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
+from lowrank.data.catalogue import Data
 from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import some
 from lowrank.data.images.source import FACTS, ImageData
@@ -178,10 +179,10 @@ def restore(
     found = checkpoint_of(folder, which)
     saved = checkpoint.load(found)
     data = learnt_by_run(root, saved) if data is None else data
-    if data is None and (rebuilt := without_tokenizer(run, root)):
-        warnings.warn(rebuilt, stacklevel=2)
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
+    if data is None and (said := learnt_anew(session.data, root)):
+        warnings.warn(said, stacklevel=2)
     checkpoint.check_dtypes(session.model.state_dict(), saved.tensors, saved)
     check_base(session.plan, saved)
     load_fitting_(session.model, saved.tensors, found, only=stored_names(session.plan))
@@ -240,11 +241,11 @@ def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | Unrea
     return kind.without_images(facts) if facts else None
 
 
-def without_tokenizer(run: Run, root: Path) -> str:
-    """What is to be said where a run that was saved without its tokenizer goes on; empty for a run that has none."""
-    if run.task != "text" or is_own(run.data.name):
-        return ""
-    return f"{root} was written before runs kept their tokenizer: it is made anew, from the text as it is now"
+def learnt_anew(data: Data, root: Path) -> str:
+    """What is to be said where a run goes on that was saved without what it had learnt of its data, such as a
+    tokenizer, which ``data`` says now; empty where nothing is learnt of it."""
+    what = "was written before runs kept what they learn of their data (a tokenizer, classes)"
+    return f"{root} {what}: it is learnt anew, from the data as it is now" if data.to_json() else ""
 
 
 def run_folder(folder: Path) -> Path:

@@ -67,6 +67,10 @@ class Task(Protocol):
 
     def tally(self) -> Tally: ...
 
+    def shaped_by_data(self, run: Run) -> bool:
+        """Whether a run's data must be read to know what its model is like: its vocabulary, its classes."""
+        ...
+
     def stand_in(self, run: Run) -> tuple[Any, list[str]]:
         """(what stands for a run's data in a plan of it, what was assumed of it); nothing is opened."""
         ...

@@ -52,11 +52,12 @@ class Coordinator:
         self._reported = Traffic()
         self._times = 1.0  # the batch of this step has so many times the rows of this worker
 
-    def check(self, optimizer: Optimizer, *, needs_scaler: bool) -> None:
+    def check(self, optimizer: Optimizer, data: Any, *, needs_scaler: bool) -> None:
         """Refuse, before any work, what several ranks cannot do.
 
         Raises:
-            ValueError: float16, batch statistics, heads whose optimizer state has no heads.
+            ValueError: float16, batch statistics, heads whose optimizer state has no heads, ``data`` that ranks cannot
+                each have their own of.
         """
         if self.ranks is None:
             return
@@ -64,7 +65,7 @@ class Coordinator:
             raise ValueError("float16 scales the loss of each rank by itself: use --precision bf16 with several ranks")
         _refuse_batch_statistics(self.plan.model)
         if self.run.own_data:
-            _check_own_data(self.run)
+            _check_own_data(self.run, data)
         check_state(self.plan, optimizer)
         workers = self.plan.layout.workers_count
         heads = max((largest_share(a.all_heads, workers) for a in self.plan.adapters.values() if a.split), default=1)
@@ -275,8 +276,8 @@ def _settings(run: Run) -> dict[str, object]:
     }
 
 
-def _check_own_data(run: Run) -> None:
-    if run.task != "text":
+def _check_own_data(run: Run, data: Any) -> None:
+    if not hasattr(data, "tokenizer"):  # by which ranks know that they speak of the same
         raise ValueError("--own-data is for text: leave it out, or put the images in one folder that every rank reads")
     for option, value, remedy in (("--steps", run.steps, "--steps N"), ("--eval-every", run.eval_every, "a number")):
         if value is None:

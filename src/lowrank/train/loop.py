@@ -39,7 +39,7 @@ from lowrank.interop.adapter_start import start_from_adapter_
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
 from lowrank.run.run import Run
-from lowrank.run.session import Session, learnt_by_run, open_session, pick_device, without_tokenizer
+from lowrank.run.session import Session, learnt_anew, learnt_by_run, open_session, pick_device
 from lowrank.run.task import Batch, to_device
 from lowrank.run.validation import refuse_occupied
 from lowrank.train.changed_data import check_data
@@ -127,10 +127,10 @@ def _train(
         notes += checkpoint.passed_over(out / "checkpoints")
     saved = None if found is None else checkpoint.load(found)
     learnt = None if saved is None else learnt_by_run(out, saved)
-    if saved is not None and learnt is None and (rebuilt := without_tokenizer(run, out)):
-        notes.append(f"note: {rebuilt}")
     start = None if saved else init_from
     session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
+    if saved is not None and learnt is None and (said := learnt_anew(session.data, out)):
+        notes.append(f"note: {said}")
     if init_adapter is not None and saved is None:
         start_from_adapter_(session.plan, init_adapter)
     loop = _Loop(session, out, quiet=quiet, writer=writer, new=saved is None)
@@ -189,7 +189,7 @@ class _Loop:
         self.envelope = Envelope(
             steps=self.steps, warmup=run.warmup_steps(self.steps), min_ratio=run.min_lr_ratio, shape=run.schedule
         )
-        self.coordinator.check(self.optimizer, needs_scaler=session.needs_scaler)
+        self.coordinator.check(self.optimizer, session.data, needs_scaler=session.needs_scaler)
         if self.coordinator.ranks is not None and not run.per_layer and not session.plan.shards:
             self.optimizer.sum_during_backward(run.grad_accum, whole=run.max_grad_norm is not None)
         self.forward: Any = torch.compile(session.model) if run.compile else session.model

@@ -9,7 +9,7 @@ from __future__ import annotations
 import contextlib
 import hashlib
 import json
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
@@ -31,6 +31,7 @@ from lowrank.data.text.prepare import prepare
 from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
+from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, load_tokenizer, pretrained_tokenizer
 from lowrank.infra.registry import register
 
@@ -57,11 +58,19 @@ class Corpus(Protocol):
     def check_vocabulary(self, vocab_size: int) -> None: ...
 
 
-class ReadText(Data):
-    """What all text that was read by a tokenizer has in common for a model and a run."""
+class Tokenised(Data):
+    """Text of any kind, in the ids of its ``tokenizer``, which goes with a model."""
+
+    tokenizer: Any
+
+    def write_beside(self, model: nn.Module, folder: Path, origins: Sequence[str]) -> None:
+        save_for_transformers(self.tokenizer, folder, origins=origins, context=positions_of(model))
+
+
+class ReadText(Tokenised):
+    """What all text that a language model reads has in common for a model and a run."""
 
     context: Any  # tokens in a sequence; None until the model is known
-    tokenizer: Any
     origin: str  # the full path of a local source; empty for a name
 
     @property
@@ -218,7 +227,7 @@ class StreamedText(ReadText):
 
 
 @dataclass(frozen=True, kw_only=True)
-class UnreadText(Data):
+class UnreadText(Tokenised):
     """What a run has learnt of its text: the tokenizer, in the run's ``folder``, and how the text was read.
 
     Enough to make the model, to generate and to export; text that is scored or trained on further is made with it.

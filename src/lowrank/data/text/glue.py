@@ -21,8 +21,8 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from lowrank.data.catalogue import Data
 from lowrank.data.text.batches import Batch, BatchSource, EvaluationRows, ShuffledRows
+from lowrank.data.text.corpora import Tokenised
 from lowrank.data.text.fit import check_fits, positions_of
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
 from lowrank.infra.extras import import_extra
@@ -86,7 +86,7 @@ class SequenceRows:
 
 
 @dataclass(frozen=True, kw_only=True)
-class Glue(Data):
+class Glue(Tokenised):
     """A task of GLUE under a model's tokenizer; ``context``: tokens of a sequence, None until the model is known."""
 
     name: str
