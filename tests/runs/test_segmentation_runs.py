@@ -9,6 +9,7 @@ import torch
 from PIL import Image
 
 from lowrank.cli import main
+from lowrank.data.images.decode import Reading, fitted, fitted_part
 from lowrank.data.images.masks import masks
 from lowrank.evaluate.segmentation_task import mask_loss, overlaps
 from lowrank.infra.log import read_log
@@ -102,3 +103,58 @@ def test_folders_that_cannot_be_right_are_refused(folder: Path, fault: object, m
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         masks(str(folder), classes=("background", "one", "two"))
     assert message in str(error.value)
+
+
+def test_masks_of_files_have_their_size_and_place(
+    folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    import nibabel as nib
+
+    run, out = str(tmp_path / "x"), tmp_path / "out"
+    assert train(tmp_path / "x", folder, "--method", "lora", "--quiet") == 0
+    volume = np.stack([np.asarray(Image.open(folder / "images" / f"{i:02}.png")) for i in range(5)])
+    plain = nib.Nifti1Image(volume.transpose(2, 1, 0), np.diag([-2.0, -2, 3, 1]))
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt("SRA"))
+    turned = plain.as_reoriented(turn)
+    new = tmp_path / "new"
+    (new / "b").mkdir(parents=True)
+    nib.save(turned, new / "v.nii.gz")
+    nib.save(plain.slicer[:, :, 3:4], new / "slice.nii")
+    (new / "b" / "v.png").write_bytes((folder / "images" / "02.png").read_bytes())
+    assert main(["export", run, "--adapter", str(tmp_path / "a")]) == 0
+    capsys.readouterr()
+    assert main(["predict", run, str(new), "--out", str(out), "--batch-size", "2"]) == 0
+    told = capsys.readouterr().out.splitlines()
+    assert [line.split(":")[0] for line in told] == [str(new / n) for n in ("b/v.png", "slice.nii", "v.nii.gz")]
+    made = nib.load(out / "v.nii.gz")
+    assert made.shape == turned.shape
+    assert np.array_equal(made.affine, turned.affine)
+    back = made.as_reoriented(nib.orientations.ornt_transform(*map(nib.io_orientation, (made.affine, plain.affine))))
+    masks_of = np.asarray(back.dataobj).transpose(2, 1, 0)
+    assert masks_of.any()
+    assert np.array_equal(masks_of[2], np.asarray(Image.open(out / "b" / "v.png")))
+    assert np.array_equal(masks_of[3], np.asarray(nib.load(out / "slice.nii").dataobj)[..., 0].T)
+    one = [str(new / "b" / "v.png"), "--out"]
+    assert main(["predict", "--adapter", str(tmp_path / "a"), "--base", run, *one, str(tmp_path / "again")]) == 0
+    assert (tmp_path / "again" / "v.png").read_bytes() == (out / "b" / "v.png").read_bytes()
+    (new / "c.png").write_bytes(b"junk")
+    capsys.readouterr()
+    for words, message in (
+        ([str(new)], "where do the masks go?"),
+        ([str(new), "--out", str(out)], "is not empty"),
+        ([str(new), "--out", str(tmp_path / "none" / "out")], "there is no folder"),
+        ([str(new), "--out", str(tmp_path / "bad")], "1 of 4 images cannot be read"),
+    ):
+        assert main(["predict", run, *words]) == 2
+        assert message in capsys.readouterr().err
+    assert not [path for path in tmp_path.iterdir() if "bad" in path.name]
+
+
+@pytest.mark.parametrize("fit", ["pad", "crop", "stretch"])
+@pytest.mark.parametrize("shape", [(30, 42), (42, 30), (20, 20)])
+def test_what_a_plane_shows_is_where_reading_puts_it(shape: tuple[int, int], fit: str) -> None:
+    reading = Reading(size=64, grey=True, fit=fit)  # type: ignore[arg-type]
+    seen, shown = fitted_part(*shape, reading)
+    plane, square = np.zeros(shape, np.uint8), np.zeros((64, 64), np.uint8)
+    plane[seen], square[shown] = 200, 200
+    assert np.array_equal(fitted(plane, reading) > 20, square > 20)  # a crop sees a little of what is beside it

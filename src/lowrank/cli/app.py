@@ -228,12 +228,14 @@ _PREDICT = """
 predict RUN IMAGE…, or predict --adapter DIR IMAGE… [options]
 what image files show
 
-Says which class image files show, by a run, or by an adapter on its base. The adapter names the base that it was
-trained on; --base says where that is: a run's folder, a file of weights, a timm name or hub.
+Says which class image files show, or draws their masks into a new folder, by a run, or by an adapter on its base. The
+adapter names the base that it was trained on; --base says where that is: a run's folder, a file of weights, a timm name
+or hub. A mask has its file's size; a NIfTI file gets one in its own array and affine, others a PNG of class numbers.
 
 Examples:
   lowrank predict --base runs/vit --adapter adapters/pneumonia new/*.png
   lowrank predict runs/digits scans --out predictions.csv
+  lowrank predict runs/tissue scan.nii.gz --out masks
 """
 
 _DATA = """

@@ -283,16 +283,14 @@ def export(parsed: Parsed) -> int:
 
 
 def predict(parsed: Parsed) -> int:
-    """The class of each image file, the surest three with their probabilities."""
+    """A line of each image file: its class with probabilities, or where its mask lies."""
     options, images = arguments("predict", parsed.options), list(parsed.positions)
     if not {"base", "adapter"} & options.keys() and len(images) > 1 and (Path(images[0]) / "run.json").is_file():
         options["base"] = images.pop(0)
     from lowrank.evaluate.predict import predict as predict_images
 
     for each in predict_images(images, **options):
-        surest = sorted(each.scores.items(), key=lambda item: -item[1])[:3]
-        figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
-        print(printable(f"{each.path}: {' and '.join(each.answer) or 'none'}  ({figures})", keep=""))
+        print(printable(str(each), keep=""))
     return 0
 
 

@@ -26,7 +26,7 @@ from lowrank.evaluate.image_metrics import image_metrics
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.run import Run
-from lowrank.run.task import Batch
+from lowrank.run.task import Asked, Batch
 
 ASSUMED_CLASSES = 1000
 
@@ -83,6 +83,11 @@ class ImageTask:
         from lowrank.evaluate.image_report import report  # and the libraries that draw
 
         return report(data, tally, folder, split)
+
+    def predict(self, model: nn.Module, data: ImageData, asked: Asked) -> list[Any]:
+        from lowrank.evaluate.predict import predict_classes  # which uses this file
+
+        return predict_classes(model, data, asked)
 
 
 class ImageTally(Collected):

@@ -1,4 +1,4 @@
-"""What a model says of image files: a base with an adapter, or a run.
+"""What a model says of image files: a base with an adapter, or a run. How files are answered is the task's to say.
 
 Files are read exactly as the training data was: the same size, window and fit, the model's own resize and
 normalisation.
@@ -11,7 +11,7 @@ import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -30,8 +30,10 @@ from lowrank.infra.files import write_text_atomically
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
 from lowrank.models.vision import logits_of
+from lowrank.run.overrides import catalogue
 from lowrank.run.run import Call, Run
 from lowrank.run.session import pick_checkpoint, pick_device, restore, run_folder
+from lowrank.run.task import Asked, Task
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -41,6 +43,12 @@ class Prediction:
     path: str
     answer: tuple[str, ...]
     scores: dict[str, float]
+
+    def __str__(self) -> str:
+        """The answer, and the surest three with their probabilities."""
+        surest = sorted(self.scores.items(), key=lambda item: -item[1])[:3]
+        figures = ", ".join(f"{name} {score:.3f}" for name, score in surest)
+        return f"{self.path}: {' and '.join(self.answer) or 'none'}  ({figures})"
 
 
 def predict(
@@ -52,49 +60,57 @@ def predict(
     skip_damaged: bool = False,
     batch_size: int = 32,
     device: Literal["auto", "cpu", "cuda"] = "auto",
-) -> list[Prediction]:
-    """Classify image files.
+) -> list[Any]:
+    """Answer image files: their classes, or masks of them.
 
     Args:
         images: files, and folders of files.
         adapter: the folder of an exported adapter; none: ``base`` is a run.
         base: what the adapter was trained on: a run's folder, a file or folder of weights, a timm name, or ``hub``; by
             default what the adapter names itself.
-        out: also write a CSV file.
+        out: also write a CSV file; of masks the folder, new or empty, that they go to.
         skip_damaged: leave out files that cannot be read.
         batch_size: images at once.
         device: auto, cpu or cuda.
+
+    Returns:
+        A ``Prediction`` of each file, or a ``MaskPrediction``.
 
     Raises:
         ValueError: neither adapter nor run; an adapter for another base; damaged files (named, counted).
         FloatingPointError: the model gives NaN.
     """
     paths = _files(images)
-    _check_out(out, paths)
+    task: Task
     if batch_size < 1:
         raise ValueError(f"--batch-size {batch_size} must be at least 1")
     if adapter is not None:
         info, tensors = read_adapter(Path(adapter))
-        data = info.data()
+        data, task = info.data(), catalogue().task[info.task]()
         bank = AdapterBank(base_model(info, base).to(pick_device(device)))
         bank.add("adapter", info, tensors)
         model = bank.use("adapter").eval()
     elif base is not None:
         session, _ = restore(Path(base), device=device)
-        if session.run.task != "images":
-            raise ValueError(f"{base} is a run on {session.run.task}: only models of images predict")
-        model, data = session.model, session.data
+        model, data, task = session.model, session.data, session.task
     else:
         raise ValueError("which model? give --adapter DIR (and --base where it is elsewhere), or --base RUN")
-    if data.reading.depth is not None:
-        paths = volumes_of(paths)
+    place = None if out is None else Path(out)
+    asked = Asked(files=paths, batch_size=batch_size, out=place, skip_damaged=skip_damaged)
+    return task.predict(model, data, asked)
+
+
+def predict_classes(model: nn.Module, data: ImageData, asked: Asked) -> list[Prediction]:
+    """The classes of files; ``asked.out`` is a CSV file."""
+    _check_out(asked.out, asked.files)
+    paths = asked.files if data.reading.depth is None else volumes_of(asked.files)
     made = [
         each
-        for batch in _batches(paths, data.reading, batch_size, skip_damaged)
+        for batch in _batches(paths, data.reading, asked.batch_size, asked.skip_damaged)
         for each in classify(model, batch, data)
     ]
-    if out is not None:
-        _write(Path(out), made)
+    if asked.out is not None:
+        _write(asked.out, made)
     return made
 
 
@@ -150,16 +166,15 @@ def base_model(info: AdapterInfo, base: str | None = None) -> nn.Module:
     return model
 
 
-def _check_out(out: str | None, images: Sequence[Path]) -> None:
+def _check_out(path: Path | None, images: Sequence[Path]) -> None:
     """Refuse, before any work, a file that could not be written, or is one of the images."""
-    if out is None:
+    if path is None:
         return
-    path = Path(out)
     if path.is_dir() or not path.parent.is_dir():
         why = "is a folder" if path.is_dir() else f"cannot be: there is no folder {path.parent}"
-        raise ValueError(f"--out {out} {why}; give the name of a file that is to be written")
+        raise ValueError(f"--out {path} {why}; give the name of a file that is to be written")
     if path.exists() and any(path.samefile(image) for image in images):
-        raise ValueError(f"--out {out} is one of the images, and would be overwritten: choose another name")
+        raise ValueError(f"--out {path} is one of the images, and would be overwritten: choose another name")
 
 
 def _files(images: Sequence[str]) -> list[Path]:

@@ -23,7 +23,7 @@ from lowrank.infra.extras import import_extra
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.run import Run
-from lowrank.run.task import Batch
+from lowrank.run.task import Asked, Batch
 
 
 @register("task", "segmentation")
@@ -71,6 +71,11 @@ class SegmentationTask:
         from lowrank.evaluate.segmentation_report import report  # and the libraries that draw
 
         return report(data, tally, folder, split)
+
+    def predict(self, model: nn.Module, data: MaskData, asked: Asked) -> list[Any]:
+        from lowrank.evaluate.predict_masks import predict_masks
+
+        return predict_masks(model, data, asked)
 
 
 class MaskTally:

@@ -19,7 +19,7 @@ from lowrank.data.text.glue import TABLES
 from lowrank.evaluate.collected import Collected
 from lowrank.infra.registry import register
 from lowrank.run.run import Run
-from lowrank.run.task import Batch, Unread
+from lowrank.run.task import Asked, Batch, Unread
 
 
 @register("task", "sequences")
@@ -58,6 +58,9 @@ class SequenceTask:
 
     def report(self, data: Any, tally: SequenceTally, folder: Path, split: str) -> list[str]:
         return []
+
+    def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
+        raise ValueError("it is a run on sequences: only models of images predict")
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from lowrank.infra.registry import register
 from lowrank.models.text import next_token_loss
 from lowrank.run.run import Run
-from lowrank.run.task import Batch, Unread
+from lowrank.run.task import Asked, Batch, Unread
 
 ASSUMED_CHARACTERS = 256
 _IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
@@ -58,6 +58,9 @@ class TextTask:
 
     def report(self, data: Any, tally: TextTally, folder: Path, split: str) -> list[str]:
         return []
+
+    def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
+        raise ValueError("it is a run on text: only models of images predict")
 
 
 class TextTally:

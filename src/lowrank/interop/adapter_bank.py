@@ -27,6 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
+from lowrank.data.images.masks import MaskData
 from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
@@ -73,11 +74,12 @@ class AdapterInfo:
         Raises:
             ValueError: the adapter does not say how images are read.
         """
-        if self.task != "images" or not self.reading or not self.spec:
+        kinds: dict[str, type[ImageData]] = {"images": ImageData, "segmentation": MaskData}
+        if self.task not in kinds or not self.reading or not self.spec:
             raise ValueError(
                 "the adapter does not say what its images are like: it is for another task, or of LoRA-ViT"
             )
-        return ImageData.without_images(
+        return kinds[self.task].without_images(
             {"kind": self.kind, "classes": self.classes, "reading": self.reading, "spec": self.spec}
         )
 

@@ -5,6 +5,7 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -34,6 +35,19 @@ class Tally(Protocol):
         ...
 
     def result(self) -> dict[str, float]: ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class Asked:
+    """Files that a model is to answer, ``batch_size`` at once; ``out``: where the answers go, if anywhere.
+
+    ``skip_damaged``: files that cannot be read are left out, and otherwise an error.
+    """
+
+    files: Sequence[Path]
+    batch_size: int
+    out: Path | None = None
+    skip_damaged: bool = False
 
 
 class Task(Protocol):
@@ -82,6 +96,15 @@ class Task(Protocol):
     def report(self, data: Any, tally: Any, folder: Path, split: str) -> list[str]:
         """Where it is ``judged``: write into a run's ``folder`` what the ``tally`` of a split shows beyond its metrics;
         gives what is worth saying."""
+        ...
+
+    def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
+        """What a model in evaluation mode, with what it has learnt of its ``data``, says of files: an answer each,
+        which prints as a line, and is written to ``asked.out``.
+
+        Raises:
+            ValueError: damaged files (named, counted); a place that cannot be written; a task that answers no files.
+        """
         ...
 
 

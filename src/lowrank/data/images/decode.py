@@ -21,7 +21,17 @@ from typing import Any, Literal
 
 import numpy as np
 
-from lowrank.data.images.medical import DICOM, NIFTI, Damaged, Raw, is_medical, read_plane, read_volume
+from lowrank.data.images.medical import (
+    DICOM,
+    NIFTI,
+    Damaged,
+    Raw,
+    is_medical,
+    is_nifti,
+    read_nifti,
+    read_plane,
+    read_volume,
+)
 from lowrank.infra.checks import check_choice
 
 Fit = Literal["pad", "crop", "stretch"]
@@ -122,7 +132,44 @@ def read_image(path: Path, reading: Reading) -> np.ndarray:
         return _decoded(path, reading)
 
 
-def _decoded(path: Path, reading: Reading) -> np.ndarray:
+def read_planes(path: Path, reading: Reading) -> np.ndarray:
+    """What a file shows, upright and of its own size: (planes, h, w), or (planes, h, w, 3) where it has colours, uint8.
+
+    Of a volume, which is windowed as a whole, these are its slices from the feet up.
+
+    Raises:
+        Damaged: it cannot be decoded.
+    """
+    if is_medical(path):
+        raw = read_nifti(path) if is_nifti(path) else read_plane(path)
+        values = _eight_bits(raw, reading.window)
+        return values if is_nifti(path) else values[None]
+    return _decoded(path, reading, fitted=False)[None]
+
+
+def fitted(plane: np.ndarray, reading: Reading) -> np.ndarray:
+    """One of :func:`read_planes` as :func:`read_image` gives it."""
+    from PIL import Image
+
+    image = Image.fromarray(plane).convert("L" if reading.grey else "RGB")
+    return np.asarray(_fitted(image, reading.size, reading.fit))
+
+
+def fitted_part(h: int, w: int, reading: Reading) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
+    """(the rows and columns of a plane of h × w that :func:`fitted` shows, those of its square that show them)."""
+    size, whole = reading.size, (slice(0, h), slice(0, w))
+    if reading.fit == "stretch" or h == w:
+        return whole, (slice(0, size), slice(0, size))
+    if reading.fit == "crop":
+        side = min(h, w)
+        top, left = (h - side) // 2, (w - side) // 2
+        return (slice(top, top + side), slice(left, left + side)), (slice(0, size), slice(0, size))
+    high, wide = (round(h / w * size), size) if w > h else (size, round(w / h * size))  # as Pillow's contain and pad
+    top, left = round((size - high) * 0.5), round((size - wide) * 0.5)
+    return whole, (slice(top, top + high), slice(left, left + wide))
+
+
+def _decoded(path: Path, reading: Reading, *, fitted: bool = True) -> np.ndarray:
     from PIL import Image, ImageOps
 
     # By default blocks are of 16 MB, which glibc comes to keep for each thread: eight images of 13000 x 13000 pixels
@@ -136,7 +183,8 @@ def _decoded(path: Path, reading: Reading) -> np.ndarray:
             if image.mode in WIDE:
                 image = Image.fromarray(windowed(np.asarray(image), reading.window))
             mode = "L" if reading.grey else "RGB"
-            return np.asarray(_fitted(image if image.mode == mode else image.convert(mode), reading.size, reading.fit))
+            image = image if image.mode == mode else image.convert(mode)
+            return np.asarray(_fitted(image, reading.size, reading.fit) if fitted else image)
         except (OSError, SyntaxError, ValueError, EOFError, Image.DecompressionBombError) as error:
             raise Damaged(str(error)) from error
 

@@ -24,6 +24,7 @@ from torch import nn
 
 from lowrank.data.images.batches import Batch, EvaluationBatches, ImageBatches, to_model
 from lowrank.data.images.decode import Damaged, Fit, Reading, image_files, is_grey, read_image
+from lowrank.data.images.medical import read_nifti
 from lowrank.data.images.set import ImageSet, ImageSpec, Split, some, stored
 from lowrank.data.images.source import ImageData
 from lowrank.data.images.splits import split_by_patient
@@ -160,25 +161,18 @@ def _mni152() -> MaskSet:
     where = Path(nilearn.__file__).parent / "datasets" / "data"
     if not (where / MNI152.format("t1")).is_file():
         raise FileNotFoundError(f"nilearn ships no {MNI152.format('t1')}: pip install nilearn==0.14.1")
-    nibabel = import_extra("nibabel", "medical")
 
     def make(folder: Path) -> None:
-        t1, grey, white = (
-            np.asarray(nibabel.as_closest_canonical(nibabel.load(where / MNI152.format(name))).dataobj)
-            for name in ("t1", "gm", "wm")
-        )
+        t1, grey, white = (read_nifti(where / MNI152.format(name)).values for name in ("t1", "gm", "wm"))
         tissue = grey.astype(np.int64) + white > 127
         wide = np.where(tissue, np.where(white > grey, 2, 1), 0).astype(np.uint8)
-        used = np.flatnonzero((wide > 0).sum(axis=(0, 1)) > FEWEST)[::2]
+        used = np.flatnonzero((wide > 0).sum(axis=(1, 2)) > FEWEST)[::2]
+        around = [(n // 2, n - n // 2) for n in (max(t1.shape[1:]) - side for side in t1.shape[1:])]
         for name, volume in (("images", t1), ("masks", wide)):
-            slices = [np.rot90(volume[:, :, z]) for z in used]  # anterior above, the left on the left
-            side = max(slices[0].shape)
-            short = [side - n for n in slices[0].shape]
-            around = [(n // 2, n - n // 2) for n in short]
-            np.save(folder / f"{name}.npy", np.stack([np.pad(each, around) for each in slices]))
+            np.save(folder / f"{name}.npy", np.pad(volume[used], [(0, 0), *around]))
         write_json(folder / "facts.json", {"slices": used.tolist()})
 
-    place = stored("mni152", ["masks", 2], make)
+    place = stored("mni152", ["masks", 3], make)
     number = np.arange(len(used := read_json(place / "facts.json")["slices"]))
     split = np.where(number % 2 == 0, "test", np.where(number % 8 == 5, "val", "train"))
     return _set("mni152", place, TISSUES, [f"slice {z}" for z in used], split.tolist())

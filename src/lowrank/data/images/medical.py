@@ -12,6 +12,7 @@ Shapes: an image (h, w), or (h, w, 3) uint8 colour; a volume (d, h, w) with its 
 
 from __future__ import annotations
 
+import math
 import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
@@ -93,11 +94,23 @@ def read_nifti(path: Path) -> Raw:
         values = values if values.dtype == np.uint8 else values.astype(np.float32)
     except (OSError, EOFError, ValueError, TypeError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
         raise Damaged(f"it is no NIfTI file that can be read ({error})") from error
-    values = values.reshape(*values.shape[:3], -1) if values.ndim > 3 else values[..., None]
-    if values.ndim != 4 or values.shape[3] != 1:
+    if values.ndim < 2 or values.size != math.prod(values.shape[:3]) or not values.size:
         raise Damaged(f"it holds an array {image.shape}, and one volume is wanted")
-    turned, spacing = _axial(values[..., 0], image.affine)
+    turned, spacing = _axial(values.reshape(*values.shape[:3], *[1] * (3 - values.ndim)), image.affine)
     return Raw(values=turned, spacing=spacing)
+
+
+def write_labels(path: Path, labels: np.ndarray, like: Path) -> None:
+    """Labels (d, h, w) uint8 as ``read_nifti`` turned them, as a NIfTI file in the array and the affine of ``like``;
+    nothing else of its header goes along.
+    """
+    nibabel = import_extra("nibabel", "medical")
+    orientations, image = import_extra("nibabel.orientations", "medical"), nibabel.load(like)
+    back = orientations.ornt_transform(orientations.axcodes2ornt(AXIAL), orientations.io_orientation(image.affine))
+    turned = orientations.apply_orientation(labels.transpose(2, 1, 0), back).reshape(image.shape)
+    made = nibabel.Nifti1Image(np.ascontiguousarray(turned), image.affine)
+    made.header.set_xyzt_units(*image.header.get_xyzt_units())
+    nibabel.save(made, path)
 
 
 def read_series(folder: Path) -> Raw:

@@ -1,0 +1,139 @@
+"""Masks of files, each of its file's own size: a NIfTI file for a NIfTI file, in its array and affine, a PNG otherwise.
+
+    plane (h, w) → fitted as in training (size, size) → logits (classes, s, s) → the plane's part of them → (h, w)
+
+A pixel's value is its class, 0 being the background; where ``fit`` cropped a plane, what was cut off is background. A
+volume is answered slice by slice.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from lowrank.data.cache import published
+from lowrank.data.images.batches import to_model
+from lowrank.data.images.decode import Damaged, Reading, fitted, fitted_part, read_planes
+from lowrank.data.images.masks import MaskData
+from lowrank.data.images.medical import is_nifti, write_labels
+from lowrank.data.images.set import some
+from lowrank.evaluate.collected import check_finite
+from lowrank.models.vision import logits_of
+from lowrank.run.task import Asked
+
+
+@dataclass(frozen=True, kw_only=True)
+class MaskPrediction:
+    """One file: where its mask lies, and each class's share of the pixels, the background's left out."""
+
+    path: str
+    mask: str
+    shares: dict[str, float]
+
+    def __str__(self) -> str:
+        return f"{self.path}: {self.mask}  ({', '.join(f'{name} {share:.1%}' for name, share in self.shares.items())})"
+
+
+def predict_masks(model: nn.Module, data: MaskData, asked: Asked) -> list[MaskPrediction]:
+    """Masks of files in the folder ``asked.out``, all of them or none.
+
+    Raises:
+        ValueError: no folder, or one that is not empty; two files of one name; damaged files (named, counted).
+        FloatingPointError: the model gives NaN.
+    """
+    out, names = _checked(asked)
+    made: list[MaskPrediction] = []
+    damaged: list[str] = []
+    with published(out) as folder:
+        for path, name in names.items():
+            try:
+                planes = read_planes(path, data.reading)
+            except Damaged as error:
+                damaged.append(f"{path} ({error})")
+                continue
+            if damaged and not asked.skip_damaged:
+                continue  # only looked at, to name them all
+            labels = segment(model, planes, data, asked.batch_size)
+            (folder / name).parent.mkdir(parents=True, exist_ok=True)
+            _write(folder / name, labels, path)
+            counts = np.bincount(labels.reshape(-1), minlength=len(data.classes)) / labels.size
+            shares = dict(zip(data.classes[1:], map(float, counts[1:]), strict=True))
+            made.append(MaskPrediction(path=str(path), mask=str(out / name), shares=shares))
+        if damaged and not asked.skip_damaged:
+            raise ValueError(
+                f"{len(damaged)} of {len(names)} images cannot be read: {some(damaged)}; leave them out with "
+                "--skip-damaged"
+            )
+    return made
+
+
+def _checked(asked: Asked) -> tuple[Path, dict[Path, str]]:
+    """The folder, and each file's mask in it: files of several folders keep these below what they have in common."""
+    out = asked.out
+    if out is None:
+        raise ValueError("where do the masks go? give --out FOLDER, a new one")
+    if out.is_dir() and any(out.iterdir()):
+        raise ValueError(f"--out {out} is not empty: choose another folder")
+    if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
+        why = "is a file" if out.exists() else f"cannot be: there is no folder {out.absolute().parent}"
+        raise ValueError(f"--out {out} {why}; masks go to a new folder")
+    root = Path(os.path.commonpath([path.absolute().parent for path in asked.files]))
+    names = {
+        path: (path if is_nifti(path) else path.with_suffix(".png")).absolute().relative_to(root).as_posix()
+        for path in asked.files
+    }
+    counts = Counter(names.values())
+    if twice := [str(path) for path, name in names.items() if counts[name] > 1]:
+        raise ValueError(f"the masks of {some(twice)} would have one name: rename them, or leave some out")
+    return out, names
+
+
+@torch.no_grad()
+def segment(model: nn.Module, planes: np.ndarray, data: MaskData, batch_size: int) -> np.ndarray:
+    """(n, h, w) or (n, h, w, 3) uint8 → the class of each pixel, (n, h, w) uint8."""
+    device, found = next(model.parameters()).device, []
+    for first in range(0, len(planes), batch_size):
+        some_planes = planes[first : first + batch_size]
+        x = to_model(np.stack([fitted(plane, data.reading) for plane in some_planes]), data.spec).to(device)
+        logits = logits_of(model, x)
+        check_finite(logits.cpu().numpy(), "images")
+        found.append(_of_own_size(logits, planes.shape[1], planes.shape[2], data.reading))
+    return np.concatenate(found)
+
+
+def _of_own_size(logits: Tensor, h: int, w: int, reading: Reading) -> np.ndarray:
+    """Logits (n, classes, s, s) → the classes of planes of h × w; one class at a time, for these may be large."""
+    seen, shown = fitted_part(h, w, reading)
+    high, wide = (part.stop - part.start for part in seen)
+    best = torch.full((len(logits), high, wide), -math.inf, device=logits.device)
+    labels = torch.zeros(best.shape, dtype=torch.uint8, device=logits.device)
+    for i in range(logits.shape[1]):
+        square = _resized(logits[:, i : i + 1], reading.size, reading.size)
+        own = _resized(square[:, :, shown[0], shown[1]], high, wide)[:, 0]
+        labels[own > best] = i
+        best = torch.maximum(best, own)
+    whole = np.zeros((len(logits), h, w), dtype=np.uint8)
+    whole[:, seen[0], seen[1]] = labels.cpu().numpy()
+    return whole
+
+
+def _resized(x: Tensor, h: int, w: int) -> Tensor:
+    if x.shape[-2:] == (h, w):
+        return x
+    return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
+
+
+def _write(path: Path, labels: np.ndarray, of: Path) -> None:
+    if is_nifti(of):
+        return write_labels(path, labels, of)
+    from PIL import Image
+
+    Image.fromarray(labels[0]).save(path)
