@@ -24,8 +24,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 
 from lowrank.linalg import basis
-from lowrank.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Optimizer, Projected, galore_torch
-from lowrank.optim import optimizer as optimizer_module
+from lowrank.optim import GaLoreAdafactor, GaLoreAdamW, GaLoreAdamW8bit, Optimizer, Projected, galore_torch, stepper
 from lowrank.optim.state import leaves
 
 META = torch.device("meta")
@@ -58,7 +57,7 @@ class Watch(TorchDispatchMode):
 def streams_on_the_device(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """Random streams for ``meta``, which has no generators of its own."""
     made = basis.generator
-    for module in (basis, optimizer_module, galore_torch):
+    for module in (basis, stepper, galore_torch):
         monkeypatch.setattr(module, "generator", lambda device, *keys: made("cpu", *keys))
     yield
     monkeypatch.undo()

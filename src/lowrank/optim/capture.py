@@ -15,8 +15,9 @@ from typing import Any
 
 import torch
 
-from lowrank.optim.optimizer import NARROW, Optimizer
+from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import PairRule
+from lowrank.optim.stepper import NARROW
 
 
 def check_capturable(optimizer: Optimizer) -> None:

@@ -35,9 +35,10 @@ from lowrank.infra.seeds import generator
 from lowrank.linalg.basis import SVD
 from lowrank.linalg.rounding import round_into_, wide
 from lowrank.optim.adafactor import Adafactor
+from lowrank.optim.clock import count
 from lowrank.optim.projected import Projected
-from lowrank.optim.refresh import copy_into_, count
 from lowrank.optim.rules import AdamW, Rule, State
+from lowrank.optim.state import matched
 
 SIDES = {"std": "short", "reverse_std": "long", "left": "left", "right": "right", "full": "both"}
 DEFAULTS = {"update_proj_gap": 200, "scale": 0.25, "proj_type": "std"}
@@ -173,8 +174,9 @@ class GaLoreOptimizer(torch.optim.Optimizer):
             )
         state = self._rule_for(p, group).init(p)
         try:
-            copy_into_(state, saved)
-        except ValueError as error:
+            for mine, theirs in matched(state, saved, f"parameter {key}"):
+                mine.copy_(theirs)
+        except (ValueError, AttributeError) as error:  # some keep numbers that are no tensors
             raise ValueError(f"the saved state of parameter {key} is of another method or shape: {error}") from None
         return state
 

@@ -31,9 +31,7 @@ shapes and dtypes agree.
 from __future__ import annotations
 
 import copy
-import warnings
 from collections.abc import Callable, Iterable, Mapping
-from functools import partial
 from typing import Any
 
 import torch
@@ -42,21 +40,17 @@ from torch.utils.weak import WeakTensorKeyDictionary
 
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import ProcessGroup
-from lowrank.distributed.shards import Shard, shard_of, to_local
-from lowrank.infra.seeds import generator, stable_seed
-from lowrank.linalg import kernels
-from lowrank.linalg.parts import at_once
-from lowrank.linalg.rounding import round_into_
+from lowrank.distributed.shards import shard_of, to_local
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.gradient_sync import OverlappedSums, agree_bases_, clipped, dense, sum_gradients_
+from lowrank.optim.gradient_sync import OverlappedSums, agree_bases_, sum_gradients_
 from lowrank.optim.pairs import PairRule, rule_of_each
-from lowrank.optim.rules import Rule, State, check_rule
+from lowrank.optim.per_layer import LayerSteps
+from lowrank.optim.rules import Rule, check_rule
 from lowrank.optim.scaler import LayerScaler
 from lowrank.optim.sharded import on_shard
-from lowrank.optim.stacks import alike
 from lowrank.optim.state import check_forgets, find_saved, forget_smallest_, leaves, mapped, matched
+from lowrank.optim.stepper import Stepper
 
-NARROW = (torch.bfloat16, torch.float16)
 _HOOKS = WeakTensorKeyDictionary()  # parameter -> its hook: that of the last optimizer that was made with one
 
 
@@ -129,18 +123,12 @@ class Optimizer(torch.optim.Optimizer):
         self.synchroniser: Any = synchroniser  # a plan's has more to offer than to be called
         self._scaler = LayerScaler(scaler) if scaler is not None and scaler.is_enabled() else None
         self._expect = dict(expect or {})
-        self._micro: dict[nn.Parameter, int] = {}
         self._projected: dict[nn.Parameter, Tensor] = {}
-        self._stepped: set[nn.Parameter] = set()
-        self._waiting: dict[nn.Parameter, dict[nn.Parameter, Tensor]] = {}  # A -> the one gradient of its pair
-        self._place: dict[nn.Parameter, tuple[int, dict[str, Any]]] = {}
         self._intra_worker = intra_worker
         self._summed, self._agreed = dict(summed or {}), dict(agreed or {})
-        self._shards: dict[nn.Parameter, Shard | None] = {}
-        self._rules: dict[nn.Parameter, Rule] = {}  # the group's, or what acts in its place on a shard
         self._agreeing: list[nn.Parameter] = []  # heads of which share a basis
-        self._alone: set[nn.Parameter] = set()  # under a rule of their own, for a shard
-        self._any_shard = False
+        self.stepper = Stepper(self)
+        self.layers = LayerSteps(self, self.stepper, self._projected, self._scaler, self._summed, self._agreed)
         self._synchronised = False
         self._overlapped: OverlappedSums | None = None
         self.capturable = capturable
@@ -168,7 +156,7 @@ class Optimizer(torch.optim.Optimizer):
         """
         check_rule(param_group.get("rule"), "every parameter group of lowrank.Optimizer", (Rule, PairRule))
         super().add_param_group({**param_group, "steps": self.steps if self.param_groups else 0})
-        group = self.param_groups[-1]
+        group, stepper = self.param_groups[-1], self.stepper
         try:
             each = rule_of_each(group["rule"], group["params"])
             for i, (p, rule) in enumerate(zip(group["params"], each, strict=True)):
@@ -176,26 +164,26 @@ class Optimizer(torch.optim.Optimizer):
                     raise ValueError("a frozen parameter (requires_grad=False) was given to the optimizer")
                 if not p.is_floating_point():
                     raise ValueError(f"parameters must be floating point, not {p.dtype}")
-                name = group["param_names"][i] if group.get("param_names") else f"parameter {len(self._place) + i}"
-                self._shards[p] = shard_of(p, self._intra_worker, name)
-                self._rules[p] = on_shard(rule, self._shards[p], name)
+                name = group["param_names"][i] if group.get("param_names") else f"parameter {len(stepper.place) + i}"
+                stepper.shards[p] = shard_of(p, self._intra_worker, name)
+                stepper.rules[p] = on_shard(rule, stepper.shards[p], name)
         except ValueError:
             self.param_groups.pop()
             raise
         for p in group["params"]:
-            index = len(self._place)
-            self._place[p] = (index, group)
-            self.state[p] = self._rules[p].init(to_local(p))
-            if self._rules[p].agrees:
+            index, rule = len(stepper.place), stepper.rules[p]
+            stepper.place[p] = (index, group)
+            self.state[p] = rule.init(to_local(p))
+            if rule.agrees:
                 self._agreeing.append(p)
-            if self._rules[p] is not group["rule"]:
-                self._alone.add(p)
-            self._any_shard |= self._shards[p] is not None
-            self._rules[p].place_(self.state[p], index)
+            if rule is not group["rule"]:
+                stepper.alone.add(p)
+            stepper.any_shard |= stepper.shards[p] is not None
+            rule.place_(self.state[p], index)
             if p in _HOOKS:  # of an earlier optimizer, which this one replaces
                 _HOOKS.pop(p).remove()
             if self.per_layer:
-                _HOOKS[p] = p.register_post_accumulate_grad_hook(self._on_gradient)
+                _HOOKS[p] = p.register_post_accumulate_grad_hook(self.layers.on_gradient)
 
     # --- names and sizes -----------------------------------------------------------------------------------------
 
@@ -206,14 +194,14 @@ class Optimizer(torch.optim.Optimizer):
 
     def name_of(self, p: nn.Parameter) -> str:
         """The name that ``p`` was given with, or its number."""
-        group = self._place[p][1]
+        group = self.stepper.place[p][1]
         names = group.get("param_names")
         index = next(i for i, q in enumerate(group["params"]) if q is p)
-        return names[index] if names else f"parameter {self._place[p][0]}"
+        return names[index] if names else f"parameter {self.stepper.place[p][0]}"
 
     def state_bytes(self) -> int:
         """Bytes of state held now, micro-batch gradients kept as R included (those kept in ``p.grad`` are not)."""
-        tensors = [t for p in self._place for _, t in leaves(self.state[p])]
+        tensors = [t for p in self.stepper.place for _, t in leaves(self.state[p])]
         return sum(t.numel() * t.element_size() for t in [*tensors, *self._projected.values()])
 
     # --- the step ------------------------------------------------------------------------------------------------
@@ -236,10 +224,10 @@ class Optimizer(torch.optim.Optimizer):
         if self.steps == 0:
             self._check_expected()
         if self.per_layer:
-            self._finish_backward()
+            self.layers.finish()
         else:
             self.synchronise_()
-            agree_bases_(self._agreeing, self._rules, self.state, self._agreed)
+            agree_bases_(self._agreeing, self.stepper.rules, self.state, self._agreed)
             self.set_rates_()
             self.step_groups_()
         self.complete_step_()
@@ -248,7 +236,7 @@ class Optimizer(torch.optim.Optimizer):
     def step_groups_(self) -> None:
         """Step every parameter that has a gradient."""
         for group in self.param_groups:
-            self._step_group(group)
+            self.stepper.step_group(group, self._projected)
 
     def complete_step_(self) -> None:
         """What follows when all parameters have stepped."""
@@ -262,7 +250,7 @@ class Optimizer(torch.optim.Optimizer):
 
     def is_ordinary_step(self) -> bool:
         """Whether the coming step, which is not the first, leaves the host nothing to decide."""
-        return self.steps > 0 and all(self._rules[p].is_ordinary(self.state[p]) for p in self._place)
+        return self.steps > 0 and all(self.stepper.rules[p].is_ordinary(self.state[p]) for p in self.stepper.place)
 
     def set_rates_(self) -> None:
         """Where ``capturable``, write the coming step's learning rates to the device."""
@@ -277,9 +265,9 @@ class Optimizer(torch.optim.Optimizer):
 
     def advance_host_(self) -> None:
         """Advance what the host counts, beside a step that a graph makes."""
-        for p in self._place:
+        for p in self.stepper.place:
             if p.grad is not None:
-                self._rules[p].advance_host_(self.state[p])
+                self.stepper.rules[p].advance_host_(self.state[p])
 
     @torch.no_grad()
     def synchronise_(self, *, whole: bool = False) -> None:
@@ -295,7 +283,7 @@ class Optimizer(torch.optim.Optimizer):
         if self._overlapped is not None:
             self._overlapped.finish(self._projected)
         else:
-            sum_gradients_(self._summed, _whole if whole else self._project, self._projected)
+            sum_gradients_(self._summed, _whole if whole else self.project, self._projected)
 
     def sum_during_backward(self, micro_batches: int = 1, *, whole: bool = False) -> None:
         """From now on sums over the ranks are overlapped with the backward pass (``gradient_sync``).
@@ -310,23 +298,23 @@ class Optimizer(torch.optim.Optimizer):
         if self.per_layer:
             raise ValueError("per_layer=True sums each gradient where it steps, inside the backward pass")
         if self._summed and self._overlapped is None:
-            self._overlapped = OverlappedSums(self._summed, _whole if whole else self._project, micro_batches)
+            self._overlapped = OverlappedSums(self._summed, _whole if whole else self.project, micro_batches)
             for p in self._overlapped.params:
                 _HOOKS[p] = p.register_post_accumulate_grad_hook(self._overlapped.arrived)
 
     def span(self, p: nn.Parameter) -> Subspace | None:
         """The subspace in which the steps of ``p`` have lain since its basis was refreshed, the same for all its heads
         and on all ranks; None where there is none."""
-        return self._rules[p].span(p, self.state[p])
+        return self.stepper.rules[p].span(p, self.state[p])
 
     @property
     def holds_projections(self) -> bool:
         """Whether some gradients are held only as R = QᵀG, so that their norm is unknown."""
         return bool(self._projected)
 
-    def _project(self, p: nn.Parameter, g: Tensor) -> Tensor | None:
+    def project(self, p: nn.Parameter, g: Tensor) -> Tensor | None:
         """R = QᵀG where that is all that the coming step needs; None where it needs the whole gradient."""
-        rule, state = self._rules[p], self.state[p]
+        rule, state = self.stepper.rules[p], self.state[p]
         if self.clip_per_layer is not None or not rule.accumulates_projected(state):
             return None
         return rule.project(g, state)
@@ -336,117 +324,17 @@ class Optimizer(torch.optim.Optimizer):
         parameters = [p for group in self.param_groups for p in group["params"]]
         return {p: to_local(p.grad) for p in parameters if p.grad is not None}
 
-    def _step_group(self, group: dict[str, Any]) -> None:
-        rule = group["rule"]
-        if isinstance(rule, PairRule):
-            for A, B in zip(group["params"][::2], group["params"][1::2], strict=True):
-                if grads := {p: dense(p.grad) for p in (A, B) if p.grad is not None}:
-                    self._step_pair(A, B, group, grads)
-            return
-        for p in [p for p in group["params"] if p in self._projected] if self._projected else ():
-            self._step_projected(p, group, self._projected.pop(p))
-        ready = [p for p in group["params"] if p.grad is not None]
-        if ready and self.clip_per_layer is None and kernels.possible(ready[0]):
-            ready = [p for p in ready if not self._step_fused(p, group, dense(p.grad))]
-        together = [p for p in ready if p not in self._alone] if self._alone else ready
-        if self.clip_per_layer is not None:
-            together = []
-        large = {p for p in together if p.numel() > at_once(p)} if rule.divides else set()
-        together = [p for p in together if p not in large] if large else together
-        wide_ones = [p for p in together if p.dtype not in NARROW]
-        self._step_together(wide_ones, group)
-        if len(wide_ones) < len(together):  # widened a stack at a time, which is to stay small
-            narrow = [p for p in together if p.dtype in NARROW]
-            for at in alike(narrow):
-                self._step_together([narrow[i] for i in at], group)
-        for p in [p for p in ready if p in self._alone or p in large] if together else ready:
-            self._step_one(p, group, dense(p.grad))
-
-    def _step_together(self, params: list[nn.Parameter], group: dict[str, Any]) -> None:
-        """Step parameters, all of them narrow or none: those are widened to float32 and rounded back."""
-        grads, states = [dense(p.grad) for p in params], [self.state[p] for p in params]
-        lr, decay = self._lr(group), group["decay"]
-
-        def step_all(targets: list[Tensor]) -> None:
-            gs = [g if g.dtype is p.dtype else g.to(p.dtype) for p, g in zip(targets, grads, strict=True)]
-            group["rule"].apply_(targets, gs, states, lr=lr, decay=decay)
-
-        if params and params[0].dtype not in NARROW and not self._any_shard:
-            group["rule"].apply_(params, grads, states, lr=lr, decay=decay)
-        elif params:
-            self._write(params, step_all)
-
-    def _step_one(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> None:
-        """Step one parameter, its gradient clipped on request."""
-        if self.clip_per_layer is not None:
-            g = clipped(g, self.clip_per_layer, self._shards[p])
-        if kernels.possible(p) and self._step_fused(p, group, g):
-            return
-        rule, lr, decay = self._rules[p], self._lr(group), group["decay"]
-
-        def step_(targets: list[Tensor], grad: Tensor, state: State) -> None:
-            rule.apply_(targets, [grad.to(targets[0].dtype)], [state], lr=lr, decay=decay)
-
-        whole = p if self._shards[p] is None else to_local(p)
-        noise = self._noise(p) if p.dtype in NARROW else None
-        for part, grad, state in rule.pieces(whole, g, self.state[p]):
-            self._write([p], partial(step_, grad=grad, state=state), [part], noise)
-
-    def _step_fused(self, p: nn.Parameter, group: dict[str, Any], g: Tensor) -> bool:
-        """Step one parameter by a kernel, where its rule has chosen one."""
-        if self._shards[p] is not None:
-            return False
-        seed = stable_seed("rounding", self.seed, self._place[p][0]) & 0x7FFFFFFF  # to which kernels add the step
-        return self._rules[p].fused_(p, g, self.state[p], lr=self._lr(group), decay=group["decay"], seed=seed)
-
-    def _step_pair(
-        self, A: nn.Parameter, B: nn.Parameter, group: dict[str, Any], grads: dict[nn.Parameter, Tensor]
-    ) -> None:
-        """Step the factors of one adapter together; a gradient that is missing counts as zero."""
-        rule, state, lr, decay = group["rule"], self.state[A], self._lr(group), group["decay"]
-        g, h = (grads[p] if p in grads else torch.zeros_like(p) for p in (A, B))
-        if self.clip_per_layer is not None:
-            g, h = (clipped(each, self.clip_per_layer, None) for each in (g, h))
-
-        def step_both(factors: list[Tensor]) -> None:
-            a, b = factors
-            rule.apply_((a, b), (g.to(a.dtype), h.to(b.dtype)), state, lr=lr, decay=decay)
-
-        self._write([A, B], step_both)
-
-    def _write(
-        self,
-        params: list[nn.Parameter],
-        change_: Callable[[list[Tensor]], None],
-        parts: list[Tensor] | None = None,
-        noise: torch.Generator | None = None,
-    ) -> None:
-        """Change parameters, or ``parts`` of them, in place; narrower ones as float32 copies, rounded back, bfloat16
-        stochastically (by ``noise``, which those of one parameter share)."""
-        mine: list[Tensor] = parts or [p if self._shards[p] is None else to_local(p) for p in params]
-        if all(t.dtype not in NARROW for t in mine):
-            return change_(mine)
-        targets = [t.float() if t.dtype in NARROW else t for t in mine]
-        change_(targets)
-        for p, here, target in zip(params, mine, targets, strict=True):
-            if here is not target:
-                round_into_(here, target, self._noise(p) if noise is None else noise)
-
-    def _noise(self, p: nn.Parameter) -> torch.Generator:
-        """The random stream that rounds ``p`` in the coming step."""
-        shard, place = self._shards[p], self._place[p][0]
-        keys = (place,) if shard is None else (place, shard.start)
-        return generator(p.device, "rounding", self.seed, *keys, self.steps)
-
-    def _lr(self, group: dict[str, Any]) -> Any:
+    def rate_of(self, group: dict[str, Any]) -> Any:
+        """The learning rate of the coming step for a group: a tensor where ``capturable``."""
         if self.capturable:
             return self._rates[next(i for i, each in enumerate(self.param_groups) if each is group)]
         return float(group["lr"]) * group["lr_ratio"] * self.schedule(self.steps)
 
     def _check_expected(self) -> None:
         """Raise RuntimeError at the first step for adapters whose layer never ran: they would never be trained."""
-        seen = self._stepped if self.per_layer else {p for p in self._expect if p.grad is not None}
-        missing = sorted({label for p, label in self._expect.items() if p not in seen and p not in self._micro})
+        seen = set(self.layers.stepped) if self.per_layer else {p for p in self._expect if p.grad is not None}
+        seen |= self.layers.waiting.keys()
+        missing = sorted({label for p, label in self._expect.items() if p not in seen})
         if missing:
             raise RuntimeError(
                 f"adapters of {', '.join(missing[:5])}{' …' if len(missing) > 5 else ''} were never called in the "
@@ -455,96 +343,12 @@ class Optimizer(torch.optim.Optimizer):
             )
         self._expect.clear()
 
-    # --- inside the backward pass --------------------------------------------------------------------------------
-
-    @torch.no_grad()
-    def _on_gradient(self, p: nn.Parameter) -> None:
-        """The hook: the gradient of ``p`` for one micro-batch is complete."""
-        if p.grad is None:
-            raise RuntimeError(
-                f"the gradient of {self.name_of(p)} was taken by another hook before the step: only one can free it"
-            )
-        if p in self._stepped:
-            raise RuntimeError(
-                f"{self.name_of(p)} was stepped by an earlier backward pass of this step already; call step() after "
-                f"every {self.accumulate} backward passes, or make the optimizer with the accumulate= of your loop"
-            )
-        count = self._micro[p] = self._micro.get(p, 0) + 1
-        if self.accumulate > 1 and (small := self._project(p, dense(p.grad))) is not None:
-            self._projected[p] = self._projected[p].add_(small) if p in self._projected else small
-            p.grad = None
-        if count == self.accumulate:
-            self._complete(p)
-
-    def _complete(self, p: nn.Parameter) -> None:
-        """Every micro-batch that reaches this parameter has done so: step it, and free its gradient."""
-        group = self._place[p][1]
-        del self._micro[p]
-        self._stepped.add(p)
-        projected = p in self._projected
-        g: Tensor | None = self._projected.pop(p) if projected else dense(p.grad)
-        p.grad = None
-        if self._scaler is not None and g is not None:
-            g = self._scaler.unscaled(g)
-        if g is None:
-            return
-        if p in self._summed:
-            if not projected and (small := self._project(p, g)) is not None:
-                g, projected = small, True
-            self._summed[p].sum_([g])
-        if projected:
-            self._step_projected(p, group, g)
-        elif isinstance(group["rule"], PairRule):
-            A, B = self._pair_of(p, group)
-            grads = self._waiting.setdefault(A, {})
-            grads[p] = g
-            if len(grads) == 2:
-                self._step_pair(A, B, group, self._waiting.pop(A))
-        else:
-            if self._shards[p] is None:  # of a sharded parameter no basis is shared by heads
-                p.grad = g
-                agree_bases_([p], self._rules, self.state, self._agreed)
-                p.grad = None
-            self._step_one(p, group, g)
-
-    @staticmethod
-    def _pair_of(p: nn.Parameter, group: dict[str, Any]) -> tuple[nn.Parameter, nn.Parameter]:
-        """(A, B) of which ``p`` is one."""
-        at = next(i for i, q in enumerate(group["params"]) if q is p) // 2 * 2
-        return group["params"][at], group["params"][at + 1]
-
-    def _step_projected(self, p: nn.Parameter, group: dict[str, Any], r: Tensor) -> None:
-        rule, state, lr, decay = self._rules[p], self.state[p], self._lr(group), group["decay"]
-        self._write([p], lambda targets: rule.apply_projected_(targets[0], r, state, lr=lr, decay=decay))
-
-    def _finish_backward(self) -> None:
-        if self._stepped:  # so K backward passes have run; parameters still waiting were not reached by all of them
-            for p in list(self._micro):
-                self._complete(p)
-            for A, grads in self._waiting.items():  # whose other factor got no gradient
-                group = self._place[A][1]
-                self._step_pair(*self._pair_of(A, group), group, grads)
-            self._waiting.clear()
-        if self._micro:
-            waiting = self.name_of(next(iter(self._micro)))
-            raise RuntimeError(
-                f"step() was called after {next(iter(self._micro.values()))} of accumulate={self.accumulate} backward "
-                f"passes (seen at {waiting}); run all of them first, or make the optimizer with your loop's accumulate="
-            )
-        if not self._stepped:
-            warnings.warn("step() was called without a backward pass: nothing was updated", stacklevel=3)
-        self._stepped.clear()
-        if self._scaler is not None:
-            self._scaler.finish()
-
     def zero_grad(self, set_to_none: bool = True) -> None:
         """As in torch; also drops the kept micro-batches of an unfinished step."""
         if self._overlapped is not None:
             self._overlapped.drop()
         super().zero_grad(set_to_none)
-        self._micro.clear()
-        self._waiting.clear()
-        self._projected.clear()
+        self.layers.drop()
         self._synchronised = False
 
     # --- forgetting ----------------------------------------------------------------------------------------------
@@ -564,8 +368,8 @@ class Optimizer(torch.optim.Optimizer):
         params = list(params)
         for p in params:
             if 0.0 < share < 1.0:
-                check_forgets(self._rules[p], p, self.name_of(p))
-                if self._shards[p] is not None:
+                check_forgets(self.stepper.rules[p], p, self.name_of(p))
+                if self.stepper.shards[p] is not None:
                     raise ValueError(
                         f"the smallest numbers of the state of {self.name_of(p)} cannot be told from a shard of it: "
                         "it is sharded; use share=0 or share=1"
@@ -573,8 +377,8 @@ class Optimizer(torch.optim.Optimizer):
         for p in params:
             if share == 1.0:
                 self.replaced += 1
-                self._rules[p].restart_(self.state[p], to_local(p))
-                self._rules[p].place_(self.state[p], self._place[p][0])
+                self.stepper.rules[p].restart_(self.state[p], to_local(p))
+                self.stepper.rules[p].place_(self.state[p], self.stepper.place[p][0])
             elif share > 0.0:
                 moments = [t for _, t in leaves(self.state[p]) if t.shape == p.shape]
                 if moments:
@@ -587,14 +391,14 @@ class Optimizer(torch.optim.Optimizer):
 
         The dicts are new, the tensors are the optimizer's own: ``copy.deepcopy`` what is to outlive the next step.
         """
-        number = {p: index for p, (index, _) in self._place.items()}
+        number = {p: index for p, (index, _) in self.stepper.place.items()}
         groups = []
         for group in self.param_groups:
             plain = {k: v for k, v in group.items() if k not in ("params", "rule")}
             groups.append({**plain, "rule": repr(group["rule"]), "params": [number[p] for p in group["params"]]})
         extra = {"scale_age": self._scaler.age} if self._scaler is not None else {}
         return {
-            "state": {number[p]: mapped(self.state[p], lambda _, t: t) for p in self._place},
+            "state": {number[p]: mapped(self.state[p], lambda _, t: t) for p in self.stepper.place},
             "param_groups": groups,
             **extra,
         }
@@ -617,4 +421,4 @@ class Optimizer(torch.optim.Optimizer):
             self._scaler.age = state_dict.get("scale_age", 0)
         self._expect.clear()
         self.zero_grad()
-        self._stepped.clear()
+        self.layers.stepped.clear()

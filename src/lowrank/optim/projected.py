@@ -40,7 +40,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass, field, fields, replace
-from typing import Any, Literal, cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor
@@ -49,52 +49,14 @@ from lowrank.infra.checks import check_choice, check_integer
 from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, Side, orthonormalise
 from lowrank.linalg.kernels import chosen, rate, takes
 from lowrank.linalg.subspace import Subspace, Subspaces, residual
-from lowrank.optim.geometry import ProjectedSide, basis_shapes, inside_shape, matrices_of, sides_of
+from lowrank.optim.clock import Lazy, advance_, advance_all_, are_due, is_due, new_clock, streams
+from lowrank.optim.geometry import ProjectedSide, basis_shapes, inside_shape, matrices_of
 from lowrank.optim.lifts import GaLore, Lift
-from lowrank.optim.refresh import (
-    Lazy,
-    advance_,
-    advance_all_,
-    are_due,
-    copy_into_,
-    count,
-    fit,
-    fit_joint,
-    is_due,
-    new_clock,
-    rotation,
-    schedule_next_,
-    stream,
-    streams,
-    together,
-)
+from lowrank.optim.refresh import refreshing, together
 from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
 from lowrank.optim.stacks import alike, joined
-from lowrank.optim.storage import BasisStorage, allocate, basis_code, read, wide, write_
-
-Transport = Literal["keep", "rotate", "statistics", "reset"]
-
-
-@dataclass(frozen=True, kw_only=True)
-class ErrorFeedback:
-    """What the projection leaves out is not lost but added to the next gradient (LDAdam, PowerSGD).
-
-        G ← G + E,   step with R = QᵀG,   E ← G − share·Q R + β₁/(1 − β₁)·(Qₒ M − Qₙ QₙᵀQₒ M)
-
-    Args:
-        share: of what lies in the subspace, how much counts as dealt with, in (0, 1].
-        moments: the last term: also what AdamW's first moment M loses where the basis turns (LDAdam).
-
-    Raises:
-        ValueError: a share out of its range.
-    """
-
-    share: float = 1.0
-    moments: bool = False
-
-    def __post_init__(self) -> None:
-        if not 0.0 < self.share <= 1.0:
-            raise ValueError(f"share={self.share} must lie in (0, 1]")
+from lowrank.optim.storage import BasisStorage, allocate, basis_code, read, wide
+from lowrank.optim.transport import ErrorFeedback, Transport, check_turning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -110,9 +72,8 @@ class Projected(Rule):
         scale: multiplies the step of projected matrices (GaLore's scale, Fira's alpha).
         side: which side is projected: the ``short`` one (the paper's; columns of a square), the ``long`` one, ``left``
             (rows), ``right`` (columns), or ``both``.
-        transport: what becomes of the moments at a refresh: ``keep`` their coordinates (galore-torch), ``rotate`` them
-            into the new basis, the first by C = QₙᵀQₒ and the second by C's squared entries, ``reset`` them, or
-            rotate the ``statistics`` of which they are estimates, mean and variance (LDAdam).
+        transport: what becomes of the moments at a refresh (``optim.transport``): ``keep`` (galore-torch), ``rotate``,
+            ``statistics`` (LDAdam) or ``reset``.
         stagger: spread the refreshes of the layers over the interval, so that no step pays for all of them.
         lazy: refresh ever less often where the subspace stands still (``Lazy``), or None.
         basis_storage: how the basis is kept: ``float32``, ``bfloat16``, ``int8`` or ``int4``.
@@ -165,39 +126,16 @@ class Projected(Rule):
         check_rule(self.inner, "inner=")
         self.lift.check(self.side)
         self._check_pairs()
+        check_turning(self)
 
     def _check_pairs(self) -> None:
         if self.one_basis and not self.stack:
             raise ValueError("one_basis=True is for a stack of matrices: use stack=True")
         if self.one_basis and not isinstance(self.basis, JointBasis):
             raise ValueError(f"one_basis=True needs a JointBasis, which {self.basis!r} is not")
-        if self.error_feedback is not None and (self.lift.needs_gradient or not self.basis.orthonormal):
-            raise ValueError(
-                "error_feedback= keeps what an orthonormal basis leaves out and lift=GaLore() drops; it cannot go with "
-                f"{self.lift!r} and {self.basis!r}"
-            )
-        turns = self.transport in ("rotate", "statistics")
-        by_moment = self.follow > 0 or (self.error_feedback is not None and self.error_feedback.moments)
-        if not 0.0 <= self.follow < 1.0:
-            raise ValueError(f"follow={self.follow} must lie in [0, 1)")
-        if by_moment and (type(self.inner) is not AdamW or not turns or self.one_basis):
-            raise ValueError(
-                "follow= and ErrorFeedback(moments=True) read AdamW's first moment as the basis turns: use "
-                "inner=AdamW(), transport='rotate' or 'statistics', and one_basis=False"
-            )
-        if not self.basis.orthonormal and (turns or self.lazy is not None):
-            raise ValueError(
-                f"transport={self.transport!r} and lazy= compare the old basis with the new one, but "
-                f"{self.basis!r} is drawn anew; use transport='keep' and lazy=None"
-            )
         if not self.basis.stored and self.basis_storage != "float32":
             raise ValueError(
                 f"basis_storage={self.basis_storage!r} has nothing to act on: {self.basis!r} is not stored"
-            )
-        if turns and not self.inner.transports:
-            raise ValueError(
-                f"transport={self.transport!r} needs an inner rule that can rotate its moments, and "
-                f"{type(self.inner).__name__} cannot; use 'keep' or 'reset'"
             )
 
     # --- what is projected ---------------------------------------------------------------------------------------
@@ -235,7 +173,7 @@ class Projected(Rule):
         whole = like.new_empty((), dtype=wide(like.dtype)).expand(self._matrix_shape(like.shape))  # never read
         state: State = {
             **new_clock(),
-            "inner": self.inner.init(self._like_inside(whole)),
+            "inner": self.inner.init(self.like_inside(whole)),
             "lift": self.lift.init(whole),
         }
         if self.basis.stored:
@@ -248,7 +186,7 @@ class Projected(Rule):
             state["error"] = torch.zeros(whole.shape, dtype=whole.dtype, device=like.device)
         return state if self.lazy is None else {**state, **self.lazy.init(self.refresh_every)}
 
-    def _like_inside(self, g: Tensor) -> Tensor:
+    def like_inside(self, g: Tensor) -> Tensor:
         """A tensor of the shape of R; its values are not set."""
         return g.new_empty(self.inside_shape(g.shape))
 
@@ -256,26 +194,26 @@ class Projected(Rule):
         """Note the parameter's ``index``: its phase in the refresh interval and its random streams follow from it."""
         if "due" in state:
             cast(Tensor, state["index"]).fill_(index)
-        self.inner.place_(self._inner_state(state), index)
+        self.inner.place_(self.inner_state(state), index)
 
     def observe_(self, param: Tensor, state: State) -> None:
         if self.inner.observes:
             matrix = param.reshape(self._matrix_shape(param.shape)) if "due" in state else param
-            self.inner.observe_(matrix, self._inner_state(state))
+            self.inner.observe_(matrix, self.inner_state(state))
 
-    def _inner_state(self, state: State) -> State:
+    def inner_state(self, state: State) -> State:
         return cast(State, state["inner"] if "due" in state else state.get("plain", state))
 
     # --- one step ------------------------------------------------------------------------------------------------
 
     def update(self, g: Tensor, state: State) -> tuple[Tensor, Tensor | float]:
         if "due" not in state:
-            return self.inner.update(g, self._inner_state(state))
+            return self.inner.update(g, self.inner_state(state))
         shape, g = g.shape, self._as_matrix(g, state)
         subspace = self._subspaces([g], [state])[0]
         r = subspace.project(g)
         self._keep_error_(g, r, subspace, state)
-        s, gain = self.inner.update(r, self._inner_state(state))
+        s, gain = self.inner.update(r, self.inner_state(state))
         s, gain = (s * gain, 1.0) if self.lift.corrected else (s, gain)
         u = self.lift(g, r, s, subspace, cast(State, state["lift"]))
         advance_(state, "step")
@@ -295,7 +233,7 @@ class Projected(Rule):
             )
         if len(projected) < len(states):
             at = [i for i, state in enumerate(states) if "due" not in state]
-            inner = [self._inner_state(states[i]) for i in at]
+            inner = [self.inner_state(states[i]) for i in at]
             self.inner.apply_([params[i] for i in at], [grads[i] for i in at], inner, lr=lr, decay=decay)
 
     def fused_(self, param: Tensor, grad: Tensor, state: State, *, lr: float | Tensor, decay: float, seed: int) -> bool:
@@ -307,7 +245,7 @@ class Projected(Rule):
         from lowrank.linalg.kernels.projected import projected_adam_
 
         like = grad.new_empty((), dtype=torch.float32).expand(grad.shape)  # never read
-        q = self._refresh(grad.float(), state) if is_due(state) else self._present(like, state)
+        q = self._refresh(grad.float(), state) if is_due(state) else self.present(like, state)
         left, moments = q.left is not None, cast(Any, state["inner"])
         projected_adam_(
             param,
@@ -401,10 +339,10 @@ class Projected(Rule):
         return self.inner.refuses_capture if self.basis.stored else "draws its basis anew at every step"
 
     def is_ordinary(self, state: State) -> bool:
-        return not ("due" in state and is_due(state)) and self.inner.is_ordinary(self._inner_state(state))
+        return not ("due" in state and is_due(state)) and self.inner.is_ordinary(self.inner_state(state))
 
     def advance_host_(self, state: State) -> None:
-        self.inner.advance_host_(self._inner_state(state))
+        self.inner.advance_host_(self.inner_state(state))
         if "due" in state:
             advance_(state, "step")
 
@@ -421,10 +359,10 @@ class Projected(Rule):
     def project(self, g: Tensor, state: State) -> Tensor:
         """R = QᵀG."""
         g = self._as_matrix(g, state)
-        return self._present(g, state).project(g)
+        return self.present(g, state).project(g)
 
     def apply_projected_(self, param: Tensor, projected: Tensor, state: State, *, lr: float, decay: float) -> None:
-        subspace = self._present(self._as_matrix(param, state), state)
+        subspace = self.present(self._as_matrix(param, state), state)
         self._advance_([param], None, [projected], Subspaces.of([subspace]), [state], lr=lr, decay=decay)
 
     # --- the subspace --------------------------------------------------------------------------------------------
@@ -435,20 +373,20 @@ class Projected(Rule):
             torch._foreach_zero_([cast(Tensor, state["error"]) for state in states])
         due = are_due(states)
         if not any(due):
-            return self._present_each(gs[0], states)
+            return self.present_each(gs[0], states)
         others = [state for state, refresh in zip(states, due, strict=True) if not refresh]
-        present = self._present_each(gs[0], others) if others else ()
+        present = self.present_each(gs[0], others) if others else ()
         at, found = iter(range(len(present))), []
         for g, state, refresh in zip(gs, states, due, strict=True):
             found.append(self._refresh(g, state) if refresh else present[next(at)])
         return Subspaces.of(found)
 
-    def _present(self, like: Tensor, state: State) -> Subspace:
+    def present(self, like: Tensor, state: State) -> Subspace:
         """The present basis for a matrix like this one, read from the state or drawn again."""
-        return self._present_each(like, [state])[0]
+        return self.present_each(like, [state])[0]
 
-    def _present_each(self, like: Tensor, states: list[State]) -> Subspaces:
-        """``_present`` for several matrices of the shape of ``like``."""
+    def present_each(self, like: Tensor, states: list[State]) -> Subspaces:
+        """``present`` for several matrices of the shape of ``like``."""
         found: dict[Side, list[Tensor]] = {}
         every: Any = states
         for side, shape in basis_shapes(tuple(like.shape), self.side, self.rank).items():
@@ -468,12 +406,12 @@ class Projected(Rule):
     def agreement(self, g: Tensor, state: State) -> Refresh | None:
         """To be run by ``refresh.together``; ``apply_`` runs it alone where nobody has."""
         due = self.one_basis and "due" in state and is_due(state)
-        return self._refreshing(self._as_matrix(g, state), state) if due else None
+        return refreshing(self, self._as_matrix(g, state), state) if due else None
 
     def span(self, like: Tensor, state: State) -> Subspace | None:
         if not self.one_basis or "due" not in state or self.lift.needs_gradient:
             return None
-        present = self._present(self._as_matrix(like, state), state)
+        present = self.present(self._as_matrix(like, state), state)
         sides = {"left": present.left, "right": present.right}
         found = {side: orthonormalise(q[0].clone())[0] for side, q in sides.items() if q is not None}
         return Subspace(left=found.get("left"), right=found.get("right"))
@@ -495,61 +433,4 @@ class Projected(Rule):
         state.update({k: value for k, value in fresh.items() if not shared or k in ("inner", "lift", "error")})
 
     def _refresh(self, g: Tensor, state: State) -> Subspace:
-        return together([self._refreshing(g, state)], lambda yielded: None)[0]
-
-    def _refreshing(self, g: Tensor, state: State) -> Refresh:
-        """A new basis from ``g``; where that fails the old one stays, and is counted."""
-        cold, sides = count(state, "refreshes") == 0, sides_of(self.side, *g.shape[-2:])
-        old = None if cold else self._present(g, state).clone()
-        if self.follow and old is not None:
-            g = g.mul(1 - self.follow) + old.lift(self._first_moment(g, state, corrected=True)) * self.follow
-        if self.basis.stored:
-            rank = min(self.rank, *g.shape[-2:])
-            where: dict[str, Any] = {"old": old, "seed": stream(state)}
-            if self.one_basis and isinstance(self.basis, JointBasis):
-                new, failures = yield from fit_joint(self.basis, g, sides, rank, **where)
-            else:
-                new, failures = fit(self.basis, g, sides, rank, **where)
-            advance_(state, "failures", failures)
-            if not self.one_basis and cold and failures == math.prod(g.shape[:-2]):
-                cast(Tensor, state["due"]).add_(1)  # the random basis serves for this step; the next tries again
-                return new
-            for side, kept in cast(Any, state["basis"]).items():
-                write_(kept, getattr(new, side), basis_code(self.basis_storage), None)
-        advance_(state, "refreshes")
-        new = self._present(g, state)  # as stored, so that every step of the interval sees the same one
-        if old is not None:
-            self._carry_moments_(g, state, old, new)
-            if self.lazy is not None:
-                self.lazy.note_(state, [getattr(old, s) for s in sides], [getattr(new, s) for s in sides])
-        interval = self.refresh_every if self.lazy is None else count(state, "interval")
-        schedule_next_(state, interval, stagger=self.stagger)
-        return new
-
-    def _carry_moments_(self, g: Tensor, state: State, old: Subspace, new: Subspace) -> None:
-        inner = self._inner_state(state)
-        if self.transport == "reset":
-            copy_into_(inner, self.inner.init(self._like_inside(g)))
-            self.place_(state, count(state, "index"))
-            return
-        lost = self.error_feedback is not None and self.error_feedback.moments
-        if lost:
-            self._add_moment_(g, state, old, 1.0)
-        if self.transport == "rotate":
-            self.inner.transport_(inner, self._like_inside(g), rotation(old, new))
-        elif self.transport == "statistics":
-            self.inner.transport_statistics_(inner, self._like_inside(g), rotation(old, new))
-        if lost:
-            self._add_moment_(g, state, new, -1.0)
-
-    def _add_moment_(self, g: Tensor, state: State, subspace: Subspace, sign: float) -> None:
-        """E ← E ± β₁/(1 − β₁)·Q M."""
-        beta1 = cast(AdamW, self.inner).betas[0]
-        moment = self._first_moment(g, state)
-        subspace.lift_into_(cast(Tensor, state["error"]), moment, alpha=sign * beta1 / (1 - beta1))
-
-    def _first_moment(self, g: Tensor, state: State, *, corrected: bool = False) -> Tensor:
-        """AdamW's first moment, in the form of R; ``corrected`` for its start at 0."""
-        inner = cast(AdamW, self.inner)
-        m, state_of = inner.first_moment(self._inner_state(state), self._like_inside(g)), self._inner_state(state)
-        return m / (1 - inner.betas[0] ** cast(Tensor, state_of["step"]).double()).to(m.dtype) if corrected else m
+        return together([refreshing(self, g, state)], lambda yielded: None)[0]

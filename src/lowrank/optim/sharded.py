@@ -134,13 +134,13 @@ class ProjectedShard(Projected):
             shape[self._dim] = self.shard.local_shape[self.shard.dim]
         return tuple(shape)
 
-    def _like_inside(self, g: Tensor) -> Tensor:
+    def like_inside(self, g: Tensor) -> Tensor:
         return g.new_empty(self.inside_shape_here())
 
-    def _present_each(self, like: Tensor, states: list[State]) -> Subspaces:
+    def present_each(self, like: Tensor, states: list[State]) -> Subspaces:
         if tuple(like.shape) == self._whole_shape:
-            return super()._present_each(like, states)
-        whole = super()._present_each(self._stand_in(like).reshape(self._whole_shape), states)
+            return super().present_each(like, states)
+        whole = super().present_each(self._stand_in(like).reshape(self._whole_shape), states)
         return Subspaces.of([self._cut(whole[i]) for i in range(len(states))])
 
     def _refresh(self, g: Tensor, state: State) -> Subspace:
@@ -205,7 +205,7 @@ def _converted(rule: Rule, shard: Shard, source: State, like: Tensor, *, to_whol
         return source
     stand_in = here._stand_in(like)
     whole_inside = stand_in.new_empty(()).expand(inside_shape(here._whole_shape, here.side, here.rank))
-    before, after = here._like_inside(like), whole_inside
+    before, after = here.like_inside(like), whole_inside
     before, after = (before, after) if to_whole else (after, before)
     dim = len(whole_inside.shape) + here._dim
     inner = _moments_changed(here.inner, cast(State, source["inner"]), before, after, lambda m: change(m, dim))

@@ -208,14 +208,14 @@ class Steps:
 
     def _mark_steps(self, optimizer: Any) -> None:
         """Have it said when the optimizer steps a layer inside the backward pass."""
-        complete, live = optimizer._complete, self.live
+        complete, live = optimizer.layers.complete, self.live
 
         def marked(p: nn.Parameter) -> None:
             live.stepping = True
             complete(p)
             live.stepping = False
 
-        optimizer._complete = marked
+        optimizer.layers.complete = marked
 
     def step(self, kind: str) -> None:
         setup, live = self.setup, self.live

@@ -15,8 +15,8 @@ from pathlib import Path
 import torch
 
 from lowrank.infra.files import read_json, write_json
+from lowrank.optim.clock import is_due
 from lowrank.optim.optimizer import Optimizer
-from lowrank.optim.refresh import is_due
 from lowrank.optim.rules import State
 from lowrank.optim.state import leaves
 from lowrank.plan.live_bytes import LiveBytes
