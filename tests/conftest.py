@@ -9,6 +9,7 @@ import pytest
 import torch
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")  # of processes that tests start
+os.environ.setdefault("HF_HUB_OFFLINE", "1")  # no test asks a network
 
 # The same examples every time, and no limit on an example's time: a busy machine is no failure.
 hypothesis.settings.register_profile("lowrank", deadline=None, derandomize=True)

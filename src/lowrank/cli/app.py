@@ -99,8 +99,9 @@ Runs that exist already are not repeated, one that fails does not stop the other
 with more methods or seeds, does what is missing.
 
 An experiment (arena-llama, heads-ranks-merge, sequential-parallel, layers-replaced, adam-galore-memory, vit-ranks,
-lte-galore, lora-rate, switching, tissue) also tunes each method by the same number of trials, on other seeds and another
-split than it reports, and ends in a sentence that claims what a paired test, corrected for all comparisons, allows.
+lte-galore, lora-rate, switching, tissue) also tunes each method by the same number of trials, on other seeds and
+another split than it reports, and ends in a sentence that claims what a paired test, corrected for all comparisons,
+allows.
 
 A method may carry settings: lte:merge_every=1 or lora:rank=16:lr=3e-3. All options of lowrank train hold for every
 method; --method.X for those that have X.

@@ -27,6 +27,7 @@ from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizer_export import save_for_transformers
 from lowrank.evaluate.evaluator import evaluate
 from lowrank.infra.files import user_mode_, write_json
+from lowrank.infra.hub import located
 from lowrank.interop.adapter_bank import refuse_filled, restored_for
 from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use_adapter_
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
@@ -238,10 +239,10 @@ def _pretrained(
         raise ValueError(f"{source} brings no tokenizer: give --tokenizer gpt2, chars, or what it was trained with")
     examples = bool(changes["prompt"] or changes["completion"]) or holds_examples(data, changes["column"])
     if changes["context"] is None and not examples:
-        ours = is_nanogpt(source)
-        config: Any = (
-            load_pretrained(source).config if ours else AutoConfig.from_pretrained(source, trust_remote_code=False)
-        )
+        if is_nanogpt(source):
+            config: Any = load_pretrained(source).config
+        else:
+            config = AutoConfig.from_pretrained(located(source), trust_remote_code=False)
         changes["context"] = min(1024, getattr(config, "max_position_embeddings", 1024))
     given = {name: value for name, value in changes.items() if value is not None}
     run = Run(

@@ -8,6 +8,7 @@ from typing import Any
 from torch import nn
 
 from lowrank.data.text.glue import Glue
+from lowrank.infra.hub import located
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.models.text import weights_dtype, without_bars
@@ -32,7 +33,7 @@ def sequence_classifier(data: Glue, *, path: str = "", dtype: str = "float32") -
     try:
         with without_bars():
             model, info = auto.from_pretrained(
-                folder if folder.is_dir() else path,
+                located(path),
                 num_labels=data.outputs,
                 ignore_mismatched_sizes=True,
                 output_loading_info=True,

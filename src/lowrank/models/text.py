@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 from lowrank.data.text.corpora import Corpus
 from lowrank.data.text.fit import positions_of
 from lowrank.infra.checks import check_choice
+from lowrank.infra.hub import located
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.linalg.quantised_linear import Quantised
@@ -174,7 +175,7 @@ def load_pretrained(path: str, *, dtype: str = "float32", quantise: Quantised | 
         raise FileNotFoundError(
             f"model.path={path!r} is no folder; give a folder with config.json, nanoGPT's ckpt.pt, or a name on the hub"
         )
-    place = Path(path).expanduser() if _looks_local(path) else path
+    place = located(path)
     auto: Any = transformers.AutoModelForCausalLM
     options: dict[str, Any] = {"dtype": weights_dtype(dtype), "output_loading_info": True, "trust_remote_code": False}
     logging.getLogger("transformers.modeling_utils").addFilter(_is_needed)

@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from lowrank.infra.hub import located
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import Registry, register
 from lowrank.linalg.quantised_linear import Quantised
@@ -80,7 +81,7 @@ def _configuration(path: str) -> Any:
     if (path.startswith((".", "/", "~")) or folder.is_dir()) and not (folder / "config.json").is_file():
         raise FileNotFoundError(f"model.path={path!r} has no config.json, from which its memory could be told")
     try:
-        return transformers.AutoConfig.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False)
+        return transformers.AutoConfig.from_pretrained(located(path), trust_remote_code=False)
     except (OSError, ValueError) as error:
         if folder.is_dir():
             raise ValueError(f"{folder / 'config.json'} is none of transformers' configurations: {error}") from error

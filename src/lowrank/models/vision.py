@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from lowrank.data.images.set import ImageSpec, some
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
+from lowrank.infra.hub import ask_hub, located
 from lowrank.infra.loaded import mark_loaded_
 from lowrank.infra.registry import register
 
@@ -100,6 +101,8 @@ def vit(
         raise ValueError(f"timm has no model {name!r}{nearest(base, timm.list_models('*vit*'))}")
     shape = {"img_size": image_size, "patch_size": patch_size, "embed_dim": width, "depth": depth, "num_heads": heads}
     given: dict[str, Any] = {option: value for option, value in shape.items() if value is not None}
+    if weights == "hub":
+        ask_hub()
     try:
         model: Any = timm.create_model(
             name,
@@ -144,7 +147,7 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
     transformers.logging.set_verbosity_error()  # it would report the new head, which is meant
     try:
         model, info = transformers.AutoModelForImageClassification.from_pretrained(
-            folder if folder.is_dir() else path,
+            located(path),
             num_labels=check_outputs(data),
             ignore_mismatched_sizes=True,
             output_loading_info=True,

@@ -26,6 +26,7 @@ from lowrank.data.text.corpora import Tokenised
 from lowrank.data.text.fit import check_fits, positions_of
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
 from lowrank.infra.extras import import_extra
+from lowrank.infra.hub import ask_hub
 from lowrank.infra.registry import register
 
 if TYPE_CHECKING:
@@ -264,6 +265,7 @@ def _label(text: str, table: Table, where: str) -> float:
 def _from_hub(name: str, table: Table) -> tuple[list[Row], list[Row]]:
     """(train, dev) of the hub's copy, whose columns have plainer names and whose labels are numbers."""
     datasets = import_extra("datasets", "text")
+    ask_hub()
     try:
         found = datasets.load_dataset("nyu-mll/glue", name, trust_remote_code=False)
     except Exception as error:  # of many kinds: there is no network, or the hub has no answer

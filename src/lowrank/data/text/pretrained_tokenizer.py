@@ -20,6 +20,7 @@ import numpy as np
 
 from lowrank.data.text.tokenizers import SAVED, Tokenizer, check_tokenizer_spec, end_of, tokenizer_files
 from lowrank.infra.extras import import_extra
+from lowrank.infra.hub import located
 
 # Turns in plain words, for models that have never seen a chat: nothing but the end of a text is a special token.
 PLAIN_TEMPLATE = (
@@ -163,7 +164,7 @@ def _load(spec: str) -> Any:
     try:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            return loader.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+            return loader.from_pretrained(str(located(spec)), trust_remote_code=False)
     except Exception as error:  # of many kinds
         said = (str(error).strip() or type(error).__name__).splitlines()[0]
         hint = f"; {SAVED} says that it is one of ours" if (path / SAVED).is_file() else ""

@@ -26,6 +26,7 @@ from lowrank.data.text.files import nearest_names, open_files
 from lowrank.data.text.source import SOURCES, Piece, Source, SourceInfo, text_source
 from lowrank.data.text.token_files import FORMAT, META
 from lowrank.infra.extras import import_extra
+from lowrank.infra.hub import ask_hub
 
 PASSAGE = 1500
 SHORT = 20  # headings and single words may repeat
@@ -187,6 +188,7 @@ class Hub:
 
     def _load(self, split: str) -> Any:
         datasets = import_extra("datasets", "text")
+        ask_hub()
         options = {"data_files": None if self.data_files is None else dict(self.data_files), **self.options}
         try:
             return datasets.load_dataset(

@@ -33,6 +33,7 @@ import numpy as np
 from lowrank.infra.convert import nearest
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
+from lowrank.infra.hub import located
 
 END_OF_DOCUMENT = "<|endoftext|>"
 SAVED = "lowrank_tokenizer.json"
@@ -280,7 +281,7 @@ def pretrained_tokenizer(spec: str) -> Tokenizer:
         )
     loader = import_extra("transformers", "text").AutoTokenizer
     try:
-        backend = loader.from_pretrained(str(path) if path.is_dir() else spec, trust_remote_code=False)
+        backend = loader.from_pretrained(str(located(spec)), trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
         raise type(error)(
             f"tokenizer {spec!r} is neither bytes, chars or bpe:N, nor a folder with a tokenizer, nor a name that "
