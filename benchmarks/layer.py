@@ -56,7 +56,7 @@ def with_peft(linear: nn.Linear, rank: int = RANK, dora: bool = False) -> nn.Mod
     from peft import LoraConfig, get_peft_model
 
     config = LoraConfig(r=rank, lora_alpha=rank, lora_dropout=0.0, use_dora=dora, target_modules=["0"])
-    model: nn.Module = get_peft_model(nn.Sequential(linear), config)  # type: ignore[arg-type]
+    model: nn.Module = get_peft_model(nn.Sequential(linear), config)
     return model
 
 

@@ -81,7 +81,8 @@ def configurations() -> Iterator[tuple[str, Run]]:
     """Every method on every model, with batch, checkpointing, per-layer steps and precision varied over them."""
     for i, model in enumerate(MODELS):
         for j, method in enumerate(METHODS):
-            changes = {"batch_size": (4, 12)[(i + j) % 2], "checkpoint_activations": (i + j // 2) % 2 == 0}
+            changes: dict[str, Any] = {"batch_size": (4, 12)[(i + j) % 2]}
+            changes["checkpoint_activations"] = (i + j // 2) % 2 == 0
             changes |= {"per_layer": (i + j) % 3 == 0, "precision": ("fp32", "bf16-weights")[(j // 2) % 2]}
             run = run_of(model, method, **changes)
             if run is not None:
@@ -105,7 +106,7 @@ def profiled(setup: Setup, held: int) -> int:
 
 def peaks() -> dict[str, Any]:
     """Relative errors of the step's peak and of what is saved for the backward pass."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     for name, run in configurations():
         sheet = estimate(run, on_card=False)
         predicted = max(peak.total for (step, _), peak in sheet.counts.peaks.items() if step == "first")

@@ -208,7 +208,7 @@ def _ddp(run: Run, ranks: ProcessGroup) -> dict[str, float]:
 def ours(run: Run, ranks: ProcessGroup, *, before: int = BEFORE, steps: int = PERIOD) -> dict[str, float]:
     """The steps of ``lowrank train``, its log and its evaluations left out."""
     session = open_session(run, ranks=ranks)
-    loop = _Loop(session, Path("nowhere"), quiet=True)
+    loop = _Loop(session, Path("nowhere"), quiet=True, writer=False, new=True)
     session.model.train()
     told = Traffic()
 

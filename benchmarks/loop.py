@@ -28,7 +28,7 @@ def main() -> None:
     run = resolve(override(gpt_mini(), {"steps": 10_000, "batch-size": 16}))
     session, bare = open_session(run), open_session(run)
     with tempfile.TemporaryDirectory() as folder:
-        loop = _Loop(session, Path(folder), quiet=True)
+        loop = _Loop(session, Path(folder), quiet=True, writer=True, new=True)
         source, task = bare.data.train(run.batch_size, run.seed), TextTask()
         optimizer = torch.optim.AdamW(bare.model.parameters(), lr=run.lr, weight_decay=run.weight_decay, fused=True)
         session.model.train()

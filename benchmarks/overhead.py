@@ -82,7 +82,7 @@ def chain(make: Callable[[], nn.Module]) -> nn.Module:
 
 def with_dora(linear: nn.Linear) -> nn.Module:
     adapter = DoRA(LoRA(rank=LAYER_RANK))(Site("all", linear.weight.detach()))
-    nn.init.normal_(adapter.inner.B, std=0.01)  # type: ignore[union-attr, arg-type]
+    nn.init.normal_(adapter.inner.B, std=0.01)  # type: ignore[arg-type]
     return AdaptedLinear(linear, {"all": adapter}, {"all": slice(0, linear.out_features)})
 
 
@@ -91,7 +91,7 @@ def with_peft(*, dora: bool) -> nn.Module:
 
     targets = [str(i) for i in range(LAYERS)]
     config = LoraConfig(r=LAYER_RANK, lora_alpha=LAYER_RANK, lora_dropout=0.0, target_modules=targets, use_dora=dora)
-    model: nn.Module = get_peft_model(chain(lambda: nn.Linear(WIDTH, WIDTH)), config)  # type: ignore[arg-type]
+    model: nn.Module = get_peft_model(chain(lambda: nn.Linear(WIDTH, WIDTH)), config)
     return model
 
 

@@ -35,7 +35,7 @@ SMALL = {"method.merge_every": 2, "method.rest_every": 4, "model.n_layer": 2, "m
 
 def main() -> None:
     slow: dict[str, Any] = {"target_modules": "all-linear", "rest_every": 100}
-    computed = {
+    computed: dict[str, dict[str, Any]] = {
         "attention": {"target_modules": "attention"},
         "all-linear": {"target_modules": "all-linear"},
         "all-linear, embeddings averaged every 400 steps": {"target_modules": "all-linear", "rest_every": 400},

@@ -16,6 +16,7 @@ import sys
 import tempfile
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import timm
@@ -43,7 +44,7 @@ METHODS = {
 def bound(name: str) -> tuple[nn.Module, lowrank.Plan]:
     """The model under a method, as loaded but for its head; under ``head`` gradients flow through every block."""
     torch.manual_seed(0)
-    model = timm.create_model(MODEL, num_classes=CLASSES)
+    model: Any = timm.create_model(MODEL, num_classes=CLASSES)
     lowrank.mark_loaded_(model, [n for n, _ in model.named_parameters() if not n.startswith("head.")])
     plan = lowrank.apply_(model, METHODS[name]())
     if name == "head":
@@ -118,7 +119,7 @@ def waiting() -> dict[str, float]:
         for split in ("train", "val", "test"):
             content[f"{split}_images"] = noise.integers(0, 255, size=(64, 28, 28, 3), dtype=np.uint8)
             content[f"{split}_labels"] = np.arange(64, dtype=np.uint8)[:, None] % CLASSES
-        np.savez(f"{folder}/pathmnist.npz", **content)
+        np.savez(f"{folder}/pathmnist.npz", **content)  # type: ignore[arg-type]
         for name, augment in {"as they are": "", "flipped and cropped": "hflip,crop"}.items():
             log = _logged(Path(folder) / name, f"{folder}/pathmnist.npz", augment)
             shares[name] = sum(r["wait_seconds"] for r in log[1:]) / sum(r["step_seconds"] for r in log[1:])
@@ -144,7 +145,7 @@ def _logged(out: Path, file: str, augment: str) -> list[dict[str, float]]:
 
 def main() -> None:
     torch.set_num_threads(2)
-    result = {
+    result: dict[str, dict[str, Any]] = {
         "forward and backward": time_of_a_step(),
         "memory": memory(),
         "share of a step spent waiting (goal ≤ 0.05)": waiting(),

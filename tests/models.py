@@ -29,7 +29,7 @@ def small_method(name: str, **options: object) -> lowrank.Method:
     """The method ``name`` for a tiny model: of ``SMALL``, the options that it has."""
     known = inspect.signature(lowrank.METHODS[name]).parameters
     chosen = {k: v for k, v in SMALL.items() if k in known} | OVERRIDES.get(name, {}) | options
-    return lowrank.METHODS[name](**chosen)  # type: ignore[arg-type]
+    return lowrank.METHODS[name](**chosen)
 
 
 class MLP(nn.Module):
@@ -141,4 +141,4 @@ def nudge_(model: nn.Module, size: float = 0.3, seed: int = 0) -> None:
     with torch.no_grad():
         for name, p in sorted(model.named_parameters()):
             if ".adapters." in name:
-                p += size * torch.randn(p.shape, generator=noise).to(p.dtype)
+                p.add_(size * torch.randn(p.shape, generator=noise).to(p.dtype))

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import torch
@@ -29,7 +30,7 @@ def run(bench: Bench) -> None:
     for name, make in layers.items():
         bench.item(
             f"{name}, {width} × {width}, {rows * length} tokens, rank {rank}",
-            lambda make=make: measure(bench, base, make, x, dy),
+            partial(measure, bench, base, make, x, dy),
         )
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -19,12 +20,12 @@ PRODUCTS = {
 
 def run(bench: Bench) -> None:
     for exponent in (20,) if bench.tiny else (30, 28, 26):
-        found = bench.item(f"copy of {2**exponent >> 20} MiB", lambda exponent=exponent: copy(bench, 2**exponent))
+        found = bench.item(f"copy of {2**exponent >> 20} MiB", partial(copy, bench, 2**exponent))
         if found is not None:
             break  # smaller ones are for cards on which the first does not fit
     size = 64 if bench.tiny else 8192
     for name, (dtype, precision) in PRODUCTS.items():
-        bench.item(f"product {size}³, {name}", lambda dtype=dtype, p=precision: product(bench, size, dtype, p))
+        bench.item(f"product {size}³, {name}", partial(product, bench, size, dtype, precision))
 
 
 def copy(bench: Bench, count: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+from functools import partial
 from typing import Any
 
 import torch
@@ -24,13 +25,13 @@ METHODS: dict[str, dict[str, Any]] = {
 def run(bench: Bench) -> None:
     size, rows = ("tiny", 4) if bench.tiny else ("130m", 32)
     for name in list(METHODS)[: 1 if bench.tiny else None]:
-        plain = bench.item(f"{name}, plain", lambda name=name: measure(bench, size, rows, name, None), needs=5.0)
+        plain = bench.item(f"{name}, plain", partial(measure, bench, size, rows, name, None), needs=5.0)
         if plain is None:
             continue
         limit = max(20.0, bench.left / 2)  # a compilation that takes longer than that is not worth waiting for
         bench.item(
             f"{name}, compiled",
-            lambda name=name, plain=plain: measure(bench, size, rows, name, plain),
+            partial(measure, bench, size, rows, name, plain),
             needs=10.0,
             limit=limit,
         )

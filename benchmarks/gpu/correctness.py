@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import copy
 import io
+import math
 from collections.abc import Callable, Mapping
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
@@ -153,8 +154,8 @@ def gradient(shape: tuple[int, ...], step: int) -> Tensor:
 def relative(found: list[Tensor], expected: list[Tensor]) -> float:
     """‖found − expected‖ / ‖expected‖ over all tensors together, in float64 on the CPU."""
     pairs = [(a.detach().cpu().double(), b.detach().cpu().double()) for a, b in zip(found, expected, strict=True)]
-    apart = sum((a - b).square().sum() for a, b in pairs)
-    return float((apart / sum(b.square().sum() for _, b in pairs)).sqrt())
+    apart = sum(float((a - b).square().sum()) for a, b in pairs)
+    return math.sqrt(apart / sum(float(b.square().sum()) for _, b in pairs))
 
 
 def is_narrow(rule: Any) -> bool:

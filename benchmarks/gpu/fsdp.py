@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import socket
 from contextlib import closing
+from functools import partial
 from typing import Any
 
 import torch
@@ -31,7 +32,7 @@ def run(bench: Bench) -> None:
     try:
         with closing(ProcessGroup(bench.device, 60.0)) as ranks:
             for name in METHODS[1::2] if bench.tiny else METHODS:
-                bench.item(f"{name}, one rank", lambda name=name: sharded_check(bench, name, ranks))
+                bench.item(f"{name}, one rank", partial(sharded_check, bench, name, ranks))
     finally:
         dist.destroy_process_group()
 

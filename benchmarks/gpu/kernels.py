@@ -8,6 +8,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import partial
 from typing import Any
 
 import torch
@@ -32,9 +33,9 @@ def run(bench: Bench) -> None:
     for name, (rule, shapes) in STEPS.items():
         for dtype in (torch.bfloat16, torch.float32):
             kind = str(dtype).removeprefix("torch.")
-            bench.item(f"{name}, {kind}", lambda a=(rule, shapes, dtype): step(bench, *a))
+            bench.item(f"{name}, {kind}", partial(step, bench, rule, shapes, dtype))
     for rank in (4,) if bench.tiny else (16, 64):
-        bench.item(f"layer, rank {rank}", lambda rank=rank: layer(bench, rank))
+        bench.item(f"layer, rank {rank}", partial(layer, bench, rank))
 
 
 @contextmanager

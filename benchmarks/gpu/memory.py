@@ -21,7 +21,7 @@ from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import CONTEXT, batch, llama, mean_loss, parameters_of
 from lowrank.recipes import find
 from lowrank.run.estimate import estimate
-from lowrank.run.run import Call, Run
+from lowrank.run.run import Call, Run, Settings
 
 GIB = 2**30
 
@@ -66,13 +66,13 @@ TINY = (
 def run(bench: Bench) -> None:
     fitted, measured = 0, []
     for case in TINY if bench.tiny else CASES:
-        found = bench.item(case.name, lambda case=case: measure(bench, case), needs=0.0 if bench.tiny else 10.0)
+        found = bench.item(case.name, partial(measure, bench, case), needs=0.0 if bench.tiny else 10.0)
         if found is not None and "seconds" in found:
             fitted += 1
             measured.append((case, found))
     if fitted < 3 and not bench.tiny:  # a small card
         for case in SMALLER:
-            bench.item(case.name, lambda case=case: measure(bench, case), needs=5.0)
+            bench.item(case.name, partial(measure, bench, case), needs=5.0)
     for case, found in measured[-1:] if bench.tiny else measured:  # last, since they take the host's time alone
         bench.item(f"traced: {case.name}", partial(traced, bench, case, found))
 
@@ -143,7 +143,7 @@ def traced(bench: Bench, case: Case, found: dict[str, Any]) -> dict[str, Any]:
 
 def run_of(case: Case) -> Run:
     """The run of the command line that makes the steps of ``case``."""
-    words = {"source": "c4", "tokenizer": "t5-base", "context": CONTEXT}
+    words: Settings = {"source": "c4", "tokenizer": "t5-base", "context": CONTEXT}
     return replace(
         find(f"llama-{case.size}"),
         method=Call(name=case.method, args=case.options),

@@ -17,7 +17,7 @@ TINY = (32, 48, 2, 2)  # hidden, feed-forward, heads, layers
 
 
 def shape_of(size: str) -> tuple[int, int, int, int]:
-    return TINY if size == "tiny" else LLAMA_SHAPES[size]  # type: ignore[index]
+    return TINY if size == "tiny" else LLAMA_SHAPES[size]
 
 
 def llama(

@@ -101,7 +101,7 @@ def alternatives(bench: Bench, model: nn.Module) -> dict[str, Callable[[], Any]]
     params = list(model.parameters())
     found: dict[str, Callable[[], Any]] = {
         "torch AdamW, fused": lambda: [torch.optim.AdamW(params, lr=LR, fused=True)],
-        **{f"ours: {name}": lambda which=which: ours(model, *which) for name, which in chosen(bench).items()},
+        **{f"ours: {name}": partial(ours, model, *which) for name, which in chosen(bench).items()},
         "torch AdamW, foreach": lambda: [torch.optim.AdamW(params, lr=LR, foreach=True)],
     }
     if hasattr(torch.optim, "Muon") and not bench.tiny:
@@ -122,7 +122,7 @@ def chosen(bench: Bench) -> dict[str, tuple[str, dict[str, Any]]]:
 
 def ours(model: nn.Module, method: str, options: dict[str, Any]) -> list[Any]:
     plan = lowrank.apply_(model, lowrank.METHODS[method](**options))
-    made = plan.optimizer(lr=LR)
+    made: Any = plan.optimizer(lr=LR)
     made.floor_bytes = floor_of(plan)
     return [made]
 

@@ -19,7 +19,7 @@ class Results:
     def __init__(self, folder: Path, options: Mapping[str, Any]):
         folder.mkdir(parents=True, exist_ok=True)
         self.data, self.page = folder / "gpu.json", folder / "gpu.md"
-        self.options, self.sections = dict(options), {}
+        self.options = dict(options)
         self.began = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime())
         self.sections: dict[str, dict[str, Any]] = {}
         self.write()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from functools import partial
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ def run(bench: Bench) -> None:
     for name, options in list(METHODS.items())[: 1 if bench.tiny else None]:
         small = {key: 4 if key == "rank" else value for key, value in options.items()}
         chosen = small if bench.tiny else options
-        bench.item(f"{name}, {size}", lambda n=name, o=chosen: measure(bench, size, rows, n, o), needs=3.0)
+        bench.item(f"{name}, {size}", partial(measure, bench, size, rows, name, chosen), needs=3.0)
 
 
 def measure(bench: Bench, size: str, rows: int, name: str, options: dict[str, Any]) -> dict[str, Any]:
