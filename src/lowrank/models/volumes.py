@@ -117,7 +117,7 @@ def inflated_(flat: Any, slices: int) -> nn.Module:
     wide = F.interpolate(table, size=cubes.grid_size, mode="trilinear").flatten(2).transpose(1, 2)
     flat.patch_embed, flat.pos_embed = cubes, _instead_of(old, torch.cat([old.detach()[:, :before], wide], dim=1))
     flat.drawn = ("head", "patch_embed.depth")
-    del flat.made_by_timm_as  # timm has no such model
+    vars(flat).pop("made_by_timm_as", None)  # timm has no such model
     return flat
 
 
