@@ -1,6 +1,7 @@
 """Runs on masks: trained, scored, resumed and reported as others are; folders that cannot be right are refused."""
 
 import json
+import zlib
 from pathlib import Path
 
 import numpy as np
@@ -11,7 +12,9 @@ from PIL import Image
 from lowrank.cli import main
 from lowrank.data.images.decode import Reading, fitted, fitted_part
 from lowrank.data.images.masks import masks
-from lowrank.evaluate.segmentation_task import mask_loss, overlaps
+from lowrank.data.images.set import Split
+from lowrank.evaluate.segmentation_report import hausdorff
+from lowrank.evaluate.segmentation_task import MaskTally, mask_loss, overlaps
 from lowrank.infra.log import read_log
 
 SMALL = ["--model.image_size", "32", "--model.patch_size", "8", "--model.width", "16", "--model.depth", "2"]
@@ -158,3 +161,74 @@ def test_what_a_plane_shows_is_where_reading_puts_it(shape: tuple[int, int], fit
     plane, square = np.zeros(shape, np.uint8), np.zeros((64, 64), np.uint8)
     plane[seen], square[shown] = 200, 200
     assert np.array_equal(fitted(plane, reading) > 20, square > 20)  # a crop sees a little of what is beside it
+
+
+def nifti(path: Path, slices: np.ndarray, shift: float = 0.0, axes: str = "LPS") -> Path:
+    """Slices (d, h, w) from the feet up, 3 mm apart, their pixels 2 × 1 mm, as a file of these axes."""
+    import nibabel as nib
+
+    affine = np.diag([-1.0, -2, 3, 1])
+    affine[0, 3] = shift
+    turn = nib.orientations.ornt_transform(nib.orientations.axcodes2ornt("LPS"), nib.orientations.axcodes2ornt(axes))
+    path.parent.mkdir(parents=True, exist_ok=True)
+    nib.save(nib.Nifti1Image(slices.transpose(2, 1, 0), affine).as_reoriented(turn), path)
+    return path
+
+
+@pytest.fixture
+def table(tmp_path: Path) -> Path:
+    """Nine patients with a volume of four slices of 24 × 48 pixels each, in a table; one has two."""
+    noise, lines = np.random.default_rng(0), ["image,mask,patient,split"]
+    for i in range(10):
+        mask = np.zeros((4, 24, 48), np.uint8)
+        mask[1:, i : i + 8, 10:30] = 255
+        image = (mask > 0) * 120 + noise.integers(0, 60, mask.shape)
+        nifti(tmp_path / "t" / f"{i}.nii.gz", image.astype(np.int16), axes="SRA" if i % 2 else "LPS")
+        nifti(tmp_path / "t" / f"{i}-seg.nii", mask)
+        lines.append(f"{i}.nii.gz,{i}-seg.nii,p{min(i, 8)},{'train' if i < 5 else 'validation' if i < 7 else 'test'}")
+    path = tmp_path / "t" / "table.csv"
+    path.write_text("\n".join(lines))
+    return path
+
+
+def test_volumes_of_a_table_are_slices_of_patients_and_distances_are_millimetres(table: Path, tmp_path: Path) -> None:
+    data = masks(str(table), size=24, classes=("background", "it"))
+    assert {name: len(split) for name, split in data.set.splits.items()} == {"train": 20, "val": 8, "test": 12}
+    test = data.set.splits["test"]
+    assert (test.names[1], set(test.patients)) == ("7.nii.gz slice 1", {"p7", "p8"})
+    assert set(test.spacing) == {(4.0, 2.0)}  # 48 × 24 pixels of 1 × 2 mm go to 24 × 12
+    assert test.labels[:4].max(axis=(1, 2)).tolist() == [0, 1, 1, 1]
+    bright = test.images[1][test.labels[1] > 0].mean()
+    assert bright > 2 * test.images[1][test.labels[1] == 0].mean()
+    assert train(tmp_path / "x", table, "--method", "lora", "--data.size", "24", "--quiet") == 0
+    figures = json.loads((tmp_path / "x" / "clinic" / "metrics.json").read_text())
+    assert (figures["resampled"], figures["hausdorff_unit"]) == ("patients", "mm")
+
+
+def test_a_distance_knows_how_far_apart_pixels_are() -> None:
+    mask, said = np.zeros((1, 9, 9), np.uint8), np.zeros((1, 9, 9), np.uint8)
+    mask[0, 2:4, 2:4], said[0, 2:4, 4:6] = 1, 1
+    tally = MaskTally()
+    tally.packed.append(torch.frombuffer(bytearray(zlib.compress(said[0].tobytes())), dtype=torch.uint8))
+    for spacing, far in (((), 2), (((5.0, 1.5),), 3)):
+        assert hausdorff(Split(images=mask, labels=mask, spacing=spacing), tally, 2) == pytest.approx(far)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda t: (t.parent / "3-seg.nii").unlink(), "line 5: there is no mask '3-seg.nii'"),
+        (lambda t: t.write_text(t.read_text().replace(",p0,train", ",p8,train")), "p8 in train and test"),
+        (lambda t: t.write_text(t.read_text().replace("p0,train", "p0,tran")), "the split 'tran'"),
+        (lambda t: t.write_text("image,label\na,b\n"), "needs the columns image and mask"),
+        (lambda t: nifti(t.parent / "3-seg.nii", np.ones((4, 24, 48), np.uint8), shift=5.0), "lies elsewhere than"),
+        (lambda t: nifti(t.parent / "3-seg.nii", np.ones((3, 24, 48), np.uint8)), "48 × 24 × 3, and its image 48 × 24"),
+        (lambda t: nifti(t.parent / "3-seg.nii", np.full((4, 24, 48), 0.5)), "3-seg.nii is no mask: it holds 0.5"),
+        (lambda t: (t.parent / "3-seg.nii").write_bytes(b"junk"), "3-seg.nii cannot be read"),
+    ],
+)
+def test_tables_that_cannot_be_right_are_refused(table: Path, spoil: object, message: str) -> None:
+    spoil(table)  # type: ignore[operator]
+    with pytest.raises((ValueError, FileNotFoundError)) as error:
+        masks(str(table))
+    assert message in str(error.value)

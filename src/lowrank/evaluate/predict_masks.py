@@ -21,9 +21,9 @@ from torch import Tensor, nn
 
 from lowrank.data.cache import published
 from lowrank.data.images.batches import to_model
-from lowrank.data.images.decode import Damaged, Reading, fitted, fitted_part, read_planes
+from lowrank.data.images.decode import Damaged, Planes, Reading, fitted, fitted_part, read_planes
 from lowrank.data.images.masks import MaskData
-from lowrank.data.images.medical import is_nifti, write_labels
+from lowrank.data.images.medical import is_nifti, is_volume, write_labels
 from lowrank.data.images.set import some
 from lowrank.evaluate.collected import check_finite
 from lowrank.models.vision import logits_of
@@ -61,9 +61,8 @@ def predict_masks(model: nn.Module, data: MaskData, asked: Asked) -> list[MaskPr
                 continue
             if damaged and not asked.skip_damaged:
                 continue  # only looked at, to name them all
-            labels = segment(model, planes, data, asked.batch_size)
-            (folder / name).parent.mkdir(parents=True, exist_ok=True)
-            _write(folder / name, labels, path)
+            labels = segment(model, planes.values, data, asked.batch_size)
+            _write(folder / name, labels, path, planes)
             counts = np.bincount(labels.reshape(-1), minlength=len(data.classes)) / labels.size
             shares = dict(zip(data.classes[1:], map(float, counts[1:]), strict=True))
             made.append(MaskPrediction(path=str(path), mask=str(out / name), shares=shares))
@@ -131,9 +130,10 @@ def _resized(x: Tensor, h: int, w: int) -> Tensor:
     return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
 
 
-def _write(path: Path, labels: np.ndarray, of: Path) -> None:
-    if is_nifti(of):
-        return write_labels(path, labels, of)
+def _write(path: Path, labels: np.ndarray, of: Path, planes: Planes) -> None:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    if is_volume(of):
+        return write_labels(path, labels, of, planes.affine)
     from PIL import Image
 
     Image.fromarray(labels[0]).save(path)

@@ -5,8 +5,8 @@
     overlays.png                             the best, the median and the worst image: as it is, its mask, the answer
 
 An image's figures are averaged over its patient where that is known, and patients (else images) are resampled. The
-Hausdorff distance is MONAI's, its 95th percentile, in pixels as stored; it is defined where mask and answer both have
-the class.
+Hausdorff distance is MONAI's, its 95th percentile, in millimetres where all files say how far apart their pixels lie,
+otherwise in pixels as stored; it is defined where mask and answer both have the class.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ from lowrank.evaluate.segmentation_task import MaskTally, class_means, one_hot
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_json, write_text_atomically
 
-NAMES = {"dice": "Dice", "iou": "IoU", "hausdorff_95": "Hausdorff 95 % (pixels)"}
+KEYS = ("dice", "iou", "hausdorff_95")
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233))
 
 
@@ -38,25 +38,31 @@ def report(data: MaskData, tally: MaskTally, folder: Path, split: str) -> list[s
     """Write what a run's best checkpoint made of ``split`` to ``folder/clinic``; gives what is worth saying of it."""
     part, place, classes = data.set.splits[split], folder / "clinic", data.classes[1:]
     place.mkdir(parents=True, exist_ok=True)
-    each = np.concatenate([tally.overlap, _hausdorff(part, tally, len(data.classes))[None]])
+    each = np.concatenate([tally.overlap, hausdorff(part, tally, len(data.classes))[None]])
     figures = _figures(each, classes, part)
     _write_each(place / "predictions.csv", part, each, classes)
     overlays(part, tally, each[0], data.classes).savefig(place / "overlays.png", dpi=150)
     write_json(place / "metrics.json", figures)
     table = _table(figures)
-    overall = {NAMES[name]: figure_text(figure) for name, figure in figures["overall"].items()}
+    names = _names(figures["hausdorff_unit"])
+    overall = {names[name]: figure_text(figure) for name, figure in figures["overall"].items()}
     write_page(place, figures, overall, table)
     write_text_atomically(place / "report.md", _markdown(figures, overall, table))
     told = ", ".join(f"{name} {_short(row['dice']['value'])}" for name, row in figures["classes"].items())
     return [f"report: {place / 'report.html'}", f"Dice by class: {told}", *figures["findings"]]
 
 
+def _names(unit: str) -> dict[str, str]:
+    """The figures in the words of a reader."""
+    return dict(zip(KEYS, ("Dice", "IoU", f"Hausdorff 95 % ({unit})"), strict=True))
+
+
 def _short(value: float | None) -> str:
     return "–" if value is None else f"{value:.3f}"
 
 
-def _hausdorff(part: Split, tally: MaskTally, classes: int) -> np.ndarray:
-    """(images, classes − 1), NaN where it is not defined; one image at a time."""
+def hausdorff(part: Split, tally: MaskTally, classes: int) -> np.ndarray:
+    """(images, classes − 1), in the unit of :func:`_figures`, NaN where it is not defined; one image at a time."""
     monai = import_extra("monai.metrics", "medical")
     found = np.full((len(part), classes - 1), np.nan)
     for i in range(len(part)):
@@ -69,7 +75,9 @@ def _hausdorff(part: Split, tally: MaskTally, classes: int) -> np.ndarray:
             pick = both + 1
             with warnings.catch_warnings():
                 warnings.simplefilter("ignore", FutureWarning)  # of MONAI, about its own call
-                far = monai.compute_hausdorff_distance(said[:, pick], true[:, pick], True, percentile=95)
+                far = monai.compute_hausdorff_distance(
+                    said[:, pick], true[:, pick], True, percentile=95, spacing=part.spacing[i] if part.spacing else None
+                )
             found[i, both.numpy()] = far[0].numpy()
     return found
 
@@ -91,15 +99,16 @@ def _figures(each: np.ndarray, classes: Sequence[str], part: Split) -> dict[str,
         drawn = np.einsum("rn,fnc->frc", weights, values) / np.einsum("rn,fnc->frc", weights, there.astype(np.float64))
     means = np.stack([class_means(f) for f in units])
     overall, rows = {}, {}
-    for k, name in enumerate(NAMES):
+    for k, name in enumerate(KEYS):
         overall[name] = _figure(_mean(means[k][None])[0], _mean(drawn[k]))
     for c, name in enumerate(classes):
-        own = {key: _figure(means[k, c], drawn[k, :, c]) for k, key in enumerate(NAMES)}
+        own = {key: _figure(means[k, c], drawn[k, :, c]) for k, key in enumerate(KEYS)}
         rows[name] = {"images": int(np.isfinite(each[0, :, c]).sum()), **own}
     missing = [name for c, name in enumerate(classes) if not (each[0, :, c] > 0).any()]
     findings = [f"{name} was never found where it is" for name in missing]
     return {
         **{"images": len(part), "kind": "segmentation", "resamples": RESAMPLES, "resampled": of},
+        "hausdorff_unit": "mm" if part.spacing else "pixels",
         **{"findings": findings, "overall": overall, "classes": rows},
     }
 
@@ -116,10 +125,10 @@ def _figure(value: float, drawn: np.ndarray) -> Figure:
 
 def _table(figures: Mapping[str, Any]) -> list[list[str]]:
     rows = [
-        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in NAMES)]
+        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in KEYS)]
         for name, row in figures["classes"].items()
     ]
-    return [["class", "images", *NAMES.values()], *rows]
+    return [["class", "images", *_names(figures["hausdorff_unit"]).values()], *rows]
 
 
 def _markdown(figures: Mapping[str, Any], overall: Mapping[str, str], table: Sequence[Sequence[str]]) -> str:
@@ -136,7 +145,7 @@ def _markdown(figures: Mapping[str, Any], overall: Mapping[str, str], table: Seq
 def _write_each(path: Path, part: Split, each: np.ndarray, classes: Sequence[str]) -> None:
     file = io.StringIO(newline="")
     writer = csv.writer(file)
-    writer.writerow(["image", "patient", *(f"{key} {name}" for key in NAMES for name in classes)])
+    writer.writerow(["image", "patient", *(f"{key} {name}" for key in KEYS for name in classes)])
     for i in range(len(part)):
         name = part.names[i] if len(part.names) else i
         patient = part.patients[i] if len(part.patients) else ""

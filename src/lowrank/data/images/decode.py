@@ -28,8 +28,10 @@ from lowrank.data.images.medical import (
     Raw,
     is_medical,
     is_nifti,
+    is_volume,
     read_nifti,
     read_plane,
+    read_series,
     read_volume,
 )
 from lowrank.infra.checks import check_choice
@@ -132,27 +134,38 @@ def read_image(path: Path, reading: Reading) -> np.ndarray:
         return _decoded(path, reading)
 
 
-def read_planes(path: Path, reading: Reading) -> np.ndarray:
-    """What a file shows, upright and of its own size: (planes, h, w), or (planes, h, w, 3) where it has colours, uint8.
+@dataclass(frozen=True, kw_only=True)
+class Planes:
+    """What a file shows, upright and of its own size: ``values`` (planes, h, w), or (planes, h, w, 3) where it has
+    colours, uint8. ``spacing``: millimetres between its pixels (down, across), ``affine``: of a volume's voxels
+    (column, row, plane); None: not known."""
 
-    Of a volume, which is windowed as a whole, these are its slices from the feet up.
+    values: np.ndarray
+    spacing: tuple[float, float] | None = None
+    affine: np.ndarray | None = None
+
+
+def read_planes(path: Path, reading: Reading) -> Planes:
+    """An image as one plane; a volume, a file or a series' folder, as its slices from the feet up, windowed as a whole.
 
     Raises:
         Damaged: it cannot be decoded.
     """
-    if is_medical(path):
-        raw = read_nifti(path) if is_nifti(path) else read_plane(path)
-        values = _eight_bits(raw, reading.window)
-        return values if is_nifti(path) else values[None]
-    return _decoded(path, reading, fitted=False)[None]
+    if not is_medical(path) and path.is_file():
+        return Planes(values=_decoded(path, reading, fitted=False)[None])
+    raw = read_nifti(path) if is_nifti(path) else read_series(path) if path.is_dir() else read_plane(path)
+    values, spacing = _eight_bits(raw, reading.window), None if raw.spacing is None else raw.spacing[1:]
+    return Planes(values=values if is_volume(path) else values[None], spacing=spacing, affine=raw.affine)
 
 
-def fitted(plane: np.ndarray, reading: Reading) -> np.ndarray:
-    """One of :func:`read_planes` as :func:`read_image` gives it."""
+def fitted(plane: np.ndarray, reading: Reading, *, mask: bool = False) -> np.ndarray:
+    """A plane as :func:`read_image` gives it; a mask by nearest neighbour."""
     from PIL import Image
 
-    image = Image.fromarray(plane).convert("L" if reading.grey else "RGB")
-    return np.asarray(_fitted(image, reading.size, reading.fit))
+    image = Image.fromarray(plane)
+    if mask:
+        return np.asarray(_fitted(image, reading.size, reading.fit, Image.Resampling.NEAREST))
+    return np.asarray(_fitted(image.convert("L" if reading.grey else "RGB"), reading.size, reading.fit))
 
 
 def fitted_part(h: int, w: int, reading: Reading) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
@@ -203,7 +216,7 @@ def _boxed(raw: Raw, reading: Reading, depth: int) -> np.ndarray:
     import torch.nn.functional as F
 
     box = np.array([depth, reading.size, reading.size])
-    extent = np.array(raw.values.shape) * raw.spacing
+    extent = np.array(raw.values.shape) * (raw.spacing or (1.0, 1.0, 1.0))
     scales = box / extent
     scale = {"stretch": scales, "pad": scales.min(), "crop": scales.max()}[reading.fit]
     d, h, w = (int(n) for n in np.maximum(np.rint(extent * scale), 1))
@@ -251,14 +264,13 @@ def _opened(path: Path) -> Any:
         raise Damaged(str(error)) from error
 
 
-def _fitted(image: Any, size: int, fit: Fit) -> Any:
+def _fitted(image: Any, size: int, fit: Fit, way: Any = None) -> Any:
     from PIL import Image, ImageOps
 
+    way = Image.Resampling.BICUBIC if way is None else way
     if fit == "stretch":
-        return image.resize((size, size), Image.Resampling.BICUBIC)
-    if fit == "crop":
-        return ImageOps.fit(image, (size, size), Image.Resampling.BICUBIC)
-    return ImageOps.pad(image, (size, size), Image.Resampling.BICUBIC)
+        return image.resize((size, size), way)
+    return (ImageOps.fit if fit == "crop" else ImageOps.pad)(image, (size, size), way)
 
 
 class PixelBudget:

@@ -58,17 +58,19 @@ def read_folder(source: str, options: Options) -> ImageSet:
     else:
         entries, several = _from_folders(root, notes, options.volumes), False
     if options.patient_pattern is not None:
-        entries = _with_patients(entries, options.patient_pattern)
+        whose = patients_by(options.patient_pattern, [entry.path for entry in entries])
+        entries = [replace(entry, patient=patient) for entry, patient in zip(entries, whose, strict=True)]
     classes = _in_order({label for entry in entries for label in entry.labels})
     kind = _kind(options.kind, classes, several, root)
     pixels, readable, digest = _pixels(root, [entry.path for entry in entries], reading, options.skip_damaged)
     labels = _encoded(entries, classes, kind)
-    places = _splits(entries, labels, options, root)
+    told = [(entry.split, entry.patient) for entry in entries]
+    places = places_of(told, labels, options.val_fraction, options.test_fraction, root)
     splits = {}
     for name in SPLITS:
         chosen = [i for i, place in enumerate(places) if place == name and i in readable]
         splits[name] = Split(
-            images=_Rows(pixels, np.array(chosen, dtype=np.int64)),  # type: ignore[arg-type]
+            images=Rows(pixels, np.array(chosen, dtype=np.int64)),  # type: ignore[arg-type]
             labels=labels[chosen],
             names=tuple(entries[i].path for i in chosen),
             patients=tuple(entries[i].patient for i in chosen),
@@ -101,7 +103,7 @@ SOURCES.append(
 )
 
 
-class _Rows:
+class Rows:
     """Some rows of a memory-mapped array, read when they are asked for; as much of an array as batches need."""
 
     def __init__(self, array: np.ndarray, rows: np.ndarray):
@@ -176,6 +178,13 @@ def _holds_classes(folder: Path) -> bool:
     return any(child.is_dir() and not is_stray(child.name) for child in folder.iterdir())
 
 
+def table_row_split(told: str, where: str) -> str | None:
+    """The split that a table's row names, if it names one."""
+    if told.strip() and not split_of(told.strip()):
+        raise ValueError(f"{where} is in the split {told.strip()!r}; there are {', '.join(SPLITS)}")
+    return split_of(told.strip())
+
+
 def _table(root: Path, labels: str) -> Path:
     """The table as it was given, or below the folder."""
     path = Path(labels).expanduser()
@@ -184,7 +193,7 @@ def _table(root: Path, labels: str) -> Path:
 
 def _from_table(root: Path, table: Path, volumes: bool) -> tuple[list[Entry], bool]:
     """The entries of a table, and whether an image may have several labels."""
-    header, rows = _rows_of(table)
+    header, rows = rows_of(table)
     which = "labels" if "labels" in header else "label"
     if not {"path", which} <= set(header) or {"label", "labels"} <= set(header) or not rows:
         raise ValueError(
@@ -197,13 +206,9 @@ def _from_table(root: Path, table: Path, volumes: bool) -> tuple[list[Entry], bo
         labels = tuple(part.strip() for part in parts if part.strip())
         if which == "label" and not labels:
             raise ValueError(f"{table} line {line}: {row['path']} has no label")
-        split = row.get("split", "").strip()
-        if split and not split_of(split):
-            raise ValueError(
-                f"{table} line {line}: {row['path']} is in the split {split!r}; there are {', '.join(SPLITS)}"
-            )
+        split = table_row_split(row.get("split", ""), f"{table} line {line}: {row['path']}")
         patient = row.get("patient") or row["path"]
-        entries.append(Entry(path=row["path"], labels=labels, patient=patient, split=split_of(split)))
+        entries.append(Entry(path=row["path"], labels=labels, patient=patient, split=split))
     missing = [
         entry.path
         for entry in entries
@@ -216,7 +221,7 @@ def _from_table(root: Path, table: Path, volumes: bool) -> tuple[list[Entry], bo
     return entries, which == "labels"
 
 
-def _rows_of(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
+def rows_of(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     """The header of a CSV file, and each row with its line, by the header's names.
 
     Raises:
@@ -248,18 +253,19 @@ def _rows_of(table: Path) -> tuple[list[str], list[tuple[int, dict[str, str]]]]:
     return header, found
 
 
-def _with_patients(entries: Sequence[Entry], pattern: str) -> list[Entry]:
+def patients_by(pattern: str, paths: Sequence[str]) -> list[str]:
+    """The patient of each path, by the first group of ``data.patient_pattern``."""
     needs = "it needs a group, such as '(patient\\d+)'"
     try:
         patient = re.compile(pattern)
     except re.error as error:
         raise ValueError(f"data.patient_pattern={pattern!r} is no regular expression ({error}); {needs}") from error
     found = []
-    for entry in entries:
-        match = patient.search(entry.path)
+    for path in paths:
+        match = patient.search(path)
         if not match or not match.groups() or match[1] is None:
-            raise ValueError(f"data.patient_pattern={pattern!r} finds no patient in {entry.path}; {needs}")
-        found.append(replace(entry, patient=match[1]))
+            raise ValueError(f"data.patient_pattern={pattern!r} finds no patient in {path}; {needs}")
+        found.append(match[1])
     return found
 
 
@@ -287,24 +293,47 @@ def _encoded(entries: Sequence[Entry], classes: tuple[str, ...], kind: Kind) -> 
     return labels
 
 
-def _splits(entries: Sequence[Entry], labels: np.ndarray, options: Options, root: Path) -> list[str]:
-    """The split of each image: the source's own where it has splits; a missing ``val`` is cut out of its ``train``."""
-    given = {entry.split for entry in entries} - {None}
-    for split, fraction in (("val", options.val_fraction), ("test", options.test_fraction)):
-        if fraction is not None and split in given:
-            raise ValueError(f"{root} has its own {split} split: leave data.{split}_fraction out")
-    val = (0.0 if "val" in given else 0.15) if options.val_fraction is None else options.val_fraction
-    test = (0.0 if given else 0.15) if options.test_fraction is None else options.test_fraction
-    open_ones = [i for i, entry in enumerate(entries) if entry.split in (None, "train")]
+def places_of(
+    told: Sequence[tuple[str | None, str]],
+    labels: np.ndarray,
+    val_fraction: float | None,
+    test_fraction: float | None,
+    root: Path,
+) -> list[str]:
+    """The split of each image of ``told`` (split or None, patient): the source's own where it has splits; a missing
+    ``val`` is cut out of its ``train``.
+
+    Raises:
+        ValueError: a fraction for a split that exists; a patient in two splits; nothing to train on.
+    """
+    given = {split for split, _ in told} - {None}
+    for name, fraction in (("val", val_fraction), ("test", test_fraction)):
+        if fraction is not None and name in given:
+            raise ValueError(f"{root} has its own {name} split: leave data.{name}_fraction out")
+    where: dict[str, set[str]] = {}
+    for split, patient in told:
+        where.setdefault(patient, set()).add(split or "train")
+    if parted := sorted(patient for patient, splits in where.items() if len(splits) > 1):
+        raise ValueError(
+            f"patients of {root} are in several splits: {some([f'{p} in {_and(where[p])}' for p in parted])}; what is "
+            "learnt of a patient must not be tested on the same"
+        )
+    val = (0.0 if "val" in given else 0.15) if val_fraction is None else val_fraction
+    test = (0.0 if given else 0.15) if test_fraction is None else test_fraction
+    open_ones = [i for i, (split, _) in enumerate(told) if split in (None, "train")]
     if not open_ones:
         raise ValueError(
             f"{root} leaves no image to train on: all are in the splits {', '.join(sorted(filter(None, given)))}"
         )
-    made = split_by_patient(labels[open_ones], [entries[i].patient for i in open_ones], val, test)
-    places = [entry.split or "train" for entry in entries]
+    made = split_by_patient(labels[open_ones], [told[i][1] for i in open_ones], val, test)
+    places = [split or "train" for split, _ in told]
     for i, place in zip(open_ones, made, strict=True):
         places[i] = place
     return places
+
+
+def _and(splits: set[str]) -> str:
+    return " and ".join(split for split in SPLITS if split in splits)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------

@@ -1,11 +1,6 @@
-"""Images with masks: a folder of both, and tissue classes of the MNI152 template that nilearn ships.
+"""Images with masks: those of files (``mask_files``), and tissue classes of the MNI152 template that nilearn ships.
 
-    folder/images/….png  folder/masks/….png                  the same stems; splits are made here (seeded by the names)
-    folder/{train,val,test}/{images,masks}/….png             splits as they are (``val`` may be missing)
-
-A mask is an eight-bit image whose grey is the class, 0 being the background; one of 0 and 255 alone is binary.
-Images and masks are brought to one size once (masks by nearest neighbour), into
-memory-mapped arrays in the cache.
+All are brought to one size once, into memory-mapped arrays in the cache.
 
 Shapes: images (n, h, w) or (n, h, w, 3) uint8; masks (n, h, w) uint8.
 """
@@ -13,7 +8,7 @@ Shapes: images (n, h, w) or (n, h, w, 3) uint8; masks (n, h, w) uint8.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -23,11 +18,12 @@ import torch
 from torch import nn
 
 from lowrank.data.images.batches import Batch, EvaluationBatches, ImageBatches, to_model
-from lowrank.data.images.decode import Damaged, Fit, Reading, image_files, is_grey, read_image
+from lowrank.data.images.decode import Fit, Reading
+from lowrank.data.images.folder import Rows, places_of
+from lowrank.data.images.mask_files import Pair, pairs_of, read_pairs
 from lowrank.data.images.medical import read_nifti
 from lowrank.data.images.set import ImageSet, ImageSpec, Split, some, stored
 from lowrank.data.images.source import ImageData
-from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import read_json, write_json
@@ -119,35 +115,62 @@ def masks(
     *,
     classes: Sequence[str] = (),
     size: int | None = None,
+    patient_pattern: str | None = None,
     val_fraction: float | None = None,
     test_fraction: float | None = None,
+    window: str = "auto",
     fit: Fit = "pad",
 ) -> MaskData:
     """Images with masks.
 
     Args:
-        source: ``mni152``, or a folder with ``images/`` and ``masks/``, or with such folders in train, val and test.
+        source: ``mni152``; or a folder with ``images/`` and ``masks/``, or with such folders in train, val and test; or
+            a CSV file with columns image and mask, perhaps patient and split.
         classes: names of the masks' values 0, 1, …; by default background and numbers.
-        size: pixels to which a folder's images are brought, 224 by default.
-        val_fraction, test_fraction: of a folder's images, where it has no splits; 0.15 each by default.
+        size: pixels to which images of files are brought, 224 by default.
+        patient_pattern: regular expression whose first group in an image's path is the patient; splits keep patients
+            whole, and slices of a volume together.
+        val_fraction, test_fraction: of the patients of files that have no splits; 0.15 each by default.
+        window: for more than eight bits: auto, full, or low,high.
         fit: images that are not square: pad, crop or stretch.
 
     Raises:
         ValueError, OSError: no such source; images without masks, masks of another size or with unknown labels.
     """
+    path = Path(source).expanduser()
     if source == "mni152":
-        given = {"classes": classes or None, "size": size, "val_fraction": val_fraction, "test_fraction": test_fraction}
+        given: dict[str, object] = {"classes": classes or None, "size": size, "patient_pattern": patient_pattern}
+        given |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"data.{name} has no effect on mni152: leave it out")
         found, reading = _mni152(), Reading(size=233, grey=True)
     else:
-        fractions = (val_fraction, test_fraction)
-        reading = Reading(size=224 if size is None else size, fit=fit)
-        found, reading = _folder(Path(source).expanduser(), tuple(classes), reading, fractions)
-    path = Path(source).expanduser()
+        reading = Reading(size=224 if size is None else size, window=window, fit=fit)
+        pairs = pairs_of(path, patient_pattern)
+        found, reading = _of_files(path, pairs, tuple(classes), reading, (val_fraction, test_fraction))
     origin = str(path.resolve()) if path.exists() else ""
     return MaskData(set=found, reading=reading, spec=ImageSpec(size=reading.size), origin=origin)
+
+
+def _of_files(
+    source: Path,
+    pairs: Sequence[Pair],
+    classes: tuple[str, ...],
+    reading: Reading,
+    fractions: tuple[float | None, float | None],
+) -> tuple[MaskSet, Reading]:
+    told = [(pair.split, pair.patient or pair.name) for pair in pairs]
+    places = places_of(told, np.zeros(len(pairs), dtype=np.int64), *fractions, source)
+    if len(classes) == 1:
+        raise ValueError(f"data.classes names {classes[0]} alone; name background and what is to be found")
+    read = read_pairs(source, pairs, classes, reading)
+    known = classes or ("background", *map(str, range(1, read.highest + 1)))
+    patients = [told[i][1] for i in read.of]
+    if len(read.of) == len(pairs) and not any(pair.patient for pair in pairs):
+        patients = []  # images that nobody says anything of
+    rows = [places[i] for i in read.of]
+    return _set(source.stem, read.place, known, read.names, rows, patients, read.spacing), read.reading
 
 
 def _mni152() -> MaskSet:
@@ -175,137 +198,31 @@ def _mni152() -> MaskSet:
     place = stored("mni152", ["masks", 3], make)
     number = np.arange(len(used := read_json(place / "facts.json")["slices"]))
     split = np.where(number % 2 == 0, "test", np.where(number % 8 == 5, "val", "train"))
-    return _set("mni152", place, TISSUES, [f"slice {z}" for z in used], split.tolist())
+    names, spacing = [f"slice {z}" for z in used], [(1.0, 1.0)] * len(used)
+    return _set("mni152", place, TISSUES, names, split.tolist(), spacing=spacing)
 
 
-def _set(name: str, place: Path, classes: tuple[str, ...], names: Sequence[str], places: Sequence[str]) -> MaskSet:
+def _set(
+    name: str,
+    place: Path,
+    classes: tuple[str, ...],
+    names: Sequence[str],
+    places: Sequence[str],
+    patients: Sequence[str] = (),
+    spacing: Sequence[tuple[float, float]] = (),
+) -> MaskSet:
+    """The set of the arrays in ``place``, whose rows are in these splits."""
     pictures, drawn = (np.load(place / f"{what}.npy", mmap_mode="r") for what in ("images", "masks"))
     splits = {}
     for split in SPLITS:
         rows = [i for i, each in enumerate(places) if each == split]
         if rows:
-            own = tuple(names[i] for i in rows)
-            splits[split] = Split(images=_Rows(pictures, rows), labels=_Rows(drawn, rows), names=own)  # type: ignore[arg-type]
+            splits[split] = Split(
+                images=Rows(pictures, np.array(rows)),  # type: ignore[arg-type]
+                labels=Rows(drawn, np.array(rows)),  # type: ignore[arg-type]
+                names=tuple(names[i] for i in rows),
+                patients=tuple(patients[i] for i in rows) if patients else (),
+                spacing=tuple(spacing[i] for i in rows) if spacing else (),
+            )
     digest = (place / "digest").read_text()
     return MaskSet(name=name, kind="multi-class", classes=classes, splits=splits, pixels=digest)
-
-
-class _Rows:
-    """Some rows of a mapped array, read when they are asked for."""
-
-    def __init__(self, array: np.ndarray, rows: Sequence[int]):
-        self._array, self._rows = array, np.asarray(rows)
-        self.shape, self.ndim, self.dtype = (len(rows), *array.shape[1:]), array.ndim, array.dtype
-
-    def __len__(self) -> int:
-        return len(self._rows)
-
-    def __getitem__(self, key: Any) -> np.ndarray:
-        return np.asarray(self._array[self._rows[key]])
-
-
-def _pairs(root: Path) -> Iterator[tuple[str | None, Path, Path]]:
-    """(split or None, image, mask) of a folder.
-
-    Raises:
-        ValueError, FileNotFoundError: an image without a mask, a mask without an image, or neither folder.
-    """
-    parts = [(None, root)] if (root / "images").is_dir() else [(s, root / s) for s in SPLITS if (root / s).is_dir()]
-    if not parts:
-        raise FileNotFoundError(f"{root} has no images/ and masks/ (nor has it train/images, train/masks, test/…)")
-    for split, folder in parts:
-        if not (folder / "images").is_dir() or not (folder / "masks").is_dir():
-            raise FileNotFoundError(f"{folder} must hold the two folders images/ and masks/")
-        files, drawn = ({f.stem: f for f in image_files(folder / what, deep=False)} for what in ("images", "masks"))
-        for stem in sorted(files.keys() ^ drawn.keys()):
-            lone, other = (files, "masks") if stem in files else (drawn, "images")
-            raise ValueError(f"{lone[stem]} has no {other[:-1]}: put one of the same name into {folder / other}")
-        yield from ((split, files[stem], drawn[stem]) for stem in sorted(files))
-
-
-def read_mask(path: Path, shape: tuple[int, int], reading: Reading, known: int | None) -> tuple[np.ndarray, bool]:
-    """((size, size) uint8 classes, whether it is written as 0 and 255) of a mask that fits an image of (h, w).
-
-    Raises:
-        ValueError: another size, colours, or values that are no class of ``known`` many; names the file.
-    """
-    from PIL import Image, ImageOps
-
-    with Image.open(path) as image:
-        if image.mode not in ("L", "P", "1"):
-            raise ValueError(f"{path} is no mask: it is {image.mode}, and a mask has one channel of eight bits")
-        if (image.height, image.width) != shape:
-            wanted = f"{shape[1]} × {shape[0]}"
-            raise ValueError(f"{path} is {image.width} × {image.height}, and its image {wanted}: they must be equal")
-        values = np.asarray(image, dtype=np.uint8)
-    found = set(np.unique(values).tolist())
-    whole = found <= {0, 255} and 255 in found
-    values = (values > 0).astype(np.uint8) if whole else values
-    if known is not None and values.max() >= known:
-        raise ValueError(
-            f"{path} holds the label {values.max()}, and there are {known} classes (0 to {known - 1}): name all with "
-            "--data.classes background,…"
-        )
-    plain, way, size = Image.fromarray(values), Image.Resampling.NEAREST, (reading.size, reading.size)
-    if reading.fit == "stretch":
-        return np.asarray(plain.resize(size, way)), whole
-    return np.asarray((ImageOps.fit if reading.fit == "crop" else ImageOps.pad)(plain, size, way)), whole
-
-
-def _folder(
-    root: Path, classes: tuple[str, ...], reading: Reading, fractions: tuple[float | None, float | None]
-) -> tuple[MaskSet, Reading]:
-    from PIL import Image
-
-    if not root.is_dir():
-        raise FileNotFoundError(f"there is no folder {root}; --data is mni152, or a folder with images/ and masks/")
-    pairs = list(_pairs(root))
-    if not pairs:
-        raise ValueError(f"{root / 'images'} holds no images")
-    own = pairs[0][0] is not None
-    if own and fractions != (None, None):
-        raise ValueError(f"{root} has splits of its own: leave data.val_fraction and data.test_fraction out")
-    try:
-        reading = replace(reading, grey=all(is_grey(image) for _, image, _ in pairs))
-    except Damaged as error:
-        raise ValueError(f"an image of {root} cannot be read: {error}") from error
-    files = [file for _, *both in pairs for file in both]
-    stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-
-    def make(folder: Path) -> None:
-        shape = (len(pairs), reading.size, reading.size)
-        pictures = np.lib.format.open_memmap(
-            folder / "images.npy", "w+", np.uint8, shape if reading.grey else (*shape, 3)
-        )
-        drawn = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, shape)
-        for i, (_, image, mask) in enumerate(pairs):
-            try:
-                pictures[i] = read_image(image, reading)
-            except Damaged as error:
-                raise ValueError(f"{image} cannot be read: {error}") from error
-            with Image.open(image) as header:
-                turned = header.getexif().get(274, 1) > 4
-                wide, high = header.size
-            drawn[i], _ = read_mask(mask, (wide, high) if turned else (high, wide), reading, len(classes) or None)
-        highest = int(drawn.max())
-        if highest == 0:
-            raise ValueError(f"the masks of {root} hold nothing but 0: there is nothing to find")
-        pictures.flush()
-        drawn.flush()
-        write_json(folder / "facts.json", {"highest": highest})
-
-    facing = [reading.size, reading.grey, reading.fit, list(classes), stamps]
-    place = stored("masks", facing, make)
-    highest = int(read_json(place / "facts.json")["highest"])
-    names = [image.relative_to(root).as_posix() for _, image, _ in pairs]
-    if own:
-        places = [str(split) for split, _, _ in pairs]
-    else:
-        val, test = (0.15 if each is None else each for each in fractions)
-        places = split_by_patient(np.zeros(len(pairs), dtype=np.int64), names, val, test)
-    if "train" not in places:
-        raise ValueError(f"{root} has nothing to train on: put images and masks into {root / 'train'}")
-    known = classes or ("background", *map(str, range(1, highest + 1)))
-    if len(known) < 2:
-        raise ValueError(f"data.classes names {', '.join(known)} alone; name background and what is to be found")
-    return _set(root.name, place, known, names, places), reading

@@ -34,12 +34,14 @@ class Damaged(ValueError):
 
 @dataclass(frozen=True, kw_only=True)
 class Raw:
-    """``values``, the header's ``window`` if it has one, whether white is low, and a volume's ``spacing``."""
+    """``values``, the header's ``window`` if it has one, whether white is low, the ``spacing`` if it is known, and a
+    volume's ``affine``, of its (column, row, slice) into nibabel's millimetres."""
 
     values: np.ndarray
     window: str | None = None
     inverted: bool = False
-    spacing: tuple[float, float, float] = (1.0, 1.0, 1.0)
+    spacing: tuple[float, float, float] | None = None
+    affine: np.ndarray | None = None
 
 
 def is_medical(path: Path) -> bool:
@@ -48,6 +50,24 @@ def is_medical(path: Path) -> bool:
 
 def is_nifti(path: Path) -> bool:
     return path.name.lower().endswith(NIFTI)
+
+
+def is_volume(path: Path) -> bool:
+    """Whether it is read as one: a NIfTI file (of one slice too), or the folder of a series."""
+    return is_nifti(path) or path.is_dir()
+
+
+def count_slices(path: Path) -> int:
+    """How many slices a volume has, by its header."""
+    if path.is_dir():
+        return len(series_files(path))
+    nibabel, orientations = (import_extra(f"nibabel{each}", "medical") for each in ("", ".orientations"))
+    try:
+        image = nibabel.load(path)
+    except (OSError, EOFError, ValueError, zlib.error, nibabel.filebasedimages.ImageFileError) as error:
+        raise Damaged(f"{path} is no NIfTI file that can be read ({error})") from error
+    axis = int(np.flatnonzero(orientations.io_orientation(image.affine)[:, 0] == 2)[0])
+    return int(image.shape[axis]) if axis < len(image.shape) else 1
 
 
 def volumes_of(files: Iterable[Path]) -> list[Path]:
@@ -96,15 +116,18 @@ def read_nifti(path: Path) -> Raw:
         raise Damaged(f"it is no NIfTI file that can be read ({error})") from error
     if values.ndim < 2 or values.size != math.prod(values.shape[:3]) or not values.size:
         raise Damaged(f"it holds an array {image.shape}, and one volume is wanted")
-    turned, spacing = _axial(values.reshape(*values.shape[:3], *[1] * (3 - values.ndim)), image.affine)
-    return Raw(values=turned, spacing=spacing)
+    turned, spacing, affine = _axial(values.reshape(*values.shape[:3], *[1] * (3 - values.ndim)), image.affine)
+    return Raw(values=turned, spacing=spacing, affine=affine)
 
 
-def write_labels(path: Path, labels: np.ndarray, like: Path) -> None:
-    """Labels (d, h, w) uint8 as ``read_nifti`` turned them, as a NIfTI file in the array and the affine of ``like``;
-    nothing else of its header goes along.
+def write_labels(path: Path, labels: np.ndarray, like: Path, affine: np.ndarray | None) -> None:
+    """Labels (d, h, w) uint8 of a volume as a NIfTI file, in the array and the affine of the file ``like``; of a
+    series' folder in the ``affine`` that it was read with. Nothing else of its header goes along.
     """
     nibabel = import_extra("nibabel", "medical")
+    if like.is_dir():
+        nibabel.save(nibabel.Nifti1Image(labels.transpose(2, 1, 0), affine), path)
+        return
     orientations, image = import_extra("nibabel.orientations", "medical"), nibabel.load(like)
     back = orientations.ornt_transform(orientations.axcodes2ornt(AXIAL), orientations.io_orientation(image.affine))
     turned = orientations.apply_orientation(labels.transpose(2, 1, 0), back).reshape(image.shape)
@@ -142,11 +165,12 @@ def read_series(folder: Path) -> Raw:
     affine = np.eye(4)  # of (column, row, slice), in DICOM's LPS, then turned to nibabel's RAS
     affine[:3, 0], affine[:3, 1], affine[:3, 2] = across * pixels[0][1], down * pixels[0][0], normal * step
     affine[:3, 3] = points[order[0]]
-    values, spacing = _axial(np.stack(slices).transpose(2, 1, 0), np.diag([-1.0, -1, 1, 1]) @ affine)
+    values, spacing, affine = _axial(np.stack(slices).transpose(2, 1, 0), np.diag([-1.0, -1, 1, 1]) @ affine)
     windows = {raw.window for raw in raws}
     return Raw(
         values=values,
         spacing=spacing,
+        affine=affine,
         inverted=raws[0].inverted,
         window=windows.pop() if len(windows) == 1 else None,
     )
@@ -203,7 +227,9 @@ def _raw(header: Any) -> Raw:
         return Raw(values=np.asarray(stored if how == "RGB" else convert_color_space(stored, how, "RGB"), np.uint8))
     values = np.asarray(apply_modality_lut(stored, header))
     values = values if values.dtype == np.uint8 else values.astype(np.float32)
-    return Raw(values=values, window=_window(header), inverted=how == "MONOCHROME1")
+    down, across = map(float, header.get("PixelSpacing") or (0, 0))
+    spacing = (1.0, down, across) if min(down, across) > 0 else None
+    return Raw(values=values, window=_window(header), inverted=how == "MONOCHROME1", spacing=spacing)
 
 
 def _window(header: Any) -> str | None:
@@ -215,8 +241,8 @@ def _window(header: Any) -> str | None:
     return f"{middle - wide / 2},{middle + wide / 2}" if wide > 0 else None
 
 
-def _axial(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float]]:
-    """(x, y, z) with its affine → ((d, h, w), spacing) as in the module's text."""
+def _axial(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[float, float, float], np.ndarray]:
+    """(x, y, z) with its affine → ((d, h, w), spacing, affine of w, h, d) as in the module's text."""
     orientations = import_extra("nibabel.orientations", "medical")
     if not np.isfinite(affine).all() or abs(np.linalg.det(affine[:3, :3])) < 1e-12:
         raise Damaged("its header gives no orientation")
@@ -225,4 +251,5 @@ def _axial(values: np.ndarray, affine: np.ndarray) -> tuple[np.ndarray, tuple[fl
     spacing = np.empty(3)
     spacing[turn[:, 0].astype(int)] = np.linalg.norm(affine[:3, :3], axis=0)
     x, y, z = map(float, spacing)
-    return np.ascontiguousarray(turned.transpose(2, 1, 0)), (z, y, x)
+    after = affine @ orientations.inv_ornt_aff(turn, values.shape)
+    return np.ascontiguousarray(turned.transpose(2, 1, 0)), (z, y, x), after

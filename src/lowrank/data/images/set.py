@@ -52,12 +52,14 @@ class ImageSpec:
 
 @dataclass(frozen=True, kw_only=True)
 class Split:
-    """One split. ``names`` says what each image is (a file), ``patients`` whose; either may be empty: not known."""
+    """One split. ``names`` says what each image is (a file), ``patients`` whose, ``spacing`` the millimetres between
+    its pixels as stored (down, across); each may be empty: not known."""
 
     images: np.ndarray
     labels: np.ndarray
     names: tuple[str, ...] = ()
     patients: tuple[str, ...] = ()
+    spacing: tuple[tuple[float, float], ...] = ()
 
     def __len__(self) -> int:
         return len(self.labels)
