@@ -72,7 +72,7 @@ def test_a_baseline_without_a_row_is_refused(tmp_path):
 COMMITTED = Path(__file__).parents[2] / "results"
 
 
-@pytest.mark.parametrize("place", [None, "vit-ranks"])
+@pytest.mark.parametrize("place", [None, "vit-ranks", "tissue"])
 def test_the_page_of_an_experiment(tmp_path, capsys, place):
     """Question and answer first; a method that failed with its reason; nothing fetched; names as text."""
     folder = COMMITTED / place if place else tmp_path / "results"
@@ -94,6 +94,8 @@ def test_the_page_of_an_experiment(tmp_path, capsys, place):
     assert escape(found.command) in page
     if place is None:
         assert "ValueError: it went wrong" in page
+    curves = any(row.curve.get("val") for row in found.rows)  # a run that is never evaluated on the way has none
+    assert ("against steps" in page) == curves == (place == "vit-ranks")
 
 
 def test_results_are_not_written_beside(tmp_path, monkeypatch):

@@ -77,11 +77,13 @@ def pictures(compared: Comparison, *, prefix: str, points: int = _POINTS) -> lis
 
     axes = {"steps": "optimizer step", compared.unit: f"{compared.unit} seen", "seconds": "seconds of training"}
     table = _curves_table(compared, points)
-    for number, (by, label) in enumerate(axes.items()):
+    seeds = [seen for entry in compared.entries for seen in entry.seeds]
+    lines = any(seen.val or (compared.is_loss and seen.train) for seen in seeds)
+    for number, (by, label) in enumerate(axes.items() if lines else ()):
         scales = [[_scale(seen, by) for seen in entry.seeds] for entry in compared.entries]
         if not any(s is not None for row in scales for s in row):
             continue
-        series = [seen.val for entry in compared.entries for seen in entry.seeds if seen.val]
+        series = [seen.val for seen in seeds if seen.val]
         shown = [y for each in series for x, y in each if x >= each[-1][0] / 4]
         top = _focus(shown) if compared.is_loss else None
 
