@@ -77,7 +77,7 @@ def commands() -> Iterator[tuple[str, str]]:
 COMMANDS = sorted(set(commands()))
 # generated, or each section for itself
 TOLD = ("api", "coming-from", "composition", "evidence", "log", "protocol")
-KNOWN = {command.name: command for command in app.every_command()}
+KNOWN = {command.name: command for command in app.COMMANDS}
 
 
 def test_there_are_commands() -> None:

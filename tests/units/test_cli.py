@@ -7,12 +7,14 @@ import shlex
 import subprocess
 import sys
 import tempfile
+from dataclasses import replace
 
 import pytest
 
 from lowrank.cli import app as cli
-from lowrank.cli import commands
+from lowrank.cli import listing
 from lowrank.cli.arguments import Command, Option, Parsed, UsageError, options_of, parse
+from lowrank.cli.run_options import RUN
 from lowrank.infra.signatures import signature_of
 from lowrank.recipes import RECIPES
 from lowrank.run.overrides import catalogue, options
@@ -113,14 +115,14 @@ def test_options_come_from_signatures_and_docstrings():
 
 
 def test_every_setting_of_a_run_has_an_option_in_one_group():
-    names = [option.name for option in cli.run_options()]
-    assert sorted(names) == sorted([*options(), "model", "data", "method", "labels"])
+    names = [option.name for option in RUN]
+    assert sorted(names) == sorted([*options(), "model", "data", "method", "labels", "trust_files"])
 
 
 def test_help_in_every_place(lowrank):
     overview = lowrank("--help")[1]
     assert lowrank()[1] == lowrank("help")[1] == overview
-    for command in cli.every_command():
+    for command in cli.COMMANDS:
         assert f"  {command.name} " in overview
         status, text, _ = lowrank(command.name, "--help")
         assert (status, text.splitlines()[0]) == (0, f"usage: lowrank {command.usage}")
@@ -130,7 +132,7 @@ def test_help_in_every_place(lowrank):
 
 
 def test_examples_in_the_help_are_read_without_error():
-    known = {command.name: command for command in cli.every_command()}
+    known = {command.name: command for command in cli.COMMANDS}
     lines = [line for command in known.values() for line in command.about.splitlines() if line.startswith("  lowrank ")]
     assert len(lines) > 12
     for line in lines:
@@ -141,7 +143,7 @@ def test_examples_in_the_help_are_read_without_error():
 HEAVY = ("torch", "numpy", "transformers")
 WITHOUT_TORCH = [
     *[[], ["--version"], ["methods"], ["methods", "lte"], ["recipes"], ["recipes", "vit-mini"]],
-    *[[command.name, "--help"] for command in cli.every_command()],
+    *[[command.name, "--help"] for command in cli.COMMANDS],
     *[
         ["trian"],
         ["train", "gptmini"],
@@ -164,7 +166,7 @@ def test_help_and_refusals_import_no_torch():
         f"    print(status, *[name for name in {HEAVY!r} if name in sys.modules])\n"
     )
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=120)
-    helps = 6 + len(cli.every_command())
+    helps = 6 + len(cli.COMMANDS)
     assert done.stdout.split("\n")[:-1] == ["0"] * helps + ["2"] * (len(WITHOUT_TORCH) - helps), done.stderr
 
 
@@ -242,7 +244,7 @@ def failing(monkeypatch, error):
     def fails(parsed):
         raise error
 
-    monkeypatch.setattr(commands, "recipes", fails)
+    monkeypatch.setattr(cli, "COMMANDS", [replace(listing.recipes, call=fails)])
 
 
 def test_faults_of_our_own_are_a_short_message_and_a_report(lowrank, monkeypatch, tmp_path):

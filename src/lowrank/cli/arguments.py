@@ -6,13 +6,14 @@ are collected here as text and checked where the signature they reach is known.
 
 from __future__ import annotations
 
+import inspect
 import textwrap
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
 from lowrank.infra.convert import convert, nearest
-from lowrank.infra.signatures import Signature
+from lowrank.infra.signatures import Signature, module_file, read
 
 WIDTH = 80  # of everything that explains
 
@@ -73,6 +74,20 @@ class Command:
     @property
     def name(self) -> str:
         return self.usage.split()[0]
+
+
+def command(
+    options: Sequence[Option] = (), prefixes: Sequence[str] = (), positions: tuple[int, int | None] = (1, 1)
+) -> Callable[[Callable[[Parsed], int]], Command]:
+    """Make a command of the function below, which does it and returns the exit status; its docstring is the command's
+    help: usage and summary, a line each, then the rest."""
+
+    def made(call: Callable[[Parsed], int]) -> Command:
+        usage, summary, about = inspect.getdoc(call).split("\n", 2)  # type: ignore[union-attr]
+        told = {"usage": usage, "summary": summary, "about": about}
+        return Command(**told, call=call, options=options, prefixes=prefixes, positions=positions)
+
+    return made
 
 
 def parse(words: Sequence[str], command: Command) -> Parsed:
@@ -148,6 +163,31 @@ def fitted(text: str) -> str:
         else:
             blocks.append(line)
     return "\n".join(block if block.startswith(" ") else textwrap.fill(block, WIDTH) for block in blocks)
+
+
+def filled(text: str) -> str:
+    """A sentence over as many lines as it takes; paths and names stay whole."""
+    return textwrap.fill(text, WIDTH, break_on_hyphens=False, break_long_words=False)
+
+
+FUNCTIONS = {
+    "score": "lowrank.evaluate.score",
+    "generate": "lowrank.evaluate.generate",
+    "chat": "lowrank.evaluate.chat",
+    "predict": "lowrank.evaluate.predict",
+    "prepare": "lowrank.data.text.prepare",
+}
+
+
+def signature(function: str) -> Signature:
+    """Of a function of the library whose arguments are a command's options; read, not imported."""
+    return read(module_file(FUNCTIONS[function]), function)
+
+
+def arguments(function: str, options: Mapping[str, str]) -> dict[str, Any]:
+    """Options converted for the function whose signature they were made from."""
+    known = signature(function).kinds
+    return {name: convert(value, known[name], f"--{name.replace('_', '-')}") for name, value in options.items()}
 
 
 def options_of(function: Signature) -> tuple[Option, ...]:

@@ -7,7 +7,8 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
-from lowrank.cli.arguments import Parsed, UsageError, several, switch, whole
+from lowrank.cli.arguments import Option, Parsed, UsageError, command, several, switch, whole
+from lowrank.cli.run_options import DOTTED, RUN
 from lowrank.infra.convert import convert
 from lowrank.infra.text import printable
 from lowrank.recipes import find
@@ -15,12 +16,57 @@ from lowrank.run.overrides import catalogue, override
 from lowrank.run.run import Run
 from lowrank.run.validation import validated
 
-_LINK = ("ranks", "link", "latency", "step_seconds")
+_PLANNED = (
+    Option(name="methods", value="A,B,…", help="methods side by side, with the largest batch for usual cards"),
+    Option(name="fit", value="SIZE", help="find what fits: 24GB, 24GiB, or 24 for a card sold as that"),
+    Option(name="out", value="FILE", help="the picture of --methods (PNG), or the run.json of --fit"),
+    Option(name="calibrate", help="first measure this machine (a minute); plans then say seconds as well"),
+    Option(name="layers", help="also every parameter: its shape, who trains it, and why"),
+)
+_LINKED = (
+    Option(name="ranks", value="N", group="Ranks", help="as if on so many processes: what one of them takes"),
+    Option(name="link", value="SPEED", group="Ranks", help="100Mbit, 1Gbit, 10GB/s, …: of each rank, either way"),
+    Option(name="latency", value="TIME", group="Ranks", help="until a message has arrived: 1ms, 50us; default 0"),
+    Option(name="step_seconds", value="TIME", group="Ranks", help="what a rank computes; default: measured here"),
+)
+_LINK = tuple(option.name for option in _LINKED)
 
 
+@command((*_PLANNED, *_LINKED, *RUN), DOTTED, (0, 1))
 def plan(parsed: Parsed) -> int:
-    """What a run would take, without its weights and its data; with --layers what each parameter does; with --ranks
-    what one of several processes takes, and with --link what the link makes of it."""
+    """plan RECIPE [options], or plan --calibrate
+    will it fit: what a run takes in memory, and what would train
+
+    Says what a run needs at its peak, where that is and what the bytes are: a step of each kind (the first, an ordinary
+    one, a refresh of bases, a merge, an evaluation) is gone through with tensors that have shapes and no numbers, so
+    that neither weights nor data are needed. It is what torch holds, to the byte on a CPU but for scratch space within
+    kernels; for a GPU its allocator's rounding is added, and 512 MiB that a CUDA process is assumed to take. Takes the
+    options of lowrank train.
+
+    With --methods it sets several side by side, with the largest micro-batch for each of the usual cards (interpolated
+    between traces of three sizes). With --fit it looks for the least that must be given up for the run to fit:
+    micro-batch, activations, precision, method, per-layer steps, rank; it says what it gave up, and --out writes a
+    run.json that trains.
+
+    With --ranks it says what the one of several processes takes that takes most, and what it sends, under --engine and
+    --workers as in lowrank train; none is started. With --link it also says what such a link makes of it: bytes and
+    seconds a step, beside DDP's, and from which merge interval on communication hardly matters. One rank's step is
+    measured here unless --step-seconds says what it takes on the machines that are meant.
+
+    It also says what a step computes and what the optimizer moves. Seconds are said once --calibrate has timed a few
+    steps of small models on this machine; they hold for its device, number of threads and version of torch, and for no
+    other.
+
+    Examples:
+      lowrank plan gpt2-pretrain
+      lowrank plan gpt2-pretrain --calibrate
+      lowrank plan llama-7b --method galore_8bit --per-layer --grad-accum 1
+      lowrank plan llama-7b --methods full,lora,galore,galore_8bit --per-layer --out memory.png
+      lowrank plan llama-1b --fit 12GB --out fits.json
+      lowrank plan gpt-mini --method lte --method.target_modules attention --layers
+      lowrank plan llama-7b --engine fsdp --ranks 8
+      lowrank plan gpt2-pretrain --method.heads 64 --batch-size 64 --ranks 64 --link 1Gbit --step-seconds 0.2
+    """
     if switch(parsed, "calibrate"):
         _calibrate(parsed)
         if not parsed.positions:

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from lowrank.cli.arguments import Parsed, UsageError, switch
+from lowrank.cli.arguments import Option, Parsed, UsageError, command, switch
 from lowrank.infra.text import printable
 
 if TYPE_CHECKING:
@@ -18,8 +18,27 @@ _LOOK, _REFRESH = 2.0, 10  # seconds between looks at runs that grow, and until 
 _GROWING = ("run.json", "log.jsonl", "summary.json", "failed.json", "results.json")
 
 
+_WRITTEN = (
+    Option(name="out", value="NAME.html|DIR", help="one page, or a folder; default DIR if it has runs, else report"),
+    Option(name="watch", help="write the page anew as runs grow, unfinished ones included, until interrupted"),
+)
+
+
+@command(_WRITTEN, positions=(1, None))
 def report(parsed: Parsed) -> int:
-    """Tables, pictures and the page of runs and experiments."""
+    """report DIR… [--out NAME.html|DIR] [--watch]
+    one page of runs: the answer, tables and pictures
+
+    Prints tables of the finished runs in the folders (or right below them) and of experiments' results, and what their
+    seeds allow to be said. --out NAME.html writes one page, which needs nothing but itself; any other name is a folder
+    for report.html, report.md, curves.png, and figures/ with each picture as SVG and CSV and the table for LaTeX. Runs
+    that cannot be compared with each other stand in tables of their own; a run that failed is a row with its reason.
+
+    Examples:
+      lowrank report runs/first runs/second --out report.html
+      lowrank report results/heads-ranks-merge --out table1.html
+      lowrank report runs/first --out live.html --watch
+    """
     paths = [Path(position) for position in parsed.positions]
     beside = len(paths) == 1 and any(next(paths[0].glob(names), None) for names in ("run.json", "*/run.json"))
     out = Path(parsed.options.get("out", paths[0] if beside else "report"))

@@ -27,7 +27,7 @@ from lowrank.run.run import Call, Run, flat, local_paths, names_that
 Functions = Mapping[str, Callable[..., Any]]
 _CALLS = ("model", "data", "method")
 _FIXED = (*_CALLS, "recipe", "per_method", "files")
-_TASKS = Registry(
+TASKS = Registry(
     "task",
     "lowrank.evaluate.text_task",
     "lowrank.evaluate.sequence_task",
@@ -43,7 +43,7 @@ class Catalogue:
     model: Functions
     data: Functions
     method: Functions
-    task: Functions = field(default_factory=lambda: _TASKS)
+    task: Functions = field(default_factory=lambda: TASKS)
 
     def of(self, kind: str) -> Functions:
         functions: Functions = getattr(self, kind)
