@@ -4,7 +4,7 @@
     print(plan)                     the table: layer, adapter, rule, what trains, and why not
     opt = plan.optimizer(lr=…)      the one optimizer, with merges at their time
 
-``binding`` decides which parameter trains, and documents how.
+``assignment`` decides which parameter trains, and documents how.
 """
 
 from __future__ import annotations
@@ -28,8 +28,9 @@ from lowrank.methods import Method
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import OneFactor
 from lowrank.optim.state import check_forgets
-from lowrank.plan.assignment import Binding
+from lowrank.plan.assignment import Assignment
 from lowrank.plan.memory import Ledger, ledger
+from lowrank.plan.placement import Placement
 from lowrank.plan.row import Across, Row
 from lowrank.plan.synchronisation import Synchroniser
 from lowrank.plan.table import table
@@ -241,17 +242,18 @@ def apply_(
         raise ValueError("the model has no parameters")
     _refuse_wrapped(model)
     layout = process_layout(ranks, workers)
-    binding = Binding(model, method, seed, layout)
-    binding.check_rest()
+    placement = Placement(model, method, seed, layout)
+    assignment = Assignment(placement)
+    assignment.check_rest()
     try:
         for layer in quantised_layers(model).values():
             keep_unpacked_(layer)
-        binding.place_adapters()
-        rows = binding.rows()
+        placement.place()
+        rows = assignment.rows()
     except Exception:
-        binding.undo()
+        placement.undo()
         raise
-    plan = Plan(model, method, seed, rows, binding.adapters, binding.notes, layout)
+    plan = Plan(model, method, seed, rows, placement.adapters, placement.notes, layout)
     parameters = dict(model.named_parameters())
     for row in rows:
         parameters[row.name].requires_grad_(row.rule is not None)

@@ -11,15 +11,17 @@ checkpoints, each with the weights, the optimizer's state and the heads of all r
 from __future__ import annotations
 
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
+from statistics import median
+from typing import Any, Literal
 
 from lowrank.distributed.process_group import ProcessGroup, first_on_node
 from lowrank.infra.environment import environment
 from lowrank.infra.files import FolderInUseError, locked, read_json, write_json
+from lowrank.infra.step_clock import seconds_of
 from lowrank.plan.plan import Plan
 from lowrank.run.session import Session
 from lowrank.run.validation import refuse_occupied
@@ -111,6 +113,24 @@ def describe(session: Session, out: Path) -> None:
     if session.base is not None:
         session.base.write(out)
     write_json(out / "env.json", environment())
+
+
+def summarised(session: Session, found: Mapping[str, Any], records: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The summary of a run: what was ``found`` of it, and what its steps cost by the ``records`` of its log."""
+    run, plan, rate = session.run, session.plan, f"{session.task.unit}_per_second"
+    return {
+        "recipe": run.recipe,
+        "method": run.method.name,
+        "seed": run.seed,
+        **found,
+        "parameters_trained": plan.parameters_trained,
+        "parameters_total": plan.parameters_total,
+        "state_bytes": plan.state_bytes,
+        "kept_bytes": plan.kept_bytes,
+        **{name: median(r[name] for r in records) if records else None for name in ("step_seconds", rate)},
+        "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
+        "seconds": seconds_of(records),
+    }
 
 
 def is_complete(out: Path, end: int) -> bool:

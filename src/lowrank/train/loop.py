@@ -16,7 +16,6 @@ step, so a resumed run is bitwise the run that was never stopped, on a CPU.
 from __future__ import annotations
 
 import math
-import statistics
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -34,7 +33,7 @@ from lowrank.infra import checkpoint
 from lowrank.infra.files import finite, write_json
 from lowrank.infra.log import Writer, open_writers, read_log
 from lowrank.infra.progress import Progress
-from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak, seconds_of
+from lowrank.infra.step_clock import StepClock, peak_bytes, reset_peak
 from lowrank.interop.adapter_start import start_from_adapter_
 from lowrank.methods.schedule import Envelope
 from lowrank.plan.synchronisation import consolidated_model
@@ -46,7 +45,7 @@ from lowrank.train.changed_data import check_data
 from lowrank.train.checkpointing import NotFinite, Saver, not_finite
 from lowrank.train.coordinator import Coordinator
 from lowrank.train.elastic import newest
-from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder
+from lowrank.train.folder import SUMMARY, describe, is_complete, is_writer, lock_folder, summarised
 from lowrank.train.memory import RunMemory
 from lowrank.train.prefetch import Prefetch
 from lowrank.train.signals import asked_to_stop
@@ -430,26 +429,7 @@ class _Loop:
 
     def summary(self, *, interrupted: bool) -> dict[str, Any]:
         """What the run came to: the last metrics, the best, and what it cost."""
-        run, plan, task = self.session.run, self.session.plan, self.session.task
         records = [r for r in self._records() if "step_seconds" in r]
-        seconds = statistics.median(r["step_seconds"] for r in records) if records else None
-        rate_name = f"{task.unit}_per_second"
-        return {
-            "recipe": run.recipe,
-            "method": run.method.name,
-            "seed": run.seed,
-            "steps": self.step,
-            "interrupted": interrupted,
-            **self.latest_metrics,
-            **self.test_metrics,
-            f"best_val_{task.metric}": self.best,
-            "parameters_trained": plan.parameters_trained,
-            "parameters_total": plan.parameters_total,
-            "state_bytes": plan.state_bytes,
-            "kept_bytes": plan.kept_bytes,
-            "step_seconds": seconds,
-            rate_name: statistics.median(r[rate_name] for r in records) if records else None,
-            "peak_bytes": max((r["peak_bytes"] for r in records), default=None),
-            "seconds": seconds_of(records),
-            **self.coordinator.summary(records),
-        }
+        metrics = {**self.latest_metrics, **self.test_metrics, f"best_val_{self.session.task.metric}": self.best}
+        found = {"steps": self.step, "interrupted": interrupted, **metrics}
+        return summarised(self.session, found, records) | self.coordinator.summary(records)
