@@ -8,11 +8,13 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from tests.units.test_medical_files import series
 
 from lowrank.cli import main
 from lowrank.data.images.decode import Reading, fitted, fitted_part
-from lowrank.data.images.masks import masks
+from lowrank.data.images.masks import MaskData, masks
 from lowrank.data.images.set import Split
+from lowrank.evaluate.predict_masks import segment
 from lowrank.evaluate.segmentation_report import hausdorff
 from lowrank.evaluate.segmentation_task import MaskTally, mask_loss, overlaps
 from lowrank.infra.log import read_log
@@ -232,3 +234,39 @@ def test_tables_that_cannot_be_right_are_refused(table: Path, spoil: object, mes
     with pytest.raises((ValueError, FileNotFoundError)) as error:
         masks(str(table))
     assert message in str(error.value)
+
+
+class Bright(torch.nn.Module):
+    """Says of every pixel whether it is bright."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = torch.nn.Parameter(torch.tensor(9.0))
+
+    def forward(self, images: torch.Tensor) -> torch.Tensor:
+        return torch.stack([-self.weight * images[:, 0], self.weight * images[:, 0]], dim=1)
+
+
+@pytest.mark.parametrize("shape", [(9, 50), (40, 33), (16, 16)])
+@pytest.mark.parametrize("grey", [True, False])
+def test_windows_slide_over_planes_in_their_own_pixels(shape: tuple[int, int], grey: bool) -> None:
+    planes = np.random.default_rng(0).integers(0, 2, (3, *shape), dtype=np.uint8) * 200
+    facts = {"classes": ("background", "bright"), "reading": {"size": 16, "grey": grey, "fit": "windows"}}
+    data = MaskData.without_images({**facts, "spec": {"size": 16}})
+    assert np.array_equal(segment(Bright(), planes, data, 4), planes > 0)
+
+
+def test_a_run_on_windows_answers_a_series_by_a_volume(folder: Path, tmp_path: Path) -> None:
+    import nibabel as nib
+
+    data = masks(str(folder), size=16, fit="windows")  # twelve images of 40 × 30 pixels
+    assert sum(map(len, data.set.splits.values())) == 12 * 3 * 2
+    assert all(len({part.patients[i] for i in range(len(part))}) * 6 == len(part) for part in data.set.splits.values())
+    words = ["--data.fit", "windows", "--data.size", "16", "--method", "lora", "--quiet"]
+    assert train(tmp_path / "x", folder, *words) == 0
+    volume = np.random.default_rng(0).integers(0, 200, (6, 20, 30)).astype(np.int16)
+    series(tmp_path / "new" / "s", volume)
+    assert main(["predict", str(tmp_path / "x"), str(tmp_path / "new"), "--out", str(tmp_path / "out")]) == 0
+    made = nib.load(tmp_path / "out" / "s.nii.gz")
+    assert made.shape == (30, 20, 6)
+    assert made.affine.round(6).tolist() == np.diag([-2.0, -2, 3, 1]).tolist()

@@ -1,9 +1,11 @@
-"""Masks of files, each of its file's own size: a NIfTI file for a NIfTI file, in its array and affine, a PNG otherwise.
+"""Masks of files, each of its file's own size: a NIfTI file for a NIfTI file, in its array and affine, or for a DICOM
+series; a PNG otherwise.
 
     plane (h, w) → fitted as in training (size, size) → logits (classes, s, s) → the plane's part of them → (h, w)
 
 A pixel's value is its class, 0 being the background; where ``fit`` cropped a plane, what was cut off is background. A
-volume is answered slice by slice.
+volume is answered slice by slice. What was trained on windows (``fit="windows"``) slides them over each plane, half of
+one over the next, and takes the mean of their logits, weighted by a Gaussian (MONAI's sliding window).
 """
 
 from __future__ import annotations
@@ -21,11 +23,12 @@ from torch import Tensor, nn
 
 from lowrank.data.cache import published
 from lowrank.data.images.batches import to_model
-from lowrank.data.images.decode import Damaged, Planes, Reading, fitted, fitted_part, read_planes
+from lowrank.data.images.decode import Damaged, Planes, Reading, coloured, fitted, fitted_part, read_planes
 from lowrank.data.images.masks import MaskData
-from lowrank.data.images.medical import is_nifti, is_volume, write_labels
+from lowrank.data.images.medical import DICOM, is_nifti, is_series, is_volume, series_files, write_labels
 from lowrank.data.images.set import some
 from lowrank.evaluate.collected import check_finite
+from lowrank.infra.extras import import_extra
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Asked
 
@@ -75,7 +78,8 @@ def predict_masks(model: nn.Module, data: MaskData, asked: Asked) -> list[MaskPr
 
 
 def _checked(asked: Asked) -> tuple[Path, dict[Path, str]]:
-    """The folder, and each file's mask in it: files of several folders keep these below what they have in common."""
+    """The folder, and each file's mask in it: files of several folders keep these below what they have in common. A
+    folder whose DICOM files are all there and one series is one volume."""
     out = asked.out
     if out is None:
         raise ValueError("where do the masks go? give --out FOLDER, a new one")
@@ -84,11 +88,15 @@ def _checked(asked: Asked) -> tuple[Path, dict[Path, str]]:
     if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
         why = "is a file" if out.exists() else f"cannot be: there is no folder {out.absolute().parent}"
         raise ValueError(f"--out {out} {why}; masks go to a new folder")
-    root = Path(os.path.commonpath([path.absolute().parent for path in asked.files]))
-    names = {
-        path: (path if is_nifti(path) else path.with_suffix(".png")).absolute().relative_to(root).as_posix()
-        for path in asked.files
-    }
+    series = {path.parent for path in asked.files if path.name.lower().endswith(DICOM)}
+    series = {folder for folder in series if set(series_files(folder)) <= set(asked.files) and is_series(folder)}
+    files = list(dict.fromkeys(path.parent if path.parent in series else path for path in asked.files))
+    root = Path(os.path.commonpath([path.absolute().parent for path in files]))
+    names = {}
+    for path in files:
+        suffix = ".png" if not is_volume(path) else "" if is_nifti(path) else ".nii.gz"
+        mask = path.with_suffix(suffix) if suffix == ".png" else path.with_name(path.name + suffix)
+        names[path] = mask.absolute().relative_to(root).as_posix()
     counts = Counter(names.values())
     if twice := [str(path) for path, name in names.items() if counts[name] > 1]:
         raise ValueError(f"the masks of {some(twice)} would have one name: rename them, or leave some out")
@@ -98,6 +106,8 @@ def _checked(asked: Asked) -> tuple[Path, dict[Path, str]]:
 @torch.no_grad()
 def segment(model: nn.Module, planes: np.ndarray, data: MaskData, batch_size: int) -> np.ndarray:
     """(n, h, w) or (n, h, w, 3) uint8 → the class of each pixel, (n, h, w) uint8."""
+    if data.reading.fit == "windows":
+        return np.stack([_in_windows(model, coloured(plane, data.reading), data, batch_size) for plane in planes])
     device, found = next(model.parameters()).device, []
     for first in range(0, len(planes), batch_size):
         some_planes = planes[first : first + batch_size]
@@ -106,6 +116,23 @@ def segment(model: nn.Module, planes: np.ndarray, data: MaskData, batch_size: in
         check_finite(logits.cpu().numpy(), "images")
         found.append(_of_own_size(logits, planes.shape[1], planes.shape[2], data.reading))
     return np.concatenate(found)
+
+
+def _in_windows(model: nn.Module, plane: np.ndarray, data: MaskData, batch_size: int) -> np.ndarray:
+    """The class of each pixel of a plane, (h, w) uint8."""
+    slide = import_extra("monai.inferers", "medical").sliding_window_inference
+    device, size = next(model.parameters()).device, data.reading.size
+
+    def answer(windows: Tensor) -> Tensor:
+        images = windows[:, 0] if data.reading.grey else windows.permute(0, 2, 3, 1)
+        logits = logits_of(model, to_model(images.round().byte().numpy(), data.spec).to(device))
+        return _resized(logits, size, size).cpu()
+
+    image = torch.from_numpy(np.array(plane, dtype=np.float32))
+    image = image[None, None] if data.reading.grey else image.permute(2, 0, 1)[None]
+    logits = slide(image, (size, size), batch_size, answer, overlap=0.5, mode="gaussian")
+    check_finite(logits.numpy(), "images")
+    return np.asarray(logits.argmax(dim=1)[0].byte().numpy())
 
 
 def _of_own_size(logits: Tensor, h: int, w: int, reading: Reading) -> np.ndarray:

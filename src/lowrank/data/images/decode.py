@@ -37,6 +37,7 @@ from lowrank.data.images.medical import (
 from lowrank.infra.checks import check_choice
 
 Fit = Literal["pad", "crop", "stretch"]
+MaskFit = Literal["pad", "crop", "stretch", "windows"]
 SUFFIXES = (".png", ".jpg", ".jpeg", ".tif", ".tiff", ".bmp", ".webp", *DICOM, *NIFTI)
 WIDE = ("I;16", "I;16B", "I;16L", "I", "F")  # PIL's modes of more than eight bits
 GREY = ("1", "L", "LA", *WIDE)
@@ -50,20 +51,20 @@ class Reading:
     """How image files become arrays.
 
     ``size``: pixels of each side. ``grey``: one channel, or three. ``window``: for more than eight bits, see above.
-    ``fit``: an image that is not square is padded with black, cropped in its middle, or stretched. ``depth``: of
-    volumes, the slices; None: they are images.
+    ``fit``: an image that is not square is padded with black, cropped in its middle, or stretched; with a mask it may
+    also be cut into windows of ``size`` of its own pixels. ``depth``: of volumes, the slices; None: they are images.
     """
 
     size: int = 224
     grey: bool = False
     window: str = "auto"
-    fit: Fit = "pad"
+    fit: MaskFit = "pad"
     depth: int | None = None
 
     def __post_init__(self) -> None:
         if not 1 <= self.size <= LARGEST:
             raise ValueError(f"data.size={self.size} must be at least 1, and at most {LARGEST}")
-        check_choice("data.fit", self.fit, Fit)
+        check_choice("data.fit", self.fit, MaskFit)
         window_limits(self.window)
 
 
@@ -162,10 +163,37 @@ def fitted(plane: np.ndarray, reading: Reading, *, mask: bool = False) -> np.nda
     """A plane as :func:`read_image` gives it; a mask by nearest neighbour."""
     from PIL import Image
 
-    image = Image.fromarray(plane)
     if mask:
-        return np.asarray(_fitted(image, reading.size, reading.fit, Image.Resampling.NEAREST))
-    return np.asarray(_fitted(image.convert("L" if reading.grey else "RGB"), reading.size, reading.fit))
+        return np.asarray(_fitted(Image.fromarray(plane), reading.size, reading.fit, Image.Resampling.NEAREST))
+    return np.asarray(_fitted(Image.fromarray(coloured(plane, reading)), reading.size, reading.fit))
+
+
+def coloured(plane: np.ndarray, reading: Reading) -> np.ndarray:
+    """A plane of the channels that are wanted."""
+    from PIL import Image
+
+    return np.asarray(Image.fromarray(plane).convert("L" if reading.grey else "RGB"))
+
+
+def window_corners(h: int, w: int, size: int) -> list[tuple[int, int]]:
+    """Upper left corners of the windows that cover h × w, evenly apart, the last at the border; one of a smaller side
+    begins before it, so that it lies in the middle.
+
+    >>> window_corners(5, 20, 8)
+    [(-1, 0), (-1, 6), (-1, 12)]
+    """
+    tops, lefts = (
+        [-((size - n) // 2)] if n <= size else np.linspace(0, n - size, -(-n // size)).round().astype(int).tolist()
+        for n in (h, w)
+    )
+    return [(top, left) for top in tops for left in lefts]
+
+
+def window(plane: np.ndarray, corner: tuple[int, int], size: int) -> np.ndarray:
+    """The (size, size) or (size, size, 3) of a plane at a corner, 0 where there is no plane."""
+    around = [(max(0, -at), max(0, at + size - n)) for at, n in zip(corner, plane.shape[:2], strict=True)]
+    rows, columns = (slice(max(0, at), at + size) for at in corner)
+    return np.pad(plane[rows, columns], [*around, *[(0, 0)] * (plane.ndim - 2)])
 
 
 def fitted_part(h: int, w: int, reading: Reading) -> tuple[tuple[slice, slice], tuple[slice, slice]]:
@@ -264,7 +292,7 @@ def _opened(path: Path) -> Any:
         raise Damaged(str(error)) from error
 
 
-def _fitted(image: Any, size: int, fit: Fit, way: Any = None) -> Any:
+def _fitted(image: Any, size: int, fit: MaskFit, way: Any = None) -> Any:
     from PIL import Image, ImageOps
 
     way = Image.Resampling.BICUBIC if way is None else way

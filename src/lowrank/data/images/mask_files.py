@@ -14,13 +14,24 @@ Shapes: images (n, h, w) or (n, h, w, 3) uint8; masks (n, h, w) uint8.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
-from lowrank.data.images.decode import Planes, Reading, fitted, fitted_part, image_files, is_grey, read_planes
+from lowrank.data.images.decode import (
+    Planes,
+    Reading,
+    coloured,
+    fitted,
+    fitted_part,
+    image_files,
+    is_grey,
+    read_planes,
+    window,
+    window_corners,
+)
 from lowrank.data.images.folder import patients_by, rows_of, table_row_split
 from lowrank.data.images.medical import NIFTI, Damaged, count_slices, is_nifti, is_volume, read_nifti, series_files
 from lowrank.data.images.set import some, stored
@@ -129,10 +140,10 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
     """
     try:
         grey = all(is_volume(pair.image) or is_grey(pair.image) for pair in pairs)
-        counts = [count_slices(pair.image) if is_volume(pair.image) else 1 for pair in pairs]
+        reading = replace(reading, grey=grey)
+        counts = [_count(pair.image, reading) for pair in pairs]
     except Damaged as error:
         raise ValueError(f"an image of {source} cannot be read: {error}") from error
-    reading = replace(reading, grey=grey)
     files = [f for p in pairs for f in (*(series_files(p.image) if p.image.is_dir() else [p.image]), p.mask)]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
     key = [3, reading.size, grey, reading.window, reading.fit, list(classes), stamps]
@@ -147,13 +158,32 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
         reading=reading,
         of=of,
         names=tuple(
-            pair.name if count == 1 else f"{pair.name} slice {z}"
+            pair.name if count == 1 else f"{pair.name} {'window' if reading.fit == 'windows' else 'slice'} {z}"
             for pair, count in zip(pairs, counts, strict=True)
             for z in range(count)
         ),
         spacing=tuple((spacings[i][0], spacings[i][1]) for i in of) if all(spacings) else (),
         highest=int(facts["highest"]),
     )
+
+
+def _count(image: Path, reading: Reading) -> int:
+    """How many rows an image becomes."""
+    if reading.fit == "windows":
+        count, h, w = read_planes(image, reading).values.shape[:3]
+        return count * len(window_corners(h, w, reading.size))
+    return count_slices(image) if is_volume(image) else 1
+
+
+def _squares(planes: Planes, masks: np.ndarray, reading: Reading) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    """Each image with its mask as they are stored."""
+    for plane, mask in zip(planes.values, masks, strict=True):
+        if reading.fit != "windows":
+            yield fitted(plane, reading), fitted(mask, reading, mask=True)
+            continue
+        whole = coloured(plane, reading)
+        for corner in window_corners(mask.shape[0], mask.shape[1], reading.size):
+            yield window(whole, corner, reading.size), window(mask, corner, reading.size)
 
 
 def _read_all(
@@ -169,8 +199,8 @@ def _read_all(
         except Damaged as error:
             raise ValueError(f"{pair.image} cannot be read: {error}") from error
         masks = read_mask(pair.mask, planes, len(classes) or None)
-        for z in range(count):
-            pictures[row + z], drawn[row + z] = fitted(planes.values[z], reading), fitted(masks[z], reading, mask=True)
+        for z, (picture, mask) in enumerate(_squares(planes, masks, reading)):
+            pictures[row + z], drawn[row + z] = picture, mask
         row += count
         spacings.append(None if planes.spacing is None else _stored_spacing(planes, reading))
     pictures.flush()
@@ -181,6 +211,8 @@ def _read_all(
 def _stored_spacing(planes: Planes, reading: Reading) -> list[float]:
     """Millimetres between the pixels (down, across) as they are stored."""
     assert planes.spacing is not None
+    if reading.fit == "windows":
+        return list(planes.spacing)
     seen, shown = fitted_part(planes.values.shape[1], planes.values.shape[2], reading)
     pairs = zip(planes.spacing, seen, shown, strict=True)
     return [mm * (a.stop - a.start) / (b.stop - b.start) for mm, a, b in pairs]

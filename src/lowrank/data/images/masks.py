@@ -18,7 +18,7 @@ import torch
 from torch import nn
 
 from lowrank.data.images.batches import Batch, EvaluationBatches, ImageBatches, to_model
-from lowrank.data.images.decode import Fit, Reading
+from lowrank.data.images.decode import MaskFit, Reading
 from lowrank.data.images.folder import Rows, places_of
 from lowrank.data.images.mask_files import Pair, pairs_of, read_pairs
 from lowrank.data.images.medical import read_nifti
@@ -119,7 +119,7 @@ def masks(
     val_fraction: float | None = None,
     test_fraction: float | None = None,
     window: str = "auto",
-    fit: Fit = "pad",
+    fit: MaskFit = "pad",
 ) -> MaskData:
     """Images with masks.
 
@@ -132,7 +132,8 @@ def masks(
             whole, and slices of a volume together.
         val_fraction, test_fraction: of the patients of files that have no splits; 0.15 each by default.
         window: for more than eight bits: auto, full, or low,high.
-        fit: images that are not square: pad, crop or stretch.
+        fit: images that are not square: pad, crop or stretch; or windows, which cuts all into windows of ``size`` of
+            their own pixels, and slides these over what is predicted.
 
     Raises:
         ValueError, OSError: no such source; images without masks, masks of another size or with unknown labels.
@@ -141,6 +142,7 @@ def masks(
     if source == "mni152":
         given: dict[str, object] = {"classes": classes or None, "size": size, "patient_pattern": patient_pattern}
         given |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
+        given |= {"window": None if window == "auto" else window, "fit": None if fit == "pad" else fit}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"data.{name} has no effect on mni152: leave it out")

@@ -181,6 +181,17 @@ def series_files(folder: Path) -> list[Path]:
     return sorted(p for p in folder.iterdir() if p.name.lower().endswith(DICOM) and not p.name.startswith("."))
 
 
+def is_series(folder: Path) -> bool:
+    """Whether the DICOM files of a folder are the slices of one volume, by their headers."""
+    pydicom, files = import_extra("pydicom", "medical"), series_files(folder)
+    try:
+        headers = [pydicom.dcmread(path, stop_before_pixels=True) for path in files] if len(files) > 1 else []
+    except (OSError, EOFError, ValueError, pydicom.errors.InvalidDicomError):
+        return False
+    placed = all("ImagePositionPatient" in header for header in headers)
+    return placed and len({str(header.get("SeriesInstanceUID")) for header in headers}) == 1
+
+
 def _step(places: np.ndarray) -> float:
     """The distance of slices at sorted ``places``, in millimetres."""
     if len(places) < 2:

@@ -213,6 +213,7 @@ def images(
         ValueError, OSError: no such source, or it does not hold what it should; options that do not fit the source.
     """
     check_choice("data.balance", balance, BALANCES)
+    check_choice("data.fit", fit, Fit)
     names = check_augment(augment)
     _check_folds(folds, fold)
     options = Options(
