@@ -22,7 +22,7 @@ from lowrank.methods import METHODS
 from lowrank.plan.live_bytes import STATIC, FakeLiveBytes, LiveBytes, undisturbed
 from lowrank.plan.trace import Setup, Steps
 from lowrank.recipes import find
-from lowrank.run.estimate import _made, estimate
+from lowrank.run.memory_estimate import _made, estimate
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 from lowrank.run.validation import validate

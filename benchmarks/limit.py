@@ -28,7 +28,7 @@ from typing import Any
 
 from benchmarks.common import save
 from lowrank.recipes import find
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 

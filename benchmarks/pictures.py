@@ -17,7 +17,7 @@ from lowrank.recipes import find
 from lowrank.report.memory import draw
 from lowrank.report.results import FILE, Results, read_results
 from lowrank.report.results_table import findings
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import override, resolve
 
 ROOT = Path(__file__).resolve().parents[1]

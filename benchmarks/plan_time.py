@@ -26,7 +26,7 @@ from lowrank.infra import step_clock
 from lowrank.plan.speed import Speed
 from lowrank.recipes import find
 from lowrank.run.duration import pace_of
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 from lowrank.train.calibration import calibrated

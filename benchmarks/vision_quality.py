@@ -23,7 +23,7 @@ from typing import Any
 import torch
 
 from benchmarks.common import save
-from lowrank.evaluate.score import export
+from lowrank.evaluate.export import export
 from lowrank.infra.log import read_log
 from lowrank.recipes.vit import vit_mini
 from lowrank.run.overrides import fingerprint, override, resolve

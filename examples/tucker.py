@@ -26,8 +26,8 @@ from torch import Tensor
 from lowrank.linalg.basis import Basis, PowerIteration
 from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.clock import advance_, count, is_due, new_clock, schedule_next_, stream
-from lowrank.optim.refresh import fit
+from lowrank.optim.basis_fit import fit
+from lowrank.optim.refresh_clock import advance_, count, is_due, new_clock, schedule_next_, stream
 from lowrank.optim.rules import AdamW, Rule, State
 
 

@@ -20,7 +20,7 @@ import lowrank
 from benchmarks.gpu.bench import Bench
 from benchmarks.gpu.models import CONTEXT, batch, llama, mean_loss, parameters_of
 from lowrank.recipes import find
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.run import Call, Run, Settings
 
 GIB = 2**30

@@ -23,7 +23,7 @@ from benchmarks.gpu.ceilings import bytes_a_second
 from benchmarks.gpu.models import llama, parameters_of, shape_of
 from benchmarks.projected import galore_torch_adamw
 from lowrank.optim import Projected
-from lowrank.plan.memory import state_bytes
+from lowrank.plan.ledger import state_bytes
 
 SIZES = ("1b", "350m", "130m", "60m")
 NEVER = 10**6  # steps between refreshes

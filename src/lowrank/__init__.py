@@ -11,14 +11,14 @@ In short:
 
 from typing import TYPE_CHECKING
 
-from lowrank.infra import moved
+from lowrank.infra import old_names
 from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
     from lowrank import adapters, methods, optim
     from lowrank.adapters import merge_and_unload
     from lowrank.doctor.check import check
-    from lowrank.infra.loaded import mark_loaded_
+    from lowrank.infra.loaded_parameters import mark_loaded_
     from lowrank.methods import METHODS, Adapt, Method, Use
     from lowrank.optim.optimizer import Optimizer
     from lowrank.plan.measure import ledger
@@ -28,7 +28,7 @@ __getattr__ = attributes(__name__, __file__)
 
 __version__ = "0.1.0"
 
-moved.register()
+old_names.register()
 
 __all__ = [
     "METHODS",

@@ -40,7 +40,7 @@ from lowrank.optim import (
 )
 from lowrank.optim.sharded import on_shard
 from lowrank.optim.state import leaves
-from lowrank.plan.memory import state_bytes as bytes_told
+from lowrank.plan.ledger import state_bytes as bytes_told
 
 NARROW = AdamW(storage="int8")
 FOUR = {"rank": 3, "refresh_every": 4}

@@ -6,7 +6,7 @@ from tests.models import gpt2, mlp, small_method, text_loss, tokens, train_text
 
 import lowrank
 from lowrank.optim.rules import SGD, AdamW
-from lowrank.plan.memory import state_bytes
+from lowrank.plan.ledger import state_bytes
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64], ids=str)

@@ -12,7 +12,7 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.simulated import simulated
 from lowrank.plan.live_bytes import STATIC, FakeLiveBytes, LiveBytes, undisturbed
 from lowrank.plan.trace import Steps
-from lowrank.run.estimate import _made
+from lowrank.run.memory_estimate import _made
 from lowrank.run.overrides import override, resolve
 
 RUNS: dict[str, dict[str, Any]] = {

@@ -12,8 +12,9 @@ from lowrank.cli.app import main
 from lowrank.data import open_run_tokenizer, prepare, save_run_tokenizer
 from lowrank.data.cache import cache_root
 from lowrank.data.text.tokenizers import Bytes, Characters, train_bpe
+from lowrank.evaluate.export import export
 from lowrank.evaluate.generate import generate
-from lowrank.evaluate.score import export, score
+from lowrank.evaluate.score import score
 from lowrank.infra import checkpoint
 from lowrank.recipes import RECIPES
 from lowrank.report.compare import Planned, execute

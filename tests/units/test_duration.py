@@ -15,7 +15,7 @@ from lowrank.plan.sheet import Sheet
 from lowrank.plan.speed import Machine, Rhythm, Speed, Timing, fitted, pace, with_around
 from lowrank.plan.work import JOINED, LARGEST, STEP, Amount, Kind, Work, of_blocks
 from lowrank.run.duration import duration
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 
 WIDTH, TOKENS = 32, 4 * 32
 MEMORY = {size: 1e-10 * (1 + size) for size in range(LARGEST + 1)}

@@ -10,7 +10,7 @@ import lowrank
 from lowrank.linalg.basis import SVD, Gaussian, PowerIteration
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim import AdamW, Projected
-from lowrank.optim.refresh import together
+from lowrank.optim.basis_fit import together
 
 HEADS, ROWS, COLS, RANK = 4, 7, 9, 2
 

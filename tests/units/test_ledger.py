@@ -16,10 +16,10 @@ from lowrank.cli import main
 from lowrank.plan.live_bytes import Counts, LiveBytes, Peak
 from lowrank.plan.sheet import Sheet, gib, parse_size
 from lowrank.recipes import find
-from lowrank.run import estimate as estimating
 from lowrank.run import fit
-from lowrank.run.estimate import estimate
+from lowrank.run import memory_estimate as estimating
 from lowrank.run.fit import _at_most, fitted
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 from lowrank.train import memory

@@ -8,7 +8,7 @@ from hypothesis import strategies as st
 from lowrank.linalg.basis import SVD, Gaussian, PowerIteration, align_signs, captured_energy
 from lowrank.linalg.quantise import Code, dither, round_bfloat16, split
 from lowrank.linalg.subspace import Subspace, residual
-from lowrank.optim.refresh import fit, noting_refreshes
+from lowrank.optim.basis_fit import fit, noting_refreshes
 
 SIZES = st.integers(1, 12)
 SPECTRAL = [SVD(), PowerIteration(), PowerIteration(iterations=1), PowerIteration(iterations=3, sample=1)]

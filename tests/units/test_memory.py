@@ -10,7 +10,7 @@ from torch import nn
 import lowrank
 from lowrank.infra import environment
 from lowrank.optim.rules import SGD, AdamW
-from lowrank.plan.memory import megabytes, state_bytes
+from lowrank.plan.ledger import megabytes, state_bytes
 from lowrank.plan.table import brief
 
 

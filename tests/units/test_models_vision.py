@@ -16,7 +16,7 @@ import lowrank
 from lowrank.data.images.decode import Reading
 from lowrank.data.images.set import ImageSet, ImageSpec
 from lowrank.data.images.source import ImageData
-from lowrank.infra.loaded import origin
+from lowrank.infra.loaded_parameters import origin
 from lowrank.models.vision import hf_vit, logits_of, vit, vit_mini
 
 TINY = {"name": "vit_tiny_patch16_224", "image_size": 32, "patch_size": 8, "width": 24, "depth": 2, "heads": 2}

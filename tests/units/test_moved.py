@@ -4,7 +4,7 @@ import importlib
 
 import pytest
 
-from lowrank.infra.moved import MOVED
+from lowrank.infra.old_names import MOVED
 
 
 @pytest.mark.parametrize("old", MOVED)

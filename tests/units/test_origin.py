@@ -10,7 +10,7 @@ from tests.models import gpt2, mlp, vit
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.infra.loaded import origin
+from lowrank.infra.loaded_parameters import origin
 from lowrank.methods import Method, Use
 from lowrank.optim import AdamW, Projected
 

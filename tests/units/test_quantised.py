@@ -24,7 +24,7 @@ from lowrank.linalg.quantised_linear import dense_weight, held, quantised
 from lowrank.models.quantised import settle_quantised_
 from lowrank.plan.live_bytes import FakeLiveBytes
 from lowrank.recipes import find
-from lowrank.run import estimate as estimating
+from lowrank.run import memory_estimate as estimating
 from lowrank.run.overrides import override, resolve
 from lowrank.run.session import open_session, restore, task_of
 

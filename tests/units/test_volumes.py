@@ -18,7 +18,7 @@ from lowrank.data.images.set import ImageSpec
 from lowrank.data.images.source import ImageData, images
 from lowrank.evaluate.image_pictures import mistakes
 from lowrank.evaluate.image_report import Judged
-from lowrank.infra.loaded import origin
+from lowrank.infra.loaded_parameters import origin
 from lowrank.models.volumes import vit_3d
 
 TINY = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2}

@@ -2,7 +2,7 @@
 
     float32    as they are; float64 stays float64
     bfloat16   two bytes a number
-    int8       one byte a number, and a scale of four bytes for each block of up to 256 (``linalg.blocks``)
+    int8       one byte a number, and a scale of four bytes for each block of up to 256 (``linalg.quantise``)
 
 Everyone goes on with the rounded numbers, the sender included, so that all ranks hold the same bits. Rounding is
 dithered: its mean is exact, so that what it errs by one time has no direction to add up in.

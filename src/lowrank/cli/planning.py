@@ -87,7 +87,7 @@ def plan(parsed: Parsed) -> int:
         raise UsageError(f"--ranks {ranks}: give at least 1")
     show = _outlook(run, given) if "link" in given else None
     from lowrank.run.duration import duration
-    from lowrank.run.estimate import estimate
+    from lowrank.run.memory_estimate import estimate
 
     sheet = estimate(run, ranks=ranks, works=True)
     time = [textwrap.fill(line, 100, subsequent_indent="  ") for line in duration(run, sheet, ranks=ranks)]

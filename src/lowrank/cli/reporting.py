@@ -12,7 +12,7 @@ from lowrank.cli.arguments import Option, Parsed, UsageError, command, switch
 from lowrank.infra.text import printable
 
 if TYPE_CHECKING:
-    from lowrank.report.compared import Comparison
+    from lowrank.report.comparison import Comparison
 
 _LOOK, _REFRESH = 2.0, 10  # seconds between looks at runs that grow, and until a browser reads their page again
 _GROWING = ("run.json", "log.jsonl", "summary.json", "failed.json", "results.json")
@@ -49,7 +49,7 @@ def report(parsed: Parsed) -> int:
     if switch(parsed, "watch"):
         watch(paths, out if is_page(out) else out / "report.html")
         return 0
-    from lowrank.report.compared import find_comparisons
+    from lowrank.report.comparison import find_comparisons
 
     found, why = find_comparisons(paths)
     show(found, out, why)
@@ -64,7 +64,7 @@ def is_page(out: Path) -> bool:
 def show(found: Sequence[Comparison], out: Path, why: str = "") -> None:
     """Print tables and sentences, which need no extra package, then write the page or folder, which does."""
     from lowrank.report import html
-    from lowrank.report.compared import printed
+    from lowrank.report.comparison import printed
 
     print(printable(printed(found, shutil.get_terminal_size((100, 24)).columns, why)))
     if is_page(out):
@@ -83,7 +83,7 @@ def watch(paths: Sequence[Path], page: Path) -> None:
         KeyboardInterrupt: the way it ends.
     """
     from lowrank.report import html
-    from lowrank.report.compared import find_comparisons
+    from lowrank.report.comparison import find_comparisons
 
     for path in paths:
         if not path.exists():

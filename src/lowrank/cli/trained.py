@@ -129,8 +129,8 @@ def export(parsed: Parsed) -> int:
       lowrank export runs/sft --adapter adapters/sft --format peft
       lowrank export runs/pairs --adapter adapters/pairs --format peft --energy 0.9
     """
-    from lowrank.evaluate.score import export as export_run
-    from lowrank.evaluate.score import export_nanogpt, export_with_base
+    from lowrank.evaluate.export import export as export_run
+    from lowrank.evaluate.export import export_nanogpt, export_with_base
     from lowrank.interop import export_adapter, export_difference, export_peft
     from lowrank.interop.adapter_start import is_adapter
 

@@ -100,7 +100,7 @@ def train(parsed: Parsed) -> int:
         run = validated(override(before, {"stop_at": None, **changes}))
         refuse_changed(resolve(before), run)
     if switch(parsed, "dry_run"):
-        from lowrank.run.estimate import estimate, on_card
+        from lowrank.run.memory_estimate import estimate, on_card
 
         print(
             printable(f"{estimate(run, on_card=on_card(run))}\n\nnothing was trained and nothing written (--dry-run)")
@@ -155,7 +155,7 @@ def compare(parsed: Parsed) -> int:
             own_files.given(name)
     from lowrank.distributed.process_group import world_size
     from lowrank.report.compare import execute, parse_variant, planned
-    from lowrank.report.compared import of_runs
+    from lowrank.report.comparison import of_runs
     from lowrank.report.runs import find_results, find_unfinished
     from lowrank.report.table import apart, groups
     from lowrank.train.loop import train as train_run
@@ -197,10 +197,10 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     """An experiment's missing runs, its table and its sentence."""
     from lowrank.distributed.process_group import world_size
     from lowrank.infra.extras import import_extra
-    from lowrank.report.compared import of_results
+    from lowrank.report.comparison import of_results
     from lowrank.report.results import FILE
     from lowrank.run.experiment import chosen
-    from lowrank.train.arena import run_experiment
+    from lowrank.train.experiments import run_experiment
 
     if world_size() > 1:
         raise UsageError("lowrank compare trains its runs in processes of its own: start it without torchrun")

@@ -18,8 +18,9 @@ if TYPE_CHECKING:
         Windows,
         evaluation_batches,
     )
-    from lowrank.data.text.corpora import StreamedText, TextData, UnreadText, open_run_tokenizer, save_run_tokenizer
+    from lowrank.data.text.corpora import StreamedText, TextData, UnreadText
     from lowrank.data.text.prepare import prepare
+    from lowrank.data.text.run_tokenizer import open_run_tokenizer, save_run_tokenizer
     from lowrank.data.text.source import Piece, Source, SourceInfo, text_source
     from lowrank.data.text.sources import list_sources, open_source
     from lowrank.data.text.token_files import Tokens, check_vocabulary

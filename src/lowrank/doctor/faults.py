@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.targets import linear_layers
 from lowrank.doctor.watch import LOW_PRECISION, Watch, Watched
-from lowrank.infra.loaded import looks_new
+from lowrank.infra.loaded_parameters import looks_new
 
 Kind = Literal[
     "zero scale",

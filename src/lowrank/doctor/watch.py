@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from torch.nn.modules.module import register_module_forward_hook, register_module_forward_pre_hook
 from torch.optim.optimizer import register_optimizer_step_post_hook, register_optimizer_step_pre_hook
 
-from lowrank.infra.loaded import Origin, origin
+from lowrank.infra.loaded_parameters import Origin, origin
 
 LOW_PRECISION = (torch.bfloat16, torch.float16)
 

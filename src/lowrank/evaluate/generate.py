@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from lowrank.data.text.fit import positions_of
+from lowrank.data.text.fits_model import positions_of
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizers import Bytes, Tokenizer, saved_tokenizer
 from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use_adapter_

@@ -21,7 +21,7 @@ from lowrank.data.images.medmnist import NAMES
 from lowrank.data.images.medmnist import facts as medmnist_facts
 from lowrank.data.images.set import Kind
 from lowrank.data.images.source import ImageData
-from lowrank.evaluate.collected import Collected
+from lowrank.evaluate.collected_answers import Collected
 from lowrank.evaluate.image_metrics import image_metrics
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of

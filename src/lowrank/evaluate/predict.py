@@ -22,7 +22,7 @@ from lowrank.data.images.decode import Damaged, Reading, image_files, read_image
 from lowrank.data.images.medical import volumes_of
 from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
-from lowrank.evaluate.collected import check_finite
+from lowrank.evaluate.collected_answers import check_finite
 from lowrank.evaluate.image_metrics import predicted
 from lowrank.evaluate.image_task import probabilities
 from lowrank.infra import checkpoint

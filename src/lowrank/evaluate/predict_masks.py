@@ -27,7 +27,7 @@ from lowrank.data.images.decode import Damaged, Planes, Reading, coloured, fitte
 from lowrank.data.images.masks import MaskData
 from lowrank.data.images.medical import DICOM, is_nifti, is_series, is_volume, series_files, write_labels
 from lowrank.data.images.set import some
-from lowrank.evaluate.collected import check_finite
+from lowrank.evaluate.collected_answers import check_finite
 from lowrank.infra.extras import import_extra
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Asked

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.data.text.glue import TABLES
-from lowrank.evaluate.collected import Collected
+from lowrank.evaluate.collected_answers import Collected
 from lowrank.infra.registry import register
 from lowrank.run.run import Run
 from lowrank.run.task import Asked, Batch, Unread

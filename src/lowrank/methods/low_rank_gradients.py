@@ -21,14 +21,14 @@ from lowrank.linalg.basis import SVD, Basis, Gaussian, PowerIteration
 from lowrank.methods.groups import groups
 from lowrank.methods.method import Method, Rest, Use
 from lowrank.optim.adafactor import Adafactor
-from lowrank.optim.clock import Lazy
 from lowrank.optim.lifts import Rescale, Residual, Signed
+from lowrank.optim.moment_transport import ErrorFeedback, Transport
 from lowrank.optim.muon import Muon
 from lowrank.optim.pairs import PairRule
 from lowrank.optim.projected import Projected, ProjectedSide
+from lowrank.optim.refresh_clock import Lazy
 from lowrank.optim.rules import AdamW, Rule
 from lowrank.optim.storage import BasisStorage
-from lowrank.optim.transport import ErrorFeedback, Transport
 
 BasisName = Literal["power", "svd", "gaussian"]
 Embeddings = Literal["adamw", "adamw8bit", "project"]

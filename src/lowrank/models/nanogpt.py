@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 
 ARGUMENTS = ("n_layer", "n_head", "n_embd", "block_size", "vocab_size")
 _TRANSPOSED = ("attn.c_attn.weight", "attn.c_proj.weight", "mlp.c_fc.weight", "mlp.c_proj.weight")

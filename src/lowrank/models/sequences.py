@@ -9,7 +9,7 @@ from torch import nn
 
 from lowrank.data.text.glue import Glue
 from lowrank.infra.hub import located
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.models.text import weights_dtype, without_bars
 

@@ -18,10 +18,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from lowrank.data.text.corpora import Corpus
-from lowrank.data.text.fit import positions_of
+from lowrank.data.text.fits_model import positions_of
 from lowrank.infra.checks import check_choice
 from lowrank.infra.hub import located
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.linalg.quantised_linear import Quantised
 from lowrank.models.nanogpt import is_nanogpt, read_nanogpt

@@ -20,7 +20,7 @@ from lowrank.data.images.set import ImageSpec, some
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.hub import ask_hub, located
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import register
 
 

@@ -35,8 +35,8 @@ from lowrank.infra.seeds import generator
 from lowrank.linalg.basis import SVD
 from lowrank.linalg.rounding import round_into_, wide
 from lowrank.optim.adafactor import Adafactor
-from lowrank.optim.clock import count
 from lowrank.optim.projected import Projected
+from lowrank.optim.refresh_clock import count
 from lowrank.optim.rules import AdamW, Rule, State
 from lowrank.optim.state import matched
 

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from lowrank.distributed.collectives import Group, buckets
 from lowrank.distributed.shards import Shard, to_local
-from lowrank.optim.refresh import together
+from lowrank.optim.basis_fit import together
 from lowrank.optim.rules import Refresh, Rule, wide
 
 Project = Callable[[nn.Parameter, Tensor], Tensor | None]

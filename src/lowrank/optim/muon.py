@@ -89,7 +89,7 @@ def orthogonalised(
     a, b, c = coefficients
     symmetric: Any = _symmetric
     if chosen("newton_schulz", m):
-        from lowrank.linalg.kernels.newton_schulz import symmetric
+        from lowrank.linalg.kernels.symmetric_product import symmetric
     x = m.mT if m.shape[-2] > m.shape[-1] else m
     x = x / torch.linalg.matrix_norm(x, keepdim=True).clamp(min=eps)
     x = x.flatten(0, -3) if x.dim() > 3 else x

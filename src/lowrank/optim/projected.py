@@ -49,14 +49,14 @@ from lowrank.infra.checks import check_choice, check_integer
 from lowrank.linalg.basis import Basis, JointBasis, PowerIteration, Side, orthonormalise
 from lowrank.linalg.kernels import chosen, rate, takes
 from lowrank.linalg.subspace import Subspace, Subspaces, residual
-from lowrank.optim.clock import Lazy, advance_, advance_all_, are_due, is_due, new_clock, streams
-from lowrank.optim.geometry import ProjectedSide, basis_shapes, inside_shape, matrices_of
+from lowrank.optim.basis_fit import refreshing, together
 from lowrank.optim.lifts import GaLore, Lift
-from lowrank.optim.refresh import refreshing, together
+from lowrank.optim.moment_transport import ErrorFeedback, Transport, check_turning
+from lowrank.optim.refresh_clock import Lazy, advance_, advance_all_, are_due, is_due, new_clock, streams
 from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
+from lowrank.optim.sides import ProjectedSide, basis_shapes, inside_shape, matrices_of
 from lowrank.optim.stacks import alike, joined
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, read, wide
-from lowrank.optim.transport import ErrorFeedback, Transport, check_turning
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -72,8 +72,8 @@ class Projected(Rule):
         scale: multiplies the step of projected matrices (GaLore's scale, Fira's alpha).
         side: which side is projected: the ``short`` one (the paper's; columns of a square), the ``long`` one, ``left``
             (rows), ``right`` (columns), or ``both``.
-        transport: what becomes of the moments at a refresh (``optim.transport``): ``keep`` (galore-torch), ``rotate``,
-            ``statistics`` (LDAdam) or ``reset``.
+        transport: what becomes of the moments at a refresh (``optim.moment_transport``): ``keep`` (galore-torch),
+            ``rotate``, ``statistics`` (LDAdam) or ``reset``.
         stagger: spread the refreshes of the layers over the interval, so that no step pays for all of them.
         lazy: refresh ever less often where the subspace stands still (``Lazy``), or None.
         basis_storage: how the basis is kept: ``float32``, ``bfloat16``, ``int8`` or ``int4``.

@@ -2,7 +2,7 @@
 
 Storage is not another optimizer: a rule reads its moments as float32, computes, and writes them back. What is kept is
 plain tensors (``codes`` and ``scales``), so that it loads with ``weights_only=True`` and fits in safetensors, which
-torchao's quantised tensor does not. bfloat16 and int8 moments are written with dithered rounding (``linalg.blocks``),
+torchao's quantised tensor does not. bfloat16 and int8 moments are written with dithered rounding (``linalg.quantise``),
 since a second moment changes by 0.1 % a step and a code is coarser than that.
 
 Bytes for n numbers in b = ceil(n/256) blocks, n rounded up to a multiple of b for int8 and of 2b for int4:

@@ -5,7 +5,7 @@ from typing import TYPE_CHECKING
 from lowrank.infra.lazy import attributes
 
 if TYPE_CHECKING:
-    from lowrank.plan.memory import Ledger
+    from lowrank.plan.ledger import Ledger
     from lowrank.plan.plan import Plan, apply_, merge_
     from lowrank.plan.row import Row
 

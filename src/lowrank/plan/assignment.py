@@ -7,8 +7,8 @@ Whether a parameter is trained is decided by the first of these that applies:
 3. a ``Use`` other than the catch-all names it: yes
 4. otherwise by ``rest``: ``train``: yes; ``freeze``: no; ``auto``: yes if initialised at random, no if loaded
 
-What was loaded, ``infra.loaded`` finds out; the plan says how. Weights of more than two dimensions that are no
-convolution's (experts, say) are stacks of matrices where their module says so.
+What was loaded, ``infra.loaded_parameters`` finds out; the plan says how. Weights of more than two dimensions that are
+no convolution's (experts, say) are stacks of matrices where their module says so.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from torch import nn
 from lowrank.adapters import targets
 from lowrank.adapters.layers import adapted_layers, is_conv1d
 from lowrank.adapters.targets import Layer, as_list, name_matches
-from lowrank.infra.loaded import origin
+from lowrank.infra.loaded_parameters import origin
 from lowrank.methods import Use
 from lowrank.methods.method import Group
 from lowrank.optim.pairs import OneFactor, PairRule

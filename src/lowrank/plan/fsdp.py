@@ -34,7 +34,7 @@ from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.shards import Shard, all_hold_some, to_local
 from lowrank.optim.projected import Projected
 from lowrank.optim.sharded import crosses, on_shard
-from lowrank.plan.memory import megabytes
+from lowrank.plan.ledger import megabytes
 from lowrank.plan.plan import Plan
 from lowrank.plan.row import Row
 

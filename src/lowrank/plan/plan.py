@@ -29,7 +29,7 @@ from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.pairs import OneFactor
 from lowrank.optim.state import check_forgets
 from lowrank.plan.assignment import Assignment
-from lowrank.plan.memory import Ledger, ledger
+from lowrank.plan.ledger import Ledger, ledger
 from lowrank.plan.placement import Placement
 from lowrank.plan.row import Across, Row
 from lowrank.plan.synchronisation import Synchroniser

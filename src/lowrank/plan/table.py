@@ -11,7 +11,7 @@ from lowrank.adapters import Adapter
 from lowrank.distributed.collectives import share
 from lowrank.distributed.workers import ProcessLayout
 from lowrank.methods import Method
-from lowrank.plan.memory import megabytes
+from lowrank.plan.ledger import megabytes
 from lowrank.plan.row import Row
 
 if TYPE_CHECKING:

@@ -13,7 +13,7 @@ from lowrank.infra.files import write_text_atomically
 from lowrank.infra.pages import filled
 from lowrank.infra.text import one_line
 from lowrank.plan.sheet import Sheet
-from lowrank.report.compared import Comparison
+from lowrank.report.comparison import Comparison
 from lowrank.report.memory import draw, peaks
 from lowrank.report.pictures import DASHES, Picture, draw_curves, looks_of, memory_picture, pictures
 from lowrank.report.table import Table, latex_table, markdown_table, table_csv

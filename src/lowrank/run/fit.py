@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from itertools import pairwise
 
 from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet, gib
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 from lowrank.run.validation import validate

@@ -24,14 +24,15 @@ from lowrank.data.catalogue import Data
 from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import some
 from lowrank.data.images.source import FACTS, ImageData
-from lowrank.data.text.corpora import RUN_TOKENIZER, UnreadText, open_run_tokenizer
+from lowrank.data.text.corpora import UnreadText
+from lowrank.data.text.run_tokenizer import RUN_TOKENIZER, open_run_tokenizer
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
 from lowrank.infra.convert import nearest
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.fingerprints import digest_of
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.models.blocks import checkpoint_activations_
 from lowrank.models.quantised import is_quantised_model
 from lowrank.plan.fsdp import shard_

@@ -15,15 +15,15 @@ from pathlib import Path
 import torch
 
 from lowrank.infra.files import read_json, write_json
-from lowrank.optim.clock import is_due
 from lowrank.optim.optimizer import Optimizer
+from lowrank.optim.refresh_clock import is_due
 from lowrank.optim.rules import State
 from lowrank.optim.state import leaves
 from lowrank.plan.live_bytes import LiveBytes
 from lowrank.plan.sheet import Sheet, gib
 from lowrank.plan.trace import hold_static
 from lowrank.report.memory import MEMORY
-from lowrank.run.estimate import estimate
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.session import Session
 
 SHARE = 8  # a run whose weights, gradients and state take less than this part of the memory is not predicted

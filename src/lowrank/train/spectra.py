@@ -1,7 +1,7 @@
 """What a run changes in its weights, and how its bases move: for pictures, off the step's path.
 
     at the end       change = ‖Δ‖ / ‖W₀‖,  effective rank = exp(−Σ p log p),  p = σ(Δ) / Σ σ(Δ);   Δ = merged(W) − W₀
-    at a refresh     the share of ‖G‖² in the basis, and its overlap with the one before (``optim.refresh``)
+    at a refresh     the share of ‖G‖² in the basis, and its overlap with the one before (``optim.basis_fit``)
 
 The effective rank is Roy and Vetterli's (EUSIPCO 2007). W₀ is kept from the start of a new run, in copies on the CPU of
 at most ``NUMBERS`` numbers, a matrix of each group of layers in turn; a run that was resumed has none, and so no
@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from lowrank.adapters.layers import AdaptedLayer, matrix_of
 from lowrank.adapters.targets import Layer, linear_layers
 from lowrank.infra.files import write_json
-from lowrank.optim.refresh import Noted, noting_refreshes
-from lowrank.report.compared import REFRESHED, SPECTRA
+from lowrank.optim.basis_fit import Noted, noting_refreshes
+from lowrank.report.comparison import REFRESHED, SPECTRA
 from lowrank.run.session import Session
 
 NUMBERS = 1 << 23  # of the weights that are kept

@@ -10,7 +10,7 @@ import torch
 
 from lowrank.plan.communication import Forecast, forecast
 from lowrank.plan.network import Link, Outlook, Part
-from lowrank.run.estimate import any_batch
+from lowrank.run.memory_estimate import any_batch
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session
 from lowrank.run.task import to_device

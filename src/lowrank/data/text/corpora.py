@@ -14,7 +14,6 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, Protocol
 
-from lowrank.data.cache import published
 from lowrank.data.catalogue import Data
 from lowrank.data.text.batches import (
     Batch,
@@ -26,20 +25,20 @@ from lowrank.data.text.batches import (
     Windows,
     evaluation_batches,
 )
-from lowrank.data.text.fit import check_fits, positions_of
+from lowrank.data.text.fits_model import check_fits, positions_of
 from lowrank.data.text.prepare import prepare
+from lowrank.data.text.run_tokenizer import RUN_TOKENIZER, save_run_tokenizer
 from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizer_export import save_for_transformers
-from lowrank.data.text.tokenizers import Bytes, Tokenizer, load_tokenizer, pretrained_tokenizer
+from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
 from lowrank.infra.registry import register
 
 if TYPE_CHECKING:
     from torch import nn
     from typing_extensions import Self
 
-RUN_TOKENIZER = "tokenizer"  # a folder beside run.json
 Packing = Literal["packed", "documents"]
 
 
@@ -271,30 +270,6 @@ class UnreadText(Tokenised):
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
         """As ``train``."""
         return self.train(batch_size, 0)  # type: ignore[return-value]
-
-
-def save_run_tokenizer(tokenizer: Tokenizer, folder: Path) -> Path:
-    """Write a run's tokenizer into ``folder/tokenizer``, whole or not at all; one that lies there already stays.
-
-    Args:
-        tokenizer: the one that made what the run trains on.
-        folder: the run's, or wherever its weights go.
-    """
-    final = folder / RUN_TOKENIZER
-    if not final.is_dir():
-        with published(final) as beside:
-            tokenizer.save(beside)
-    return final
-
-
-def open_run_tokenizer(folder: Path) -> Tokenizer | None:
-    """The tokenizer that ``save_run_tokenizer`` wrote into ``folder``, exactly; None where a run was saved without one.
-
-    Raises:
-        ValueError, FileNotFoundError: it is damaged.
-    """
-    final = folder / RUN_TOKENIZER
-    return load_tokenizer(final) if final.is_dir() else None
 
 
 def place_of(source: str) -> str:

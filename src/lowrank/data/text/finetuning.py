@@ -16,7 +16,7 @@ from lowrank.data.text.corpora import ReadText, place_of
 from lowrank.data.text.encode import Encoder, Loss
 from lowrank.data.text.example_rows import Row, divided_rows, open_rows
 from lowrank.data.text.examples import Example, Form, recognise
-from lowrank.data.text.fit import check_fits, positions_of
+from lowrank.data.text.fits_model import check_fits, positions_of
 from lowrank.data.text.packing import Encoded, ExampleRows, packed
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
 from lowrank.infra.progress import bar_on_terminal

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from lowrank.data.text.batches import Batch, BatchSource, EvaluationRows, ShuffledRows
 from lowrank.data.text.corpora import Tokenised
-from lowrank.data.text.fit import check_fits, positions_of
+from lowrank.data.text.fits_model import check_fits, positions_of
 from lowrank.data.text.pretrained_tokenizer import PretrainedTokenizer, model_tokenizer
 from lowrank.infra.extras import import_extra
 from lowrank.infra.hub import ask_hub

@@ -12,14 +12,14 @@ import torch
 from torch import nn
 
 from lowrank.infra.hub import located
-from lowrank.infra.loaded import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import Registry, register
 from lowrank.linalg.quantised_linear import Quantised
 from lowrank.models.quantised import quantise_, quantised_as
 from lowrank.models.text import weights_dtype
 from lowrank.models.vision import ImageSpec
 
-UNLOADED = Registry("unloaded", "lowrank.models.unloaded")
+UNLOADED = Registry("unloaded", "lowrank.models.without_weights")
 
 
 @register("unloaded")

@@ -26,15 +26,15 @@ from typing import Any
 
 import torch
 
-from lowrank.evaluate.score import export, score
+from lowrank.evaluate.export import export
+from lowrank.evaluate.score import score
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.log import read_log
-from lowrank.report.compared import REFRESHED, SPECTRA
+from lowrank.report.comparison import REFRESHED, SPECTRA
 from lowrank.report.results import Results, Row, Trial
 from lowrank.report.runs import FAILED, is_finished
-from lowrank.run.estimate import estimate
 from lowrank.run.experiment import (
     Attempt,
     Contender,
@@ -45,6 +45,7 @@ from lowrank.run.experiment import (
     reported,
     tune,
 )
+from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import catalogue, fingerprint, override, told_to_learn
 from lowrank.run.run import Run, flat
 from lowrank.run.session import open_session, task_of

@@ -10,11 +10,11 @@ import pytest
 from tests.runs.tiny import TEXT, tiny
 
 from lowrank.infra.log import Log
-from lowrank.report.compared import of_results, printed
+from lowrank.report.comparison import of_results, printed
 from lowrank.report.results import FILE, read_results
 from lowrank.report.results_table import findings
 from lowrank.run.experiment import Contender, Experiment
-from lowrank.train import arena
+from lowrank.train import experiments
 from lowrank.train.changed_data import ChangedDataError
 
 GOLDEN = {"full": 4.196, "frozen": 4.539}
@@ -71,14 +71,14 @@ def pretended(monkeypatch):
         with open(f"{place}/summary.json") as file:
             return json.load(file)
 
-    monkeypatch.setattr(arena, "train", train)
-    monkeypatch.setattr(arena, "score", score)
-    monkeypatch.setattr(arena, "_forecast", lambda *what: "")
+    monkeypatch.setattr(experiments, "train", train)
+    monkeypatch.setattr(experiments, "score", score)
+    monkeypatch.setattr(experiments, "_forecast", lambda *what: "")
     return stops, failing
 
 
 def run(made, out, **how):
-    return arena.run_experiment(made, out, command="lowrank compare tiny", say=lambda text: None, **how)
+    return experiments.run_experiment(made, out, command="lowrank compare tiny", say=lambda text: None, **how)
 
 
 def test_stopped_anywhere_and_continued_is_never_stopped(pretended, tmp_path):
@@ -158,9 +158,9 @@ def test_a_process_that_is_killed_is_words(pretended, tmp_path, monkeypatch):
         def map(self, *calls):
             raise BrokenProcessPool
 
-    monkeypatch.setattr(arena, "ProcessPoolExecutor", Killed)
+    monkeypatch.setattr(experiments, "ProcessPoolExecutor", Killed)
     with pytest.raises(ChildProcessError, match=r"killed from outside, .* the same command with fewer --jobs goes on"):
-        arena.run_experiment(experiment("full", "lora"), tmp_path, command="lowrank compare tiny", jobs=2)
+        experiments.run_experiment(experiment("full", "lora"), tmp_path, command="lowrank compare tiny", jobs=2)
 
 
 def test_other_lengths_are_refused_before_anything_runs(pretended, tmp_path):
@@ -172,10 +172,10 @@ def test_other_lengths_are_refused_before_anything_runs(pretended, tmp_path):
 
 
 def test_equal_memory_gives_what_is_saved_to_the_batch(pretended, tmp_path, monkeypatch):
-    monkeypatch.setattr(arena, "_bytes", lambda run: run.batch_size * (1.0 if run.method.name == "full" else 0.5))
+    monkeypatch.setattr(experiments, "_bytes", lambda run: run.batch_size * (1.0 if run.method.name == "full" else 0.5))
     found = run(experiment("full", "galore", equal="memory"), tmp_path)
     assert {row.method: row.budget["batch_size"] for row in found.rows} == {"full": 4, "galore": 8}
-    monkeypatch.setattr(arena, "_seconds", lambda run: 1.0 if run.method.name == "full" else 2.0)
+    monkeypatch.setattr(experiments, "_seconds", lambda run: 1.0 if run.method.name == "full" else 2.0)
     found = run(experiment("full", "galore", equal="seconds"), tmp_path)
     assert {row.method: row.steps for row in found.rows} == {"full": 8, "galore": 4}
     assert {row.method for row in found.at()} == {"full", "galore"}

@@ -14,7 +14,7 @@ from typing import TYPE_CHECKING, Literal, cast
 from torch import Tensor
 
 from lowrank.linalg.subspace import Subspace
-from lowrank.optim.clock import count
+from lowrank.optim.refresh_clock import count
 from lowrank.optim.rules import AdamW, Move, State
 from lowrank.optim.state import matched
 
