@@ -18,7 +18,7 @@ from lowrank.run.overrides import override, resolve
 RUNS: dict[str, dict[str, Any]] = {
     "full-ddp": {"method": "full", "engine": "ddp"},
     "galore-fsdp": {"method": "galore_8bit", "method.rank": 4, "engine": "fsdp", "checkpoint-activations": True},
-    "lte": {"method.heads": 4, "method.exchange": "int8", "method.rest": "local"},
+    "lte": {"method.heads": 4, "method.exchange": "2bit", "method.rest": "local"},
     "lte-mesh": {"method.heads": 4, "engine": "fsdp", "workers": 2},
 }
 

@@ -42,8 +42,11 @@ def test_the_whole_model_is_bitwise_the_same_on_all_ranks(name: str, found: list
 
 
 ROUNDED = [name for name in TRAINED if "bfloat16" in name or "int8" in name]
+FED_BACK = ["lte-2bit", "lte-topk3-dense", "explorers-topk3"]  # what is left out stays on the rank
 OVERLAPPED = ["lte-overlap", "lte-overlap-int8", "lte-overlap-nan", "lte-overlap-dense-outer"]
-EXPLORERS = [name for name in TRAINED if name.startswith("explorers") and name not in [*ROUNDED, "explorers-nan"]]
+EXPLORERS = [
+    name for name in TRAINED if name.startswith("explorers") and name not in [*ROUNDED, *FED_BACK, "explorers-nan"]
+]
 
 
 @pytest.mark.parametrize(
@@ -76,7 +79,7 @@ def test_bytes_of_a_merge_are_those_of_factors_or_of_dense_sums(found: list[dict
     "name",
     [
         *("lte", "lte-dense", "lte-uneven", "lte-local", "lte-tokens-even", "galore", "full"),
-        *(name for name in [*EXPLORERS, *ROUNDED] if "per-layer" not in name),
+        *(name for name in [*EXPLORERS, *ROUNDED, *FED_BACK] if "per-layer" not in name),
     ],
 )
 def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) -> None:
@@ -206,6 +209,17 @@ def test_after_a_rounded_meeting_all_ranks_hold_the_same_bits(name: str, found: 
     assert any(not torch.equal(tensor, found[1][name]["own"]["weights"][4][key]) for key, tensor in one.items())
 
 
+@pytest.mark.parametrize("name", FED_BACK)
+def test_with_error_feedback_adapted_weights_are_the_same(name: str, found: list[dict[str, Any]]) -> None:
+    """Also at a merge; the rest differs by what each rank was left with, and the mean of all is in the checkpoint."""
+    one, other = (found[rank][name]["own"]["weights"][5] for rank in range(RANKS))
+    for layer in ("fc1", "fc2"):
+        assert torch.equal(one[f"{layer}.weight"], other[f"{layer}.weight"])
+        assert not torch.equal(one[f"{layer}.weight"], found[0][name]["own"]["weights"][1][f"{layer}.weight"])
+    if name != "explorers-topk3":
+        assert not torch.equal(one["head.weight"], other["head.weight"])
+
+
 def mean_change(found: list[dict[str, Any]], name: str, merge: int, weights: list[float]) -> dict[str, torch.Tensor]:
     """Σ_r w_r Δ_r, Δ_r the mean change of the heads of rank r."""
     changes = [found[rank][name]["merges"][merge]["changes"] for rank in range(RANKS)]
@@ -253,7 +267,7 @@ def test_a_rounded_merge_is_as_near_as_its_bits(name: str, error: float, found: 
             assert 0 < (moved - change).abs().max() <= 3 * error * change.abs().max()
 
 
-@pytest.mark.parametrize("name", ["met", "met-int8", "met-bfloat16", "met-tokens"])
+@pytest.mark.parametrize("name", ["met", "met-int8", "met-bfloat16", "met-2bit", "met-topk3", "met-tokens"])
 def test_what_rounding_left_out_stays_in_the_heads(name: str, found: list[dict[str, Any]]) -> None:
     """The mean model is the same before and after a merge, whatever travelled; weights alone change it."""
     for made in found[0][name]["merges"]:
@@ -262,8 +276,10 @@ def test_what_rounding_left_out_stays_in_the_heads(name: str, found: list[dict[s
 
 
 def test_rounded_bytes_are_fewer(found: list[dict[str, Any]]) -> None:
-    exact, half, quarter = (found[0][n]["merges"][0]["sent"] for n in ("met", "met-bfloat16", "met-int8"))
+    names = ("met", "met-bfloat16", "met-int8", "met-2bit")
+    exact, half, quarter, bits = (found[0][name]["merges"][0]["sent"] for name in names)
     assert half < exact / 3.5  # of float64
+    assert bits < quarter / 2
     assert quarter < half / 1.5  # blocks of 20 to 28 numbers here, with a scale each
 
 

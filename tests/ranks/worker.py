@@ -256,6 +256,11 @@ SCENARIOS: dict[str, tuple[Callable[[ProcessGroup | None], Result], bool]] = {
         for exchange in ("bfloat16", "int8")
         for kind, o in {"": {}, "-dense": {"rank": 8, "heads": 4}, "-reset": {"keep": False}}.items()
     },
+    "lte-2bit": (partial(trained, method=lte(rest_every=6, rest="local", exchange="2bit")), False),
+    "lte-topk3-dense": (
+        partial(trained, method=lte(rest_every=6, rest="local", exchange="topk3", rank=8, heads=4)),
+        False,
+    ),
     "lte-overlap": (partial(trained, method=lte(rest="freeze", overlap=True), steps=10), True),
     "lte-overlap-dense-outer": (
         partial(trained, method=lte(rest="train", rank=6, heads=4, overlap=True, outer_momentum=0.9), steps=10),
@@ -272,6 +277,8 @@ SCENARIOS: dict[str, tuple[Callable[[ProcessGroup | None], Result], bool]] = {
     "met-steps": (partial(met, method=lte(rest="freeze", heads=3, weigh="steps")), False),
     "met-seconds": (partial(met, method=lte(rest="freeze", weigh="seconds")), False),
     "met-int8": (partial(met, method=lte(rest="freeze", exchange="int8")), False),
+    "met-2bit": (partial(met, method=lte(rest="freeze", exchange="2bit")), False),
+    "met-topk3": (partial(met, method=lte(rest="freeze", exchange="topk3", weigh="tokens")), False),
     "met-bfloat16": (partial(met, method=lte(rest="freeze", exchange="bfloat16")), False),
     "met-int8-dense": (partial(met, method=lte(rest="freeze", exchange="int8", rank=8, heads=4)), False),
     "lte-nan": (partial(trained, method=lte(rest="local", rest_every=6), poison=1), False),
@@ -283,6 +290,7 @@ SCENARIOS: dict[str, tuple[Callable[[ProcessGroup | None], Result], bool]] = {
     "explorers-frozen": (partial(trained, method=explorers(freeze="*")), True),
     "explorers-outer": (partial(trained, method=explorers(outer_lr=0.7, outer_momentum=0.9)), True),
     "explorers-int8": (partial(trained, method=explorers(exchange="int8")), False),
+    "explorers-topk3": (partial(trained, method=explorers(exchange="topk3")), False),
     "explorers-nan": (partial(trained, method=explorers(freeze="*"), poison=1), False),
     **{
         name: (partial(trained, method=small_method(name, **extra)), True)
@@ -342,7 +350,7 @@ def runs(folder: Path) -> dict[str, Result]:
         return after_step(self, record, stop, steps)
 
     Coordinator.after_step = stopped  # type: ignore[method-assign]
-    options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "int8", "overlap": True}
+    options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "2bit", "overlap": True}
     silent = resolve(override(base, {f"method.{name}": value for name, value in options.items()}))
     found["stopped"] = train(silent, folder / "stopped", quiet=True)
     Coordinator.after_step = after_step  # type: ignore[method-assign]

@@ -155,7 +155,8 @@ def test_unloading_takes_no_outer_step() -> None:
     [
         ({"outer_lr": 0.0}, "outer_lr=0.0 must be above 0"),
         ({"outer_momentum": 1.0}, "outer_momentum=1.0 must lie in"),
-        ({"exchange": "int4"}, "exchange='int4' is unknown; it is one of float32, bfloat16, int8"),
+        ({"exchange": "int4"}, "exchange='int4' is unknown; it is one of float32, bfloat16, int8, 2bit, topk3, topk1"),
+        ({"exchange": "2bit", "keep": False}, "keep=False restarts them: use keep=True, or exchange='int8'"),
         ({"weigh": "rows"}, "weigh='rows' is unknown; it is one of equal, tokens, steps, seconds"),
     ],
 )

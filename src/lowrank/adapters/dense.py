@@ -11,7 +11,7 @@ Shapes: W (out, in), D (heads, out, in), x (batch, ..., in).
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -79,15 +79,20 @@ class DenseAdapter(SplitAdapter):
         self.D.zero_()
 
     @torch.no_grad()
-    def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:
+    def settle_merged_(
+        self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None, left: Tensor | None = None
+    ) -> None:
         outside = None if subspace is None else self.D - subspace.lift(subspace.project(self.D))
         self.settle_()
         if outside is not None:
-            self.D.copy_(outside)  # nothing but rounding, unless the subspace has moved since the last merge
+            self.D.copy_(outside)  # rounding, or error feedback of before the subspace moved
+        if left is not None:
+            self.D.add_(left)
 
     @torch.no_grad()
-    def restart_(self) -> None:
-        self.D.zero_()
+    def restart_(self, heads: Sequence[int]) -> None:
+        for h in {*heads} & {*range(self.first_head, self.first_head + self.heads)}:
+            self.D[h - self.first_head].zero_()
 
     def packed_bytes(self, workers: int, compression: Compression) -> int | None:
         return None  # a sum of changes is never more

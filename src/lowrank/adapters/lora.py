@@ -230,7 +230,9 @@ class LoRAAdapter(Additive, SplitAdapter):
         self.subtracts = True
 
     @torch.no_grad()
-    def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:
+    def settle_merged_(
+        self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None, left: Tensor | None = None
+    ) -> None:
         merged = self.pack() if packed is None and "sent" in self._buffers else packed
         if merged is None or not self.keep:
             self.settle_()
@@ -240,19 +242,26 @@ class LoRAAdapter(Additive, SplitAdapter):
         self.kept_B.copy_(merged["B"])
         self.subtracts = True
 
-    def known(self, heads: Sequence[int]) -> dict[str, Tensor]:
+    def known(self) -> dict[str, Tensor]:
         if not self.keep:
-            return super().known(heads)
-        counting = torch.zeros(self.all_heads, 1, 1, dtype=self.A.dtype, device=self.A.device)
-        counting[list(heads)] = 1
-        return {"A": self.kept_A * counting, "B": self.kept_B * counting}
+            return super().known()
+        if int(self.merges):
+            return {"A": self.kept_A.clone(), "B": self.kept_B.clone()}
+        drawn = torch.stack([self._draw_head(h, 0) for h in range(self.all_heads)])  # as every head has begun
+        return {"A": drawn.to(self.kept_A), "B": torch.zeros_like(self.kept_B)}
 
     @torch.no_grad()
-    def restart_(self) -> None:
-        self._draw()
-        if self.keep:
-            self.kept_A[self._own].copy_(self.A)
-            self.kept_B[self._own].copy_(self.B)
+    def restart_(self, heads: Sequence[int]) -> None:
+        count = int(self.merges)
+        for h in heads:
+            drawn, here = self._draw_head(h, count), h - self.first_head
+            if 0 <= here < self.heads:
+                self.A[here].copy_(drawn)
+                self.B[here].zero_()
+            if self.keep and (self.gathers_heads or 0 <= here < self.heads):
+                kept = h if self.gathers_heads else here
+                self.kept_A[kept].copy_(drawn)
+                self.kept_B[kept].zero_()
 
     def row_norms(self, W: Tensor) -> Tensor:
         """As in ``Adapter``, from the factors: ‖w + δ‖² = ‖w‖² + 2⟨w, δ⟩ + ‖δ‖² for each row, without a dense Δ where

@@ -23,7 +23,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter
-from lowrank.adapters.compression import Compression
+from lowrank.adapters.compression import FEEDBACK, Compression
 from lowrank.adapters.layers import AdaptedQuantised, adapted_layers, dequantise_, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.process_group import ProcessGroup
@@ -43,13 +43,15 @@ class Merge:
         keep: go on with the factors, subtracting what was merged (reset-less), instead of restarting them.
         forget: share of the factors' moments zeroed at a merge, where the first moment is smallest; 1 starts them anew.
         outer_lr, outer_momentum: of the outer optimizer's step (module docstring).
-        exchange: what travels between ranks, at merges and at averages of the rest: numbers as they are, or rounded.
+        exchange: what travels between ranks, at merges and at averages of the rest: numbers as they are, or rounded
+            (``compression``).
         weigh: what a rank's heads weigh in the mean, and its local rest: the same, or by what the rank has done since
             the last: tokens seen (images, where it learns images), steps, or seconds of training.
         overlap: what is sent at one merge arrives at the next, while training goes on.
 
     Raises:
-        ValueError: a number out of its range, an unknown word, or ``overlap`` with what it cannot go with.
+        ValueError: a number out of its range, an unknown word, or ``overlap`` or ``exchange`` with what they cannot go
+            with.
     """
 
     merge_every: int
@@ -71,6 +73,11 @@ class Merge:
             raise ValueError(f"outer_momentum={self.outer_momentum} must lie in [0, 1)")
         check_choice("exchange", self.exchange, Compression)
         check_choice("weigh", self.weigh, Weigh)
+        if self.exchange in FEEDBACK and not self.keep:
+            raise ValueError(
+                f"exchange={self.exchange!r} leaves much out of each merge, which the heads keep to send it later, and "
+                "keep=False restarts them: use keep=True, or exchange='int8'"
+            )
         if self.overlap and not self.keep:
             raise ValueError(
                 "overlap=True goes on with factors that are in flight, and keep=False restarts them: use keep=True, "

@@ -11,8 +11,10 @@ travels as whatever is fewer bytes:
     dense     the sum of the changes, out·in numbers, where N·rank is large
     subspace  of ``Dense`` heads whose changes lie in a subspace Q that all workers know: the sum of QᵀD, rank·long
 
-Numbers travel as ``Merge.exchange`` says (``compression``). Every way all workers hold the same bits afterwards. Heads
-of workers that are left out (not finite, restarted) do not count: the mean is over the others. Workers may weigh
+Numbers travel as ``Merge.exchange`` says (``compression``). Every way all workers hold the same bits of W afterwards.
+What rounding leaves out of kept factors stays in the head, which subtracts only what was merged, and so travels with
+the next; with error feedback what is left out of a sum stays in dense heads as well. So it is in every checkpoint.
+Heads of workers that are left out (not finite, restarted) do not count: the mean is over the others. Workers may weigh
 differently: w_h = c_r / (H_r Σ c) for each of the H_r heads of worker r, where c is what each has done.
 
 Overlapped (``Merge.overlap``) what is sent at one merge arrives at the next. With U_h(k) = s·B A of head h at merge k,
@@ -47,6 +49,7 @@ from lowrank.linalg.rounding import wide
 from lowrank.linalg.subspace import Subspace
 
 Heads = Mapping[str, Tensor]  # packed tensors by name, (H, ...) or (N, ...)
+Changes = Mapping[SplitAdapter, Tensor]  # (out, in)
 
 
 @dataclass(frozen=True)
@@ -120,11 +123,11 @@ def start_merge(
     gathered = [a for a in adapters if workers is None or a.gathers_heads]
     summed = [a for a in adapters if a not in gathered]
     heads = _start_heads(gathered, workers, merge.exchange, counting)
-    changes = _start_changes(summed, workers, merge.exchange, counting) if workers is not None else dict
+    changes = _start_changes(summed, workers, merge.exchange, counting) if workers is not None else _nothing
 
     @torch.no_grad()
     def arrive() -> None:
-        _merge_(model, dict(zip(gathered, heads(), strict=True)), changes(), workers, merge, counting)
+        _merge_(model, dict(zip(gathered, heads(), strict=True)), *changes(), workers, merge, counting)
 
     return arrive
 
@@ -132,12 +135,14 @@ def start_merge(
 def _merge_(
     model: nn.Module,
     heads: Mapping[SplitAdapter, Heads],
-    changes: Mapping[SplitAdapter, Tensor],
+    changes: Changes,
+    left: Changes,
     workers: Group | None,
     merge: Merge,
     counting: MergeWeights,
 ) -> None:
-    """W ← W with the mean of all heads, from their tensors or as the change that it is; then they settle."""
+    """W ← W with the mean of all heads, from their tensors or as the change that it is; then they settle, with what was
+    ``left`` out of their change."""
     done: set[int] = set()
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
@@ -155,7 +160,7 @@ def _merge_(
                     merged = before + changes[adapter]
                 write_merged_(W, merge.step(before, merged, adapter), adapter, part)
                 with adapter.counting_a_merge():
-                    adapter.settle_merged_(heads.get(adapter), counting.subspaces.get(adapter))
+                    adapter.settle_merged_(heads.get(adapter), counting.subspaces.get(adapter), left.get(adapter))
             merge_layer_(layer, done, merge)
 
 
@@ -173,7 +178,7 @@ def _start_heads(
         return lambda: mine
     if compression == "float32":
         return start_gather_heads(mine, adapters, workers)  # type: ignore[return-value]
-    known = [a.known(counting.heads(a.all_heads, workers)) for a in adapters]
+    known = [a.known() for a in adapters]
     coded: list[dict[str, Tensor]] = []
     for adapter, packed, bases in zip(adapters, mine, known, strict=True):
         own, tick = slice(adapter.first_head, adapter.first_head + adapter.heads), int(adapter.merges)
@@ -194,23 +199,34 @@ def _decoded(bases: Heads, pieces: Heads, compression: Compression) -> Heads:
 
 def _start_changes(
     adapters: Sequence[SplitAdapter], workers: Group, compression: Compression, counting: MergeWeights
-) -> Callable[[], dict[SplitAdapter, Tensor]]:
-    """The mean change (out, in) over the heads of all workers: dense sums, or in a subspace that all know."""
+) -> Callable[[], tuple[Changes, Changes]]:
+    """The mean change over the heads of all workers, by dense sums or in a subspace that all know; and of the mean
+    change here what was left out of that."""
     weights, subspaces = counting.weights, counting.subspaces
     sent: list[Tensor] = []
+    mine: dict[SplitAdapter, float] = {}
     for adapter in adapters:
-        mine = adapter.heads if weights is None else weights[workers.rank]
-        change = adapter.packed_delta() * (0 if workers.rank in counting.left_out else mine)
+        counts = workers.rank not in counting.left_out
+        mine[adapter] = (adapter.heads if weights is None else weights[workers.rank]) * counts
+        change = adapter.packed_delta() * mine[adapter]
         sent.append(subspaces[adapter].project(change) if adapter in subspaces else change)
     arrive = start_add_up(sent, workers, compression, int(adapters[0].merges) if adapters else 0)
 
-    def finish() -> dict[SplitAdapter, Tensor]:
-        arrive()
+    def lifted(adapter: SplitAdapter, change: Tensor) -> Tensor:
+        return subspaces[adapter].lift(change) if adapter in subspaces else change
+
+    def finish() -> tuple[Changes, Changes]:
         found: dict[SplitAdapter, Tensor] = {}
-        for adapter, change in zip(adapters, sent, strict=True):
+        kept: dict[SplitAdapter, Tensor] = {}
+        for adapter, change, left in zip(adapters, sent, arrive(), strict=True):
             heads = len(counting.heads(adapter.all_heads, workers))
-            change.div_(heads if weights is None else sum(weights))
-            found[adapter] = subspaces[adapter].lift(change) if adapter in subspaces else change
-        return found
+            found[adapter] = lifted(adapter, change.div_(heads if weights is None else sum(weights)))
+            if left is not None and mine[adapter]:
+                kept[adapter] = lifted(adapter, left.div_(mine[adapter]))
+        return found, kept
 
     return finish
+
+
+def _nothing() -> tuple[Changes, Changes]:
+    return {}, {}

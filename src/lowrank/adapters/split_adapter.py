@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter, Site
-from lowrank.adapters.compression import Compression, rounded_bytes, sum_bytes
+from lowrank.adapters.compression import FEEDBACK, Compression, rounded_bytes, sum_bytes
 from lowrank.distributed.collectives import largest_share, ring_gather_bytes
 from lowrank.linalg.subspace import Subspace
 
@@ -51,8 +51,9 @@ class SplitAdapter(Adapter):
         """The mean change of the heads here, (out, in)."""
 
     @abstractmethod
-    def restart_(self) -> None:
-        """Restart the heads here, as if they had just been merged and had contributed nothing."""
+    def restart_(self, heads: Sequence[int]) -> None:
+        """Restart those of ``heads`` (numbers among all) that are here, as if they had just been merged and had
+        contributed nothing; what is kept here of others' begins anew as well."""
 
     # --- who holds what ----------------------------------------------------------------------------------------------
 
@@ -96,16 +97,17 @@ class SplitAdapter(Adapter):
         return {n: p.detach() for n, p in self.named_parameters()}
 
     def packed_bytes(self, workers: int, compression: Compression) -> int | None:
-        """Bytes that one worker sends as packed heads; None where a sum of dense changes is fewer."""
+        """Bytes that one worker sends as packed heads; None where a sum of dense changes is fewer, but never with
+        error feedback, since what is left out of a head stays in that head."""
         each = next(self.parameters()).element_size()
         head = sum(rounded_bytes(compression, tuple(p.shape[1:]), each) for p in self.parameters())
         packed = largest_share(self.all_heads, workers) * head
         fewer = ring_gather_bytes(packed, workers) <= sum_bytes(compression, self.shape, each, workers)
-        return packed if fewer else None
+        return packed if fewer or compression in FEEDBACK else None
 
-    def known(self, heads: Sequence[int]) -> dict[str, Tensor]:
-        """What every worker knows already of all heads' parameters, (N, ...), of which ``heads`` have not begun anew;
-        what is sent in few bits is the difference to that."""
+    def known(self) -> dict[str, Tensor]:
+        """What every worker knows already of all heads' parameters, (N, ...); what is sent in few bits is the
+        difference to that."""
         return {n: p.new_zeros(self.all_heads, *p.shape[1:], requires_grad=False) for n, p in self.named_parameters()}
 
     def merged_from(self, packed: Mapping[str, Tensor], weights: Mapping[int, float], W: Tensor) -> Tensor:
@@ -129,9 +131,12 @@ class SplitAdapter(Adapter):
         with self.holding({**self.pack(), **kept}, self.heads):
             return self.delta()
 
-    def settle_merged_(self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None) -> None:
+    def settle_merged_(
+        self, packed: Mapping[str, Tensor] | None, subspace: Subspace | None, left: Tensor | None = None
+    ) -> None:
         """``settle_`` after a merge over workers, which may not have taken the heads as they are: but ``packed``, those
-        of all workers where they were gathered, or what of a change lies in ``subspace``."""
+        of all workers where they were gathered, or what of a change lies in ``subspace``, and of the mean change of the
+        heads here not what was ``left`` out (error feedback), (out, in)."""
         self.settle_()
 
     # --- an overlapped merge -----------------------------------------------------------------------------------------

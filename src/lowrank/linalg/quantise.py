@@ -112,10 +112,11 @@ class Code:
         return x[..., : math.prod(shape[len(lead) :])].reshape(shape)
 
 
-def split(shape: tuple[int, ...]) -> tuple[tuple[int, ...], int, int]:
-    """(leading dimensions, blocks, numbers in a block) for a ``shape``; a matrix has at most blocks − 1 of padding."""
+def split(shape: tuple[int, ...], block: int = BLOCK) -> tuple[tuple[int, ...], int, int]:
+    """(leading dimensions, blocks, numbers in a block of at most ``block``) for a ``shape``; a matrix has at most
+    blocks − 1 of padding."""
     lead, numbers = tuple(shape[:-2]), math.prod(shape[-2:])
-    blocks = max(1, math.ceil(numbers / BLOCK))
+    blocks = max(1, math.ceil(numbers / block))
     return lead, blocks, math.ceil(numbers / blocks)
 
 

@@ -214,10 +214,11 @@ def lte(
 
     Under ``torchrun`` each rank trains its share of the heads on its share of the batch, and ranks communicate only at
     merges and, where the rest of the model trains locally, when it is averaged: every ``rest_every`` steps (by default
-    four merge intervals). ``exchange``: numbers travel as they are, or rounded to bfloat16 or int8; ``weigh``: ranks
-    weigh the same, or by what they have done since the last merge. With ``outer_lr`` or ``outer_momentum`` an outer
-    optimizer takes the step at merges (DiLoCo, arXiv 2311.08105: 0.7 and 0.9), and with ``overlap`` what is sent at one
-    merge arrives at the next, on one rank as on many. See ``Merge``.
+    four merge intervals). ``exchange``: numbers travel as they are, rounded to bfloat16 or int8, or with error feedback
+    in ``2bit`` or the largest 3 or 1 % of them alone (``topk3``, ``topk1``; MuLoCo, arXiv 2505.23725, and SparseLoCo,
+    2508.15706); ``weigh``: ranks weigh the same, or by what they have done since the last merge. With ``outer_lr`` or
+    ``outer_momentum`` an outer optimizer takes the step at merges (DiLoCo, arXiv 2311.08105: 0.7 and 0.9), and with
+    ``overlap`` what is sent at one merge arrives at the next, on one rank as on many. See ``Merge``.
     """
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
     return Method(

@@ -23,7 +23,8 @@ OPTIONS = {
     "forget": "share of the factors' moments set to zero at a merge; 1 starts them anew",
     "outer_lr": "step of an outer optimizer at merges (DiLoCo: 0.7); 1 merges plainly",
     "outer_momentum": "Nesterov momentum of the outer optimizer (DiLoCo: 0.9)",
-    "exchange": "what travels between ranks: float32, or rounded to bfloat16 or int8",
+    "exchange": "what travels between ranks: float32, rounded to bfloat16 or int8, or with error feedback in 2bit, or "
+    "the largest 3 or 1 % of the numbers in 2 bits (topk3, topk1)",
     "weigh": "what a rank's heads weigh in the mean: equal, or by tokens, steps or seconds since the last merge",
     "overlap": "what is sent at one merge arrives at the next, while training goes on",
     "rest_every": "over several ranks, steps between two averages of a rest that trains locally",

@@ -33,7 +33,7 @@ from lowrank.adapters.head_gather import consolidated_heads, split_adapters
 from lowrank.adapters.layers import adapted_layers
 from lowrank.adapters.merge import Merge, merge_adapters_
 from lowrank.adapters.merge_across_workers import MergeWeights, in_flight, merge_across_workers_, remember_, start_merge
-from lowrank.distributed.collectives import Group
+from lowrank.distributed.collectives import Group, share
 from lowrank.distributed.shards import is_sharded, reshard_, to_local
 from lowrank.distributed.workers import ProcessLayout
 from lowrank.linalg.rounding import wide
@@ -272,10 +272,10 @@ class Synchroniser:
         """Let the workers ``left_out``, of which this may be one, begin anew, and say so."""
         self._wait_()  # before heads begin anew that have something in flight
         workers = self.layout.workers
-        if workers is not None and workers.rank in left_out:
+        if workers is not None:
             for adapter in split_adapters(self.model):
-                adapter.restart_()
-            if self.optimizer is not None:
+                adapter.restart_([h for r in left_out for h in share(adapter.all_heads, r, workers.count)])
+            if self.optimizer is not None and workers.rank in left_out:
                 self.optimizer.forget(mine, 1.0)
         for number in sorted(left_out):
             self.left_out.append(number)
@@ -296,7 +296,8 @@ class Synchroniser:
         """The rest that trains locally ← its mean over the workers that take part; bitwise the same on all.
 
         What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last
-        the same everywhere (the reference copies), so that rounding is as fine as the change.
+        the same everywhere (the reference copies), so that rounding is as fine as the change. With error feedback each
+        worker goes on with what was left out of its own, which so is in its next change.
         """
         if self.layout.workers is None:
             return
@@ -308,10 +309,13 @@ class Synchroniser:
         changes = [p.to(a.dtype) - a for p, a in zip(rest, self.reference_copies, strict=True)]
         for change in changes:
             change.mul_(mine / total) if mine else change.zero_()  # what is not finite counts for nothing
+        left: dict[int, Tensor] = {}
         for group, some in self._by_group(changes):
-            add_up_(some, group, self.merge.exchange, tick)
+            out = zip(some, add_up_(some, group, self.merge.exchange, tick), strict=True)
+            left |= {id(change): error for change, error in out if error is not None and mine}
         for change, p, a in zip(changes, rest, self.reference_copies, strict=True):
-            p.copy_(a.add_(change))
+            a.add_(change)
+            p.copy_(a.add(left[id(change)], alpha=total / mine) if id(change) in left else a)
 
     def _average_(self, rest: Sequence[Tensor], mine: float, total: float) -> None:
         for tensor in rest:

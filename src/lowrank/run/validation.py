@@ -241,7 +241,11 @@ def _engine(run: Run) -> Iterator[str]:
         yield "--engine fsdp shards weights, and quantised ones are held whole: use --engine ddp"
     if run.engine == "fsdp" and run.compile:
         yield "--compile with --engine fsdp has not been tried: leave one out"
-    apart = {"rest": ("local",), "exchange": ("bfloat16", "int8"), "weigh": ("tokens", "seconds", "steps")}
+    apart = {
+        "rest": ("local",),
+        "exchange": ("bfloat16", "int8", "2bit", "topk3", "topk1"),
+        "weigh": ("tokens", "seconds", "steps"),
+    }
     for name, values in apart.items():
         if one and (value := run.method.args.get(name)) in values:
             yield (
