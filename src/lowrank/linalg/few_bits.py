@@ -108,14 +108,23 @@ def _mean(x: Tensor, where: Tensor) -> Tensor:
 
 def _pack(words: Tensor, bits: int) -> Tensor:
     """Words (n, k) of so many bits as bytes (n, ⌈k·bits/8⌉), the lowest bit first."""
-    each = (words[..., None] >> torch.arange(bits, device=words.device)) & 1
-    row = each.to(torch.uint8).flatten(-2)
-    row = F.pad(row, (0, -row.shape[-1] % 8)).view(len(words), -1, 8)
-    return (row << torch.arange(8, dtype=torch.uint8, device=words.device)).sum(dim=-1, dtype=torch.uint8)
+    row = _bits(words, bits).to(torch.uint8).flatten(-2)
+    return _number(F.pad(row, (0, -row.shape[-1] % 8)).view(len(words), -1, 8))
 
 
 def _unpack(packed: Tensor, count: int, bits: int) -> Tensor:
     """The ``count`` words of ``_pack`` again, int32."""
-    row = (packed[..., None] >> torch.arange(8, dtype=torch.uint8, device=packed.device)) & 1
-    row = row.flatten(-2)[..., : count * bits].view(len(packed), count, bits).int()
-    return (row << torch.arange(bits, dtype=torch.int32, device=packed.device)).sum(dim=-1, dtype=torch.int32)
+    row = _bits(packed, 8).flatten(-2)[..., : count * bits]
+    return _number(row.reshape(len(packed), count, bits).int())
+
+
+def _bits(x: Tensor, count: int) -> Tensor:
+    """The bits of whole numbers (...), (..., count)."""
+    places = torch.arange(count, dtype=x.dtype, device=x.device)
+    return torch.bitwise_right_shift(x[..., None], places).bitwise_and_(1)  # >> has a wrong shape without numbers
+
+
+def _number(bits: Tensor) -> Tensor:
+    """The whole numbers (...) of bits (..., count), in their dtype."""
+    places = torch.arange(bits.shape[-1], dtype=bits.dtype, device=bits.device)
+    return torch.bitwise_left_shift(bits, places).sum(dim=-1, dtype=bits.dtype)
