@@ -169,6 +169,11 @@ MODELS = [
         "m returned int, and a method is wanted",
         given={"f.py": "def m(): return 7\n"},
     ),
+    row(
+        f"{SHORT} --task f.py:T",
+        "makes a T, and a task is wanted",
+        given={"f.py": "class T:\n    unit = 'x'\n"},
+    ),
     row("plan finetune --model.path d --data x", "config.json is none of", given={"d/config.json": "{"}),
     row(f"{FINETUNE}", "line 1: turn 1 of 'messages' says nothing", given={"f.jsonl": SILENT}),
     row(f"{FINETUNE} --data.completion prompt", "both name 'prompt'", given={"f.jsonl": '{"prompt": "a"}\n' * 40}),

@@ -7,7 +7,6 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
@@ -103,14 +102,6 @@ def test_large_vocabularies_need_four_bytes(write: Write) -> None:
     assert (tokens.folder / "train.bin").stat().st_size == 4 * len(text)
 
 
-def test_unigram_entropy(write: Write) -> None:
-    tokens = prepare(write("a.txt", "aabc" * 100), tokenizer="chars", val_fraction=0, test_fraction=0)
-    assert tokens.unigram_entropy() == pytest.approx(1.5 * np.log(2))
-    logits = torch.bincount(torch.from_numpy(tokens.ids().astype(np.int64))).log().expand(400, 3).double()
-    loss = torch.nn.functional.cross_entropy(logits, torch.from_numpy(tokens.ids().astype(np.int64)))
-    assert tokens.unigram_entropy() == pytest.approx(loss.item())
-
-
 def test_prepared_folders_are_sources(write: Write) -> None:
     tokens = prepare(write("a.txt", TEXT), tokenizer="chars")
     assert prepare(tokens.folder) == tokens
@@ -188,7 +179,6 @@ def test_real_data(shared_data: Path) -> None:
     shakespeare = prepare(shared_data / "tinyshakespeare.txt", tokenizer="chars", val_fraction=0.1, test_fraction=0)
     assert shakespeare.vocab_size == 65  # as nanoGPT's
     assert shakespeare.count("train") + shakespeare.count("val") == 1_115_394
-    assert 3.3 < shakespeare.unigram_entropy() < 3.32
     news = prepare(shared_data / "cnn_dailymail_sample.csv", tokenizer="bpe:512", limit=400_000)
     assert news.vocab_size == 512
     assert sum(of["utf8_bytes"] for of in news.meta["splits"].values()) in range(399_997, 400_001)

@@ -20,7 +20,7 @@ from lowrank.data.text.tokenizers import Bytes, Tokenizer, saved_tokenizer
 from lowrank.interop.adapter_start import base_of, base_options, is_adapter, use_adapter_
 from lowrank.models.nanogpt import is_nanogpt
 from lowrank.models.text import load_pretrained
-from lowrank.run.session import pick_device, restore
+from lowrank.run.session import is_run, pick_device, restore
 
 
 def generate(
@@ -134,7 +134,7 @@ def open_model(
         return model, _whole_tokenizer(tokenizer or own)
     if base is not None:
         raise ValueError(f"--base goes with the folder of an adapter, which {source} is not")
-    if folder.is_dir() and not (folder / "config.json").is_file():
+    if is_run(folder):
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, device=device)

@@ -26,24 +26,18 @@ from lowrank.evaluate.image_metrics import image_metrics
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.run import Run
-from lowrank.run.task import Asked, Batch
+from lowrank.run.task import Asked, Batch, Task
 
 ASSUMED_CLASSES = 1000
 
 
 @register("task", "images")
-class ImageTask:
+class ImageTask(Task):
     """Classification of images; the kind of labels is taken from the batches."""
 
     unit, metric, lower = "images", "auc", False
     shown: tuple[str, ...] = ("auc", "acc")
     judged: bool = True
-
-    def count(self, batch: Batch) -> int:
-        return len(batch["labels"])
-
-    def size(self, batch: Batch) -> int:
-        return len(batch["labels"])
 
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return image_loss(logits_of(model, batch["images"]), batch["labels"], batch.get("weights"))

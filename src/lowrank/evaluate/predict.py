@@ -92,6 +92,8 @@ def predict(
         model = bank.use("adapter").eval()
     elif base is not None:
         session, _ = restore(Path(base), device=device)
+        if type(session.task).predict is Task.predict:
+            raise ValueError(f"{base} is a run on {session.run.task}: only models of images predict")
         model, data, task = session.model, session.data, session.task
     else:
         raise ValueError("which model? give --adapter DIR (and --base where it is elsewhere), or --base RUN")

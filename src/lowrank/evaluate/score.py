@@ -23,7 +23,7 @@ from lowrank.models.text import load_pretrained
 from lowrank.run.overrides import catalogue, override
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Call, Run
-from lowrank.run.session import Session, open_session, restore, task_of
+from lowrank.run.session import Session, is_run, open_session, restore, task_of
 
 
 def score(
@@ -77,7 +77,7 @@ def score(
         place = base_of(folder, base)
         own = source if (folder / "tokenizer_config.json").is_file() else place
         session = _pretrained(place, data, changes | {"tokenizer": tokenizer or own}, device, adapter=folder)
-    elif _is_run(folder):
+    elif is_run(folder):
         if tokenizer is not None:
             raise ValueError(f"{source} was trained with a tokenizer of its own: leave --tokenizer out")
         session, _ = restore(folder, checkpoint, device=device)
@@ -102,10 +102,6 @@ def planned_session(run: Run) -> Session:
     task = task_of(run)
     data = None if run.data.name not in DATA or task.shaped_by_data(run) else task.stand_in(run)[0]
     return open_session(run, data=data)
-
-
-def _is_run(folder: Path) -> bool:
-    return folder.is_dir() and not (folder / "config.json").is_file()
 
 
 def _on_other_data(session: Session, source: str | None, changes: dict[str, Any]) -> Session:

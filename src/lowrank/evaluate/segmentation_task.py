@@ -23,31 +23,22 @@ from lowrank.infra.extras import import_extra
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
 from lowrank.run.run import Run
-from lowrank.run.task import Asked, Batch
+from lowrank.run.task import Asked, Batch, Task
 
 
 @register("task", "segmentation")
-class SegmentationTask:
+class SegmentationTask(Task):
     """Masks of two or more classes, 0 being the background."""
 
     unit, metric, lower = "images", "dice", False
     shown: tuple[str, ...] = ("dice", "iou")
     judged: bool = True
 
-    def count(self, batch: Batch) -> int:
-        return len(batch["images"])
-
-    def size(self, batch: Batch) -> int:
-        return len(batch["images"])
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return mask_loss(_logits(model, batch), batch["labels"])
 
     def tally(self) -> MaskTally:
         return MaskTally()
-
-    def shaped_by_data(self, run: Run) -> bool:
-        return True
 
     def stand_in(self, run: Run) -> tuple[MaskData, list[str]]:
         args = run.data.args

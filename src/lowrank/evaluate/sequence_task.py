@@ -7,7 +7,6 @@ beside it.
 
 from __future__ import annotations
 
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -19,31 +18,22 @@ from lowrank.data.text.glue import TABLES
 from lowrank.evaluate.collected_answers import Collected
 from lowrank.infra.registry import register
 from lowrank.run.run import Run
-from lowrank.run.task import Asked, Batch, Unread
+from lowrank.run.task import Batch, Task, Unread
 
 
 @register("task", "sequences")
-class SequenceTask:
+class SequenceTask(Task):
     """Classes or scores of sequences; which of the two is taken from the labels of the batches."""
 
     unit, metric, lower = "sequences", "score", False
     shown: tuple[str, ...] = ("score", "accuracy", "f1")
     judged: bool = True
 
-    def count(self, batch: Batch) -> int:
-        return len(batch["labels"])
-
-    def size(self, batch: Batch) -> int:
-        return len(batch["labels"])
-
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         return sequence_loss(_outputs(model, batch), batch["labels"])
 
     def tally(self) -> SequenceTally:
         return SequenceTally()
-
-    def shaped_by_data(self, run: Run) -> bool:
-        return True
 
     def stand_in(self, run: Run) -> tuple[Unread, list[str]]:
         args = run.data.args
@@ -55,12 +45,6 @@ class SequenceTask:
         ids = torch.zeros(rows, data.context, dtype=torch.int64)
         labels = torch.zeros(rows, dtype=torch.float32 if data.outputs == 1 else torch.int64)
         return {"input_ids": ids, "attention_mask": torch.ones_like(ids), "labels": labels}
-
-    def report(self, data: Any, tally: SequenceTally, folder: Path, split: str) -> list[str]:
-        return []
-
-    def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
-        raise ValueError("it is a run on sequences: only models of images predict")
 
 
 def _outputs(model: nn.Module, batch: Batch) -> Tensor:

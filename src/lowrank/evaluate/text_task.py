@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 import re
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -13,19 +12,18 @@ from torch import Tensor, nn
 from lowrank.infra.registry import register
 from lowrank.models.text import next_token_loss
 from lowrank.run.run import Run
-from lowrank.run.task import Asked, Batch, Unread
+from lowrank.run.task import Batch, Task, Unread
 
 ASSUMED_CHARACTERS = 256
 _IDS = {"bytes": 256, "gpt2": 50257, "t5-base": 32100}  # of tokenizers by name
 
 
 @register("task", "text")
-class TextTask:
+class TextTask(Task):
     """Next-token prediction; the loss in nats a token."""
 
     unit, metric, lower = "tokens", "loss", True
     shown: tuple[str, ...] = ("loss", "perplexity")
-    judged: bool = False
 
     def count(self, batch: Batch) -> int:
         return int((batch["labels"] != -100).sum())
@@ -55,12 +53,6 @@ class TextTask:
     def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
         ids = torch.zeros(rows, data.context, dtype=torch.int64)
         return {"input_ids": ids, "labels": torch.zeros_like(ids)}
-
-    def report(self, data: Any, tally: TextTally, folder: Path, split: str) -> list[str]:
-        return []
-
-    def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
-        raise ValueError("it is a run on text: only models of images predict")
 
 
 class TextTally:

@@ -28,6 +28,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
 from lowrank.data.images.masks import MaskData
+from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
@@ -348,7 +349,7 @@ class AdapterBank:
             ]
             wrong += [n for n in ours if not wrong and ours[n].is_floating_point() != wanted[n].is_floating_point()]
             if wrong:
-                raise ValueError(f"the adapter {name!r} does not fit the base at {_some(wrong)}")
+                raise ValueError(f"the adapter {name!r} does not fit the base at {some(wrong)}")
             self.model.load_state_dict(wanted, strict=False)
         finally:
             for layer_name, layer in layers.items():
@@ -367,7 +368,7 @@ class AdapterBank:
     def _check(self, name: str, info: AdapterInfo, own: Mapping[str, Tensor]) -> None:
         missing = [n for n in (*info.base, *own) if n not in self._base]
         if missing:
-            raise ValueError(f"the adapter {name!r} is for another model: the base has no {_some(missing)}")
+            raise ValueError(f"the adapter {name!r} is for another model: the base has no {some(missing)}")
         for n, t in own.items():
             if t.dim() != self._base[n].dim() or (t.shape != self._base[n].shape and not _is_head(n, t, self._base[n])):
                 raise ValueError(
@@ -381,7 +382,7 @@ class AdapterBank:
         if other:
             raise ValueError(
                 f"the adapter {name!r} was trained on another base: {len(other)} of {len(info.base)} weights differ, "
-                f"{_some(other)}; its own is {info.model.name} with {dict(info.model.args)}, seed {info.seed}"
+                f"{some(other)}; its own is {info.model.name} with {dict(info.model.args)}, seed {info.seed}"
             )
 
     def _put_parameters(self, own: Mapping[str, nn.Parameter]) -> None:
@@ -403,7 +404,3 @@ class AdapterBank:
 def _is_head(name: str, own: Tensor, base: Tensor) -> bool:
     """Whether two tensors may differ in their first dimension: outputs, of which every task has its own number."""
     return name.split(".")[0] in ("head", "head_dist", "classifier", "score", "fc") and own.shape[1:] == base.shape[1:]
-
-
-def _some(names: list[str]) -> str:
-    return ", ".join(names[:5]) + (f" and {len(names) - 5} more" if len(names) > 5 else "")

@@ -137,7 +137,9 @@ def open_session(
 
 def task_of(run: Run) -> Task:
     """What a run learns."""
-    task: Task = catalogue().function("task", run)()
+    task = catalogue().function("task", run)()
+    if not isinstance(task, Task):
+        raise ValueError(f"{run.task} makes a {type(task).__name__}, and a task is wanted: a lowrank.run.task.Task")
     return task
 
 
@@ -247,6 +249,11 @@ def learnt_anew(data: Data, root: Path) -> str:
     tokenizer, which ``data`` says now; empty where nothing is learnt of it."""
     what = "was written before runs kept what they learn of their data (a tokenizer, classes)"
     return f"{root} {what}: it is learnt anew, from the data as it is now" if data.to_json() else ""
+
+
+def is_run(folder: Path) -> bool:
+    """Whether a folder is meant as a run's or a checkpoint's, not being a model's of transformers."""
+    return folder.is_dir() and not (folder / "config.json").is_file()
 
 
 def run_folder(folder: Path) -> Path:

@@ -5,6 +5,7 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 
 from __future__ import annotations
 
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -50,8 +51,8 @@ class Asked:
     skip_damaged: bool = False
 
 
-class Task(Protocol):
-    """What the loop and the evaluator need of a task.
+class Task(ABC):
+    """What the loop and the evaluator ask of a task: a loss and a tally; the rest has defaults.
 
     Attributes:
         unit: what throughput counts, such as "tokens".
@@ -65,38 +66,40 @@ class Task(Protocol):
     metric: str
     lower: bool
     shown: tuple[str, ...]
-    judged: bool
+    judged: bool = False
 
-    def count(self, batch: Batch) -> int:
-        """How many predictions the loss of this batch sums over."""
-        ...
-
-    def size(self, batch: Batch) -> int:
-        """How many units (tokens, images) the batch holds."""
-        ...
-
+    @abstractmethod
     def loss(self, model: nn.Module, batch: Batch) -> Tensor:
         """The sum of the loss over the batch, a float32 scalar."""
-        ...
 
-    def tally(self) -> Tally: ...
+    @abstractmethod
+    def tally(self) -> Tally:
+        """An empty tally of an evaluation."""
+
+    def count(self, batch: Batch) -> int:
+        """How many predictions the loss of this batch sums over; by default its rows."""
+        return len(batch["labels"])
+
+    def size(self, batch: Batch) -> int:
+        """How many units (tokens, images) the batch holds; by default its rows."""
+        return len(batch["labels"])
 
     def shaped_by_data(self, run: Run) -> bool:
         """Whether a run's data must be read to know what its model is like: its vocabulary, its classes."""
-        ...
+        return True
 
     def stand_in(self, run: Run) -> tuple[Any, list[str]]:
         """(what stands for a run's data in a plan of it, what was assumed of it); nothing is opened."""
-        ...
+        raise ValueError(f"the task {run.task} says of no data what stands for it (stand_in): no plan can be made")
 
     def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
         """A batch of ``rows`` of what a model takes, of the data (or what stands for it); its numbers do not matter."""
-        ...
+        raise ValueError(f"{type(self).__name__} does not say what a batch is like (any_batch): no plan can be made")
 
     def report(self, data: Any, tally: Any, folder: Path, split: str) -> list[str]:
         """Where it is ``judged``: write into a run's ``folder`` what the ``tally`` of a split shows beyond its metrics;
         gives what is worth saying."""
-        ...
+        return []
 
     def predict(self, model: nn.Module, data: Any, asked: Asked) -> list[Any]:
         """What a model in evaluation mode, with what it has learnt of its ``data``, says of files: an answer each,
@@ -105,7 +108,7 @@ class Task(Protocol):
         Raises:
             ValueError: damaged files (named, counted); a place that cannot be written; a task that answers no files.
         """
-        ...
+        raise ValueError(f"{type(self).__name__} answers no files: only models of images predict")
 
 
 @dataclass(frozen=True)

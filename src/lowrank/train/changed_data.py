@@ -5,13 +5,12 @@ data under ``--own-data``; a path says nothing, as its files may be others by no
 from __future__ import annotations
 
 from collections.abc import Sequence
-from typing import Any, TypeVar
+from typing import Any
 
 from lowrank.distributed.process_group import ProcessGroup, RanksDisagree
 from lowrank.infra.checkpoint import Checkpoint
 from lowrank.run.run import Run
 
-T = TypeVar("T")
 ALLOW = "--allow-changed-data says that it is meant"
 
 
@@ -46,7 +45,8 @@ def check_data(
     """
     before = run.data.fingerprint if saved is None else trained_on(run, saved, ranks)
     changed = before if before and now and before != now else ""
-    found = _everyone((changed, now, worker, _path(run)), ranks)
+    mine = (changed, now, worker, _path(run))
+    found = [mine] if ranks is None else ranks.gather_objects(mine)
     notes = []
     for rank, (was, is_now, _, path) in enumerate(found):
         if was and saved is None and beside and not allowed:
@@ -92,7 +92,3 @@ def _between_ranks(run: Run, found: Sequence[tuple[str, str, int, str]], *, allo
 def _path(run: Run) -> str:
     source: Any = run.data.args.get("source")
     return f"--data {run.data.name if source is None else source}"
-
-
-def _everyone(value: T, ranks: ProcessGroup | None) -> list[T]:
-    return [value] if ranks is None else ranks.gather_objects(value)

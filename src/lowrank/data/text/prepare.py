@@ -321,6 +321,3 @@ class SplitWriter:
         self.documents += len(ends)
         if len(ends):
             self.last_end = int(ends[-1])
-
-
-PARALLEL_BYTES = 1 << 25  # below this, starting processes takes longer than they save

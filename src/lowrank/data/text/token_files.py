@@ -149,14 +149,6 @@ class Tokens:
         of = self._of(split)
         return of["utf8_bytes"] / of["tokens"] if of["utf8_bytes"] is not None and of["tokens"] else None
 
-    def unigram_entropy(self, split: str = "train") -> float:
-        """−Σ p(id) ln p(id) in nats: the loss of a model that knows how frequent each token is and nothing else."""
-        counts = np.zeros(self.maximum_id(split) + 1, np.int64)
-        for chunk in self._chunks(split):
-            counts += np.bincount(chunk, minlength=len(counts))
-        shares = counts[counts > 0] / max(1, counts.sum())
-        return float(-(shares * np.log(shares)).sum()) + 0.0
-
     def __str__(self) -> str:
         made_by = self.meta["tokenizer"]["spec"] or "an unknown tokenizer"
         lines = [
