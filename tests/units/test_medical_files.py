@@ -9,11 +9,11 @@ import nibabel as nib
 import numpy as np
 import pytest
 from pydicom.dataset import Dataset, FileMetaDataset
-from pydicom.uid import CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1, generate_uid
+from pydicom.uid import MPEG2MPML, CTImageStorage, ExplicitVRLittleEndian, JPEGLosslessSV1, generate_uid
 
 from lowrank.cli import main
 from lowrank.data.images.decode import Damaged, Reading, read_image
-from lowrank.data.images.medical import read_volume
+from lowrank.data.images.medical import ENVELOPED, read_volume
 from lowrank.data.images.source import images
 
 SECRET = "Doe^Jane"
@@ -106,7 +106,10 @@ def test_single_dicom_images_by_window_and_inverted(tmp_path: Path) -> None:
         (lambda d: dicom(d / "x.dcm", VOLUME[0], place=18.0, SeriesInstanceUID="1.2.4"), "of several series"),
         (lambda d: dicom(d / "x.dcm", VOLUME[0, :4], place=18.0), "of different sizes"),
         (lambda d: dicom(d / "x.dcm", VOLUME[0], place=18.0, syntax=JPEGLosslessSV1), "JPEG Lossless.*pip install"),
+        (lambda d: dicom(d / "x.dcm", VOLUME[0], place=18.0, syntax=MPEG2MPML), "MPEG2.*nothing here reads"),
+        (lambda d: dicom(d / "x.dcm", VOLUME[0], place=18.0, NumberOfFrames=2), "it holds 2 frames.*dcm2niix"),
         (lambda d: (d / "x.dcm").write_bytes(b"junk"), "x.dcm is no DICOM file"),
+        (lambda d: (d / "x.dcm").write_bytes(b"0\x80" + ENVELOPED + b"\xa0\x80"), "x.dcm is encrypted"),
         (lambda d: [p.unlink() for p in d.glob("*.dcm") if p.name != "0.dcm"], "a volume of one slice"),
     ],
 )

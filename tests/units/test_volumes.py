@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import timm
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from tests.images import medmnist_file
 
 from lowrank.cli import main
@@ -19,6 +19,7 @@ from lowrank.data.images.source import ImageData, images
 from lowrank.evaluate.image_pictures import mistakes
 from lowrank.evaluate.image_report import Judged
 from lowrank.infra.loaded_parameters import origin
+from lowrank.models.vision import vit_mini
 from lowrank.models.volumes import vit_3d
 
 TINY = {"image_size": 16, "patch_size": 8, "width": 16, "depth": 2, "heads": 2}
@@ -121,6 +122,21 @@ def test_runs_on_volumes_train_resume_score_and_are_planned(tmp_path: Path, by: 
     ]
     assert [x for x in losses[0] if x is not None] == [x for x in losses[1] if x is not None]
     assert main(["eval", str(tmp_path / "whole"), "--split", "test"]) == 0
+    assert main(["export", str(tmp_path / "whole"), str(tmp_path / "plain")]) == 0
+    start = vit_3d(no_volumes(5), by=by, weights=str(tmp_path / "plain"), **TINY)  # type: ignore[arg-type]
+    written = load_file(tmp_path / "plain" / "model.safetensors")
+    other = {name for name, t in start.state_dict().items() if not torch.equal(t, written[name])}
+    assert other == {"head.weight", "head.bias"}
+    loaded = origin(start).loaded
+    fresh = {name for name, p in start.named_parameters() if id(p) not in loaded}
+    assert fresh == {"head.weight", "head.bias"} | ({"patch_embed.depth"} if by == "cubes" else {"places", "query"})
+    flat = ImageData.without_images({**no_volumes().to_json(), "reading": {}, "spec": {"size": 16}})
+    if by == "slices":  # its ViT is one of images
+        images_of = vit_mini(flat, weights=str(tmp_path / "plain"), **TINY)  # type: ignore[arg-type]
+        assert torch.equal(images_of.get_parameter("pos_embed"), written["encoder.pos_embed"])
+    else:
+        with pytest.raises(ValueError, match="are of vit-3d by cubes"):
+            vit_mini(flat, weights=str(tmp_path / "plain"), **TINY)  # type: ignore[arg-type]
 
 
 def test_the_sheet_of_mistakes_shows_the_middle_slice() -> None:

@@ -256,7 +256,7 @@ def _verdict(out: Path, summary: Mapping[str, Any]) -> str:
     parts += [
         f"{split} {name} {value:.4f}"
         for split in ("val", "test")
-        for name in ("auc", "acc")
+        for name in ("auc", "acc", "dice")
         if isinstance(value := summary.get(f"{split}_{name}"), float)
     ]
     parts.append(

@@ -98,7 +98,7 @@ def vit_mini_segment(
         dropout: in attention, MLPs and on the positions.
         depths: the decoder reads the tokens of so many blocks, evenly spaced up to the last.
         hidden: channels of the decoder.
-        weights: a file or folder to start the encoder from.
+        weights: a file or folder to start the encoder from; of ``lowrank export``, whatever the task was.
     """
     shape = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
     encoder = vit_mini(data, **shape, dropout=dropout, weights=weights)

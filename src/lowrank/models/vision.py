@@ -209,14 +209,27 @@ def load_timm_(model: nn.Module, source: str) -> None:
         FileNotFoundError: there is no such file.
         ValueError: the weights do not fit; the keys are named.
     """
-    file = _weights_file(source)
+    file = weights_file(source)
     heads = _timm_heads(model)
     if file.suffix == ".npz":
         model.load_pretrained(str(file))  # type: ignore[operator]
         _fresh_(model, heads)
         _mark_all_but_head_(model, heads)
         return
-    state = _converted(read_weights(file), model)
+    state = read_weights(file)
+    if "patch_embed.depth" in state:
+        raise ValueError(f"the weights of {file} are of vit-3d by cubes, and no model of images: give --model vit-3d")
+    within = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
+    fill_(model, _converted(within or state, model), heads, file)  # of ours with a decoder, or over slices: its ViT
+    _mark_all_but_head_(model, heads)
+
+
+def fill_(model: nn.Module, state: Mapping[str, Tensor], heads: Sequence[str], file: Path) -> None:
+    """Load every tensor of ``model`` but its ``heads`` from the ``state`` of a file.
+
+    Raises:
+        ValueError: they do not fit; the keys are named.
+    """
     ours = {name: tensor for name, tensor in model.state_dict().items() if name not in heads}
     state = {name: tensor for name, tensor in state.items() if name not in heads and not name.startswith("head.")}
     wrong = {
@@ -232,7 +245,6 @@ def load_timm_(model: nn.Module, source: str) -> None:
         told = "; ".join(f"{what} {some(names)}" for what, names in wrong.items() if names)
         raise ValueError(f"the weights of {file} do not fit the model: {told}")
     model.load_state_dict(state, strict=False)
-    _mark_all_but_head_(model, heads)
 
 
 def read_weights(file: Path) -> dict[str, Tensor]:
@@ -251,7 +263,7 @@ def read_weights(file: Path) -> dict[str, Tensor]:
     return dict(found)
 
 
-def _weights_file(source: str) -> Path:
+def weights_file(source: str) -> Path:
     path = Path(source).expanduser()
     for file in (path, path / "model.safetensors", path / "pytorch_model.bin"):
         if file.is_file():

@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import math
 from dataclasses import replace
+from pathlib import Path
 from typing import Any, Literal
 
 import torch
@@ -24,8 +25,9 @@ from torch import Tensor, nn
 
 from lowrank.data.images.source import ImageData
 from lowrank.infra.checks import check_choice
+from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import register
-from lowrank.models.vision import check_outputs, vit, vit_mini
+from lowrank.models.vision import check_outputs, fill_, read_weights, vit, vit_mini, weights_file
 
 
 @register("model", "vit-3d", task="images")
@@ -48,7 +50,7 @@ def vit_3d(
     Args:
         by: cubes, or slices.
         name: timm's, of the 2-D model; none: a small one of the sizes below.
-        weights: of the 2-D model, as ``vit`` takes them.
+        weights: of the 2-D model, as ``vit`` takes them; or what ``lowrank export`` made of a run of this very shape.
         image_size: of a slice; by default the named model's own, or 28.
         slices: to which volumes are resized; by default the image size.
         patch_size, width, depth, heads: by default the name's, or 7, 96, 4, 4.
@@ -59,10 +61,12 @@ def vit_3d(
     given = {"image_size": image_size, "patch_size": patch_size, "width": width, "depth": depth, "heads": heads}
     shape: dict[str, Any] = {option: value for option, value in given.items() if value is not None}
     classes = ImageData.without_images(data.to_json())  # a model of images does not take volumes
+    own = _exported(weights, by)
+    flat_weights = weights if own is None else None
     flat: Any = (
-        vit_mini(classes, weights=weights, dropout=dropout, **({"patch_size": 7} | shape))
+        vit_mini(classes, weights=flat_weights, dropout=dropout, **({"patch_size": 7} | shape))
         if name is None
-        else vit(classes, name=name, weights=weights, dropout=dropout, **shape)
+        else vit(classes, name=name, weights=flat_weights, dropout=dropout, **shape)
     )
     spec = flat.image_spec
     count = spec.size if slices is None else slices
@@ -70,7 +74,19 @@ def vit_3d(
         raise ValueError(f"model.slices={count}: a volume has at least two; vit and vit-mini take images")
     model: Any = inflated_(flat, count) if by == "cubes" else SliceViT(flat, count, len(data.classes))
     model.image_spec = replace(spec, depth=count)
+    if own is not None:
+        file, state = own
+        fill_(model, state, [name for name in model.state_dict() if name.startswith("head.")], file)
+        mark_loaded_(model, [name for name, _ in model.named_parameters() if not name.startswith(model.drawn)])
     return model
+
+
+def _exported(weights: str | None, by: str) -> tuple[Path, dict[str, Tensor]] | None:
+    """(file, tensors) where ``weights`` are those of a model of volumes by the same way; None: of images, or none."""
+    if weights in (None, "hub") or (file := weights_file(str(weights))).suffix == ".npz":
+        return None
+    state = read_weights(file)
+    return (file, state) if ("patch_embed.depth" if by == "cubes" else "places") in state else None
 
 
 class CubeEmbed(nn.Module):

@@ -24,6 +24,7 @@ import numpy as np
 from lowrank.infra.extras import import_extra
 
 NIFTI, DICOM = (".nii", ".nii.gz"), (".dcm", ".dicom")
+ENVELOPED = bytes.fromhex("06092a864886f70d010703")  # a CMS envelope, as DICOM encrypts files (PS3.15)
 TOLERANCE = 0.01  # of a spacing, by which places of slices may differ from even ones
 AXIAL = ("L", "P", "S")
 
@@ -213,6 +214,9 @@ def _step(places: np.ndarray) -> float:
 def _header(path: Path) -> Any:
     pydicom = import_extra("pydicom", "medical")
     try:
+        with path.open("rb") as file:
+            if ENVELOPED in file.read(64):
+                raise Damaged(f"{path.name} is encrypted: decrypt it first (openssl cms -decrypt)")
         return pydicom.dcmread(path)
     except (OSError, EOFError, ValueError, pydicom.errors.InvalidDicomError) as error:
         raise Damaged(f"{path.name} is no DICOM file that can be read ({error})") from error
@@ -222,6 +226,8 @@ def _raw(header: Any) -> Raw:
     """The numbers that a DICOM image means; colour as uint8 (h, w, 3)."""
     from pydicom.pixels import apply_modality_lut, convert_color_space
 
+    if (frames := int(header.get("NumberOfFrames") or 1)) > 1:
+        raise Damaged(f"it holds {frames} frames, and one is read: dcm2niix writes them as a NIfTI volume")
     syntax = getattr(header.file_meta, "TransferSyntaxUID", None)
     try:
         stored = header.pixel_array
@@ -229,8 +235,10 @@ def _raw(header: Any) -> Raw:
         raise Damaged(f"it is a DICOM file without an image ({error})") from error
     except (RuntimeError, NotImplementedError, ImportError) as error:
         name = getattr(syntax, "name", "an unknown transfer syntax")
-        package = "pylibjpeg with pylibjpeg-libjpeg and pylibjpeg-openjpeg"
-        raise Damaged(f"its pixels are in {name}: pip install {package} reads what is compressed") from error
+        if "JPEG" not in name:  # a video's, or a vendor's own
+            raise Damaged(f"its pixels are in {name}, which nothing here reads: save it uncompressed") from error
+        package = "pylibjpeg-openjpeg" if "2000" in name else "pylibjpeg-libjpeg"
+        raise Damaged(f"its pixels are in {name}: pip install pylibjpeg {package} reads them") from error
     except (ValueError, TypeError) as error:
         raise Damaged(f"its pixels do not fit its header ({error})") from error
     how = str(header.get("PhotometricInterpretation", "MONOCHROME2"))
