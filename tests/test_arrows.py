@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 import lowrank
+from lowrank.run.overrides import TASKS
 
 PACKAGE = Path(lowrank.__file__).parent
 MODULES = sorted(p.relative_to(PACKAGE).with_suffix("") for p in PACKAGE.rglob("*.py"))
@@ -133,3 +134,13 @@ def test_every_promised_name_is_there_when_it_is_touched(package: str) -> None:
         assert getattr(module, name) is not None
     with pytest.raises(AttributeError):
         module.no_such_name  # noqa: B018
+
+
+def test_nobody_asks_for_a_task_by_its_name() -> None:
+    """What a task is asked stands in `run/task`, so that a new one is one file; only a recipe names its own."""
+    for module in MODULES:
+        for node in ast.walk(ast.parse((PACKAGE / module.with_suffix(".py")).read_text())):
+            sides = [node.left, *node.comparators] if isinstance(node, ast.Compare) else []
+            asked = any(isinstance(side, ast.Attribute) and side.attr == "task" for side in sides)
+            named = {leaf.value for side in sides for leaf in ast.walk(side) if isinstance(leaf, ast.Constant)}
+            assert not (asked and named & TASKS.keys()), f"{module}, line {node.lineno}"

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import IO
 
-from lowrank.infra.files import user_mode_
+from lowrank.infra.files import sync, user_mode_
 
 try:
     import fcntl
@@ -107,7 +107,7 @@ def published(final: Path) -> Iterator[Path]:
             yield folder
             for path in folder.rglob("*"):
                 if path.is_file():
-                    _flush(path)
+                    sync(path)  # a rename may otherwise survive a power cut that the contents do not
             user_mode_(folder)
             try:
                 os.rename(folder, final)
@@ -134,9 +134,3 @@ def _explained(final: Path) -> Iterator[None]:
             f"{place} is to hold {final.name}, and {what}; nothing half-written is left there: {remedy}, make room, or "
             "give yourself the right to write"
         ) from error
-
-
-def _flush(path: Path) -> None:
-    """Wait until a file is on the disk: a rename may otherwise survive a power cut that its contents do not."""
-    with open(path, "rb+") as file:
-        os.fsync(file.fileno())

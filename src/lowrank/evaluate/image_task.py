@@ -9,6 +9,7 @@ The validation metric that decides which checkpoint is best is AUC.
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -65,6 +66,9 @@ class ImageTask(Task):
             "spec": {"size": size},
         }
         return ImageData.without_images(facts), [] if source == "digits" else [unknown]
+
+    def learnt(self, facts: Mapping[str, Any], folders: Sequence[Path]) -> ImageData | None:
+        return ImageData.without_images(facts) if "spec" in facts else None
 
     def any_batch(self, model: nn.Module, data: ImageData, rows: int) -> Batch:
         spec: Any = getattr(model, "image_spec", None) or data.spec

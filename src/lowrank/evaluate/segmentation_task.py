@@ -10,6 +10,7 @@ image and each class but the background (0); where neither mask nor answer has a
 from __future__ import annotations
 
 import zlib
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -52,6 +53,9 @@ class SegmentationTask(Task):
             "spec": {"size": size},
         }
         return MaskData.without_images(facts), notes
+
+    def learnt(self, facts: Mapping[str, Any], folders: Sequence[Path]) -> MaskData | None:
+        return MaskData.without_images(facts) if "spec" in facts else None
 
     def any_batch(self, model: nn.Module, data: MaskData, rows: int) -> Batch:
         size = (getattr(model, "image_spec", None) or data.spec).size

@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import math
 import re
+from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from lowrank.data.text.corpora import UnreadText
+from lowrank.data.text.run_tokenizer import open_run_tokenizer
 from lowrank.infra.registry import register
 from lowrank.models.text import next_token_loss
 from lowrank.run.run import Run
@@ -49,6 +53,13 @@ class TextTask(Task):
             return Unread(context, given if isinstance(given, int) else 0), []
         ids, notes = _vocabulary(str(args.get("tokenizer", "bytes")))
         return Unread(context, ids), notes
+
+    def learnt(self, facts: Mapping[str, Any], folders: Sequence[Path]) -> UnreadText | None:
+        for folder in folders if "context" in facts else ():
+            if (tokenizer := open_run_tokenizer(folder)) is not None:
+                known = {name: facts[name] for name in ("context", "fingerprint", "origin")}
+                return UnreadText(folder=folder, tokenizer=tokenizer, **known)
+        return None
 
     def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
         ids = torch.zeros(rows, data.context, dtype=torch.int64)

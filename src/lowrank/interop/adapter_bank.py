@@ -27,9 +27,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
-from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import some
-from lowrank.data.images.source import ImageData
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
 from lowrank.infra.convert import nearest
@@ -37,6 +35,7 @@ from lowrank.infra.files import read_json, user_mode_, write_json
 from lowrank.infra.fingerprints import digest_of as digest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
+from lowrank.run.overrides import TASKS
 from lowrank.run.run import Call
 from lowrank.run.session import Session, checkpoint_of, restore
 
@@ -69,20 +68,19 @@ class AdapterInfo:
         calls = {"method": self.method.to_json(), "model": self.model.to_json()}
         return {**written_by(), "format": FORMAT, **plain, **calls, "classes": list(self.classes)}
 
-    def data(self) -> ImageData:
+    def data(self) -> Any:
         """Classes and the way of reading images, for a model or a prediction.
 
         Raises:
             ValueError: the adapter does not say how images are read.
         """
-        kinds: dict[str, type[ImageData]] = {"images": ImageData, "segmentation": MaskData}
-        if self.task not in kinds or not self.reading or not self.spec:
+        facts = {"kind": self.kind, "classes": self.classes, "reading": self.reading, "spec": self.spec}
+        known = self.task in TASKS and self.reading and self.spec
+        if not known or (found := TASKS[self.task]().learnt(facts, ())) is None:
             raise ValueError(
                 "the adapter does not say what its images are like: it is for another task, or of LoRA-ViT"
             )
-        return kinds[self.task].without_images(
-            {"kind": self.kind, "classes": self.classes, "reading": self.reading, "spec": self.spec}
-        )
+        return found
 
     @staticmethod
     def from_json(content: Mapping[str, Any], where: object) -> AdapterInfo:

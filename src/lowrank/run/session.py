@@ -21,11 +21,8 @@ from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.catalogue import Data
-from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import some
-from lowrank.data.images.source import FACTS, ImageData
-from lowrank.data.text.corpora import UnreadText
-from lowrank.data.text.run_tokenizer import RUN_TOKENIZER, open_run_tokenizer
+from lowrank.data.images.source import FACTS
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
 from lowrank.infra import checkpoint
@@ -181,7 +178,7 @@ def restore(
     run = _described(root)
     found = checkpoint_of(folder, which)
     saved = checkpoint.load(found)
-    data = learnt_by_run(root, saved) if data is None else data
+    data = learnt_by_run(run, root, saved) if data is None else data
     on: dict[str, Any] = {} if device == "auto" else {"device": device}
     session = open_session(replace(run, **on), data=data)
     if data is None and (said := learnt_anew(session.data, root)):
@@ -228,20 +225,14 @@ def load_fitting_(
         ) from error
 
 
-def learnt_by_run(root: Path, saved: checkpoint.Checkpoint) -> ImageData | UnreadText | None:
+def learnt_by_run(run: Run, root: Path, saved: checkpoint.Checkpoint) -> Any:
     """What a checkpoint and the run's folder say of the data that the run was trained on; None where both are silent:
     the data is opened anew then.
     """
     facts = saved.meta.get("learnt")
-    if facts and "context" in facts:
-        place = saved.folder if (saved.folder / RUN_TOKENIZER).is_dir() else root
-        tokenizer = open_run_tokenizer(place)
-        known = {name: facts[name] for name in ("context", "fingerprint", "origin")}
-        return None if tokenizer is None else UnreadText(folder=place, tokenizer=tokenizer, **known)
-    if not facts and (root / FACTS).is_file():
+    if not facts and (root / FACTS).is_file():  # of images, which were the first to have facts
         facts = read_json(root / FACTS)
-    kind = MaskData if facts and facts.get("masks") else ImageData
-    return kind.without_images(facts) if facts else None
+    return task_of(run).learnt(facts, (saved.folder, root)) if facts else None
 
 
 def learnt_anew(data: Data, root: Path) -> str:

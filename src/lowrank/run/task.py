@@ -6,7 +6,7 @@ The loop and the evaluator use a task only through :class:`Task`, so that text a
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -91,6 +91,15 @@ class Task(ABC):
     def stand_in(self, run: Run) -> tuple[Any, list[str]]:
         """(what stands for a run's data in a plan of it, what was assumed of it); nothing is opened."""
         raise ValueError(f"the task {run.task} says of no data what stands for it (stand_in): no plan can be made")
+
+    def learnt(self, facts: Mapping[str, Any], folders: Sequence[Path]) -> Any:
+        """What stands for the data of which a run has learnt ``facts`` (``Data.to_json``), where a model needs no more;
+        None, as by default: the data is opened anew.
+
+        Args:
+            folders: where the data's own files may lie (``Data.write_facts``), the likeliest first.
+        """
+        return None
 
     def any_batch(self, model: nn.Module, data: Any, rows: int) -> Batch:
         """A batch of ``rows`` of what a model takes, of the data (or what stands for it); its numbers do not matter."""

@@ -170,12 +170,12 @@ def _execute(
     failed: dict[Path, str] = {}
     for start in dict.fromkeys(each.contender.start for each in attempts if each.contender.start is not None):
         _started(start, root, quiet)
-    contents = _contents(root)
-    calls = [
-        (_told(each.run, contents), folder_of(root, each.contender, each.run), each.contender.start, root, quiet)
-        + ((test_batches,) if each.rung is None else (False,))
-        for each in attempts
-    ]
+    contents, calls = _contents(root), []
+    for each in attempts:
+        data = replace(each.run.data, fingerprint=contents.get(told_to_learn(each.run), ""))
+        place = folder_of(root, each.contender, each.run)
+        batches = test_batches if each.rung is None else False
+        calls.append((replace(each.run, data=data), place, each.contender.start, root, quiet, batches))
     if jobs > 1:
         with ProcessPoolExecutor(jobs, mp_context=multiprocessing.get_context("spawn")) as pool:
             try:
@@ -197,10 +197,6 @@ def _execute(
             failed[place] = why
             say(f"failed: {place.name}: {why}")
     return failed
-
-
-def _told(run: Run, contents: Mapping[tuple[object, ...], str]) -> Run:
-    return replace(run, data=replace(run.data, fingerprint=contents.get(told_to_learn(run), "")))
 
 
 def _one(

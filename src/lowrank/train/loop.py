@@ -125,7 +125,7 @@ def _train(
     if found is not None:
         notes += checkpoint.passed_over(out / "checkpoints")
     saved = None if found is None else checkpoint.load(found)
-    learnt = None if saved is None else learnt_by_run(out, saved)
+    learnt = None if saved is None else learnt_by_run(run, out, saved)
     start = None if saved else init_from
     session = open_session(run, init_from=start, learnt=learnt, ranks=ranks, with_base=writer and saved is None)
     if saved is not None and learnt is None and (said := learnt_anew(session.data, out)):
