@@ -101,6 +101,7 @@ def test_slices_of_different_splits_are_never_neighbours() -> None:
         (lambda root: Image.new("RGB", (40, 30)).save(root / "masks" / "03.png"), "03.png is no mask"),
         (lambda root: Image.new("L", (40, 30), 7).save(root / "masks" / "03.png"), "03.png holds the label 7"),
         (lambda root: (root / "masks").rename(root / "labels"), "images/ and masks/"),
+        (lambda root: [Image.new("L", (40, 30)).save(p) for p in (root / "masks").iterdir()], "nothing but 0"),
     ],
 )
 def test_folders_that_cannot_be_right_are_refused(folder: Path, fault: object, message: str) -> None:
@@ -227,6 +228,10 @@ def test_a_distance_knows_how_far_apart_pixels_are() -> None:
         (lambda t: nifti(t.parent / "3-seg.nii", np.ones((3, 24, 48), np.uint8)), "48 × 24 × 3, and its image 48 × 24"),
         (lambda t: nifti(t.parent / "3-seg.nii", np.full((4, 24, 48), 0.5)), "3-seg.nii is no mask: it holds 0.5"),
         (lambda t: (t.parent / "3-seg.nii").write_bytes(b"junk"), "3-seg.nii cannot be read"),
+        (
+            lambda t: [nifti(t.parent / f"{i}-seg.nii", np.zeros((4, 24, 48), np.uint8)) for i in (5, 6)],
+            "masks of the split val of",
+        ),
     ],
 )
 def test_tables_that_cannot_be_right_are_refused(table: Path, spoil: object, message: str) -> None:

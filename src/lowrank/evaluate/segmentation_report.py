@@ -104,13 +104,25 @@ def _figures(each: np.ndarray, classes: Sequence[str], part: Split) -> dict[str,
     for c, name in enumerate(classes):
         own = {key: _figure(means[k, c], drawn[k, :, c]) for k, key in enumerate(KEYS)}
         rows[name] = {"images": int(np.isfinite(each[0, :, c]).sum()), **own}
-    missing = [name for c, name in enumerate(classes) if not (each[0, :, c] > 0).any()]
-    findings = [f"{name} was never found where it is" for name in missing]
+    held, found = _held(part, len(classes) + 1), (each[0] > 0).any(axis=0)
+    findings = [
+        f"{name} was never found where it is" if there else f"{name} is in no mask of these images"
+        for name, there, seen in zip(classes, held, found, strict=True)
+        if not seen
+    ]
     return {
         **{"images": len(part), "kind": "segmentation", "resamples": RESAMPLES, "resampled": of},
         "hausdorff_unit": "mm" if part.spacing else "pixels",
         **{"findings": findings, "overall": overall, "classes": rows},
     }
+
+
+def _held(part: Split, classes: int) -> np.ndarray:
+    """Whether any mask holds each class but the background."""
+    counts = np.zeros(classes, dtype=np.int64)
+    for i in range(len(part)):
+        counts += np.bincount(np.asarray(part.labels[i]).reshape(-1), minlength=classes)
+    return counts[1:] > 0
 
 
 def _mean(values: np.ndarray) -> np.ndarray:

@@ -53,14 +53,14 @@ class Pair:
 @dataclass(frozen=True, kw_only=True)
 class Stored:
     """Pairs in the cache: ``images.npy`` and ``masks.npy`` in ``place``, the pair that each row is ``of``, the rows'
-    names, the millimetres between stored pixels (down, across) where all files say them, and the highest class."""
+    names, the millimetres between stored pixels (down, across) where all files say them, each pair's highest class."""
 
     place: Path
     reading: Reading
     of: tuple[int, ...]
     names: tuple[str, ...]
     spacing: tuple[tuple[float, float], ...]
-    highest: int
+    highest: tuple[int, ...]
 
 
 def pairs_of(source: Path, patient_pattern: str | None) -> list[Pair]:
@@ -135,8 +135,7 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
     """The pairs, read once.
 
     Raises:
-        ValueError: a file that cannot be read, a mask that does not fit its image or has unknown classes, masks of
-            nothing but background; the file is named.
+        ValueError: a file that cannot be read, a mask that does not fit its image or has unknown classes; it is named.
     """
     try:
         grey = all(is_volume(pair.image) or is_grey(pair.image) for pair in pairs)
@@ -146,11 +145,9 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
         raise ValueError(f"an image of {source} cannot be read: {error}") from error
     files = [f for p in pairs for f in (*(series_files(p.image) if p.image.is_dir() else [p.image]), p.mask)]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = [3, reading.size, grey, reading.window, reading.fit, list(classes), stamps]
+    key = [4, reading.size, grey, reading.window, reading.fit, list(classes), stamps]
     place = stored("masks", key, lambda folder: _read_all(folder, pairs, counts, classes, reading))
     facts = read_json(place / "facts.json")
-    if facts["highest"] == 0:
-        raise ValueError(f"the masks of {source} hold nothing but 0: there is nothing to find")
     spacings = facts["spacing"]
     of = tuple(i for i, count in enumerate(counts) for _ in range(count))
     return Stored(
@@ -163,7 +160,7 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
             for z in range(count)
         ),
         spacing=tuple((spacings[i][0], spacings[i][1]) for i in of) if all(spacings) else (),
-        highest=int(facts["highest"]),
+        highest=tuple(facts["highest"]),
     )
 
 
@@ -192,7 +189,7 @@ def _read_all(
     shape, colour = (sum(counts), reading.size, reading.size), () if reading.grey else (3,)
     pictures = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (*shape, *colour))
     drawn = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, shape)
-    row, spacings = 0, []
+    row, spacings, highest = 0, [], []
     for pair, count in zip(pairs, counts, strict=True):
         try:
             planes = read_planes(pair.image, reading)
@@ -202,10 +199,11 @@ def _read_all(
         for z, (picture, mask) in enumerate(_squares(planes, masks, reading)):
             pictures[row + z], drawn[row + z] = picture, mask
         row += count
+        highest.append(int(masks.max()))
         spacings.append(None if planes.spacing is None else _stored_spacing(planes, reading))
     pictures.flush()
     drawn.flush()
-    write_json(folder / "facts.json", {"highest": int(drawn.max()), "spacing": spacings})
+    write_json(folder / "facts.json", {"highest": highest, "spacing": spacings})
 
 
 def _stored_spacing(planes: Planes, reading: Reading) -> list[float]:

@@ -167,7 +167,11 @@ def _of_files(
     if len(classes) == 1:
         raise ValueError(f"data.classes names {classes[0]} alone; name background and what is to be found")
     read = read_pairs(source, pairs, classes, reading)
-    known = classes or ("background", *map(str, range(1, read.highest + 1)))
+    highest = {split: max(h for h, p in zip(read.highest, places, strict=True) if p == split) for split in set(places)}
+    if empty := [split for split in SPLITS if highest.get(split) == 0]:
+        where = f"of the split {empty[0]} " if any(highest.values()) else ""
+        raise ValueError(f"the masks {where}of {source} hold nothing but 0: there is nothing to find")
+    known = classes or ("background", *map(str, range(1, max(read.highest) + 1)))
     patients = [told[i][1] for i in read.of]
     if len(read.of) == len(pairs) and not any(pair.patient for pair in pairs):
         patients = []  # images that nobody says anything of
