@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import asdict, replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -17,6 +18,7 @@ from lowrank.data.images.decode import Reading
 from lowrank.data.images.set import ImageSpec
 from lowrank.interop import AdapterBank, AdapterInfo, read_adapter, read_lora_vit, write_adapter
 from lowrank.interop.adapter_bank import digest, trained_tensors
+from lowrank.models.segmenter import Segmenter
 from lowrank.run.run import Call
 
 KINDS = {
@@ -207,6 +209,34 @@ def test_files_of_lora_vit_compute_what_lora_vit_computes(tmp_path: Path, scale:
     bank.add("melo", *read_lora_vit(tmp_path / "x.safetensors", base, scale=scale))
     torch.testing.assert_close(say(bank.use("melo")), say(by_hand), rtol=0, atol=1e-5)
     assert bank.info("melo").classes == ("0", "1", "2", "3")
+
+
+@pytest.mark.parametrize("kind", ["own", "timm", "numbered"])
+def test_adapters_of_lora_vit_adapt_the_encoder_of_a_segmenter(tmp_path: Path, kind: str) -> None:
+    content = lora_vit_file(tmp_path / "x.safetensors")
+
+    def segmenter() -> Segmenter:
+        torch.manual_seed(0)
+        encoder: Any = vit()
+        encoder.image_spec = None
+        return Segmenter(encoder, 3, 1, 4)
+
+    base, by_hand, state = segmenter(), segmenter(), {"vit.deep_lab_head.weight": torch.zeros(2)}
+    for i in range(4):
+        a, b, which = content[f"w_a_{i:03d}"], content[f"w_b_{i:03d}"], "qv"[i % 2]
+        with torch.no_grad():
+            rows = slice(0, 8) if which == "q" else slice(16, 24)
+            by_hand.encoder.blocks[i // 2].attn.qkv.weight[rows] += b @ a
+        own = {f"attn.proj_{which}.w_{f}.weight": t for f, t in (("a", a), ("b", b))}
+        timms = {f"attn.qkv.linear_{f}_{which}.weight": t for f, t in (("a", a), ("b", b))}
+        names = own if kind == "own" else timms
+        state |= {f"vit.lora_vit.blocks.{i // 2}.{name}": t for name, t in names.items()}
+    file = tmp_path / ("x.safetensors" if kind == "numbered" else "x.pth")
+    if kind != "numbered":
+        torch.save(state, file)
+    bank = AdapterBank(base)
+    bank.add("melo", *read_lora_vit(file, base))
+    torch.testing.assert_close(say(bank.use("melo")), say(by_hand), rtol=0, atol=1e-5)
 
 
 def test_other_files_are_no_adapters_of_lora_vit(tmp_path: Path) -> None:

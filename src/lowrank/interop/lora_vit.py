@@ -4,6 +4,10 @@
     w_a_001, w_b_001   of v in the first block, and so on: two entries a block
     fc_768in_9out      the head's weight (9, 768)
 
+A model's whole state dict is read too (``….blocks.0.attn.proj_q.w_a.weight``, or ``….attn.qkv.linear_a_q.weight`` of
+timm's): it is all that its wrapper for segmentation can be kept as. That one's decoder, torchvision's DeepLab, is
+another than ours: on a ``Segmenter`` the factors are taken where they fit the encoder, and the decoder stays its own.
+
 The files do not hold the head's bias, which becomes zero, nor the scale. LoRA-ViT computes it as ``alpha // r``, which
 is 1 for its usual r = alpha = 4 and 0 wherever r exceeds alpha: such an adapter never added anything (``scale=0`` here
 leaves it out).
@@ -12,6 +16,7 @@ leaves it out).
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
 
 import torch
@@ -22,7 +27,13 @@ from torch import Tensor, nn
 from lowrank.adapters.layers import WHOLE
 from lowrank.adapters.targets import linear_layers, select
 from lowrank.interop.adapter_bank import AdapterInfo
+from lowrank.models.segmenter import Segmenter
+from lowrank.models.vision import read_weights
 from lowrank.run.run import Call
+
+WITHIN = re.compile(
+    r"blocks\.(?P<block>\d+)\.attn\.(?:proj_(?P<q1>[qv])\.w_(?P<f1>[ab])|qkv\.linear_(?P<f2>[ab])_(?P<q2>[qv]))\.weight$"
+)
 
 
 def read_lora_vit(
@@ -31,8 +42,9 @@ def read_lora_vit(
     """An adapter from a file of LoRA-ViT, for ``AdapterBank.add(name, *read_lora_vit(path, model))``.
 
     Args:
-        path: the ``.safetensors`` file.
-        model: the plain base: timm's ViT, or another whose q and v the groups of the same names find.
+        path: the ``.safetensors`` file, or a state dict in torch's format.
+        model: the plain base: timm's ViT, or another whose q and v the groups of the same names find; or a segmenter
+            on it.
         scale: LoRA-ViT's ``alpha // r`` as it was in training.
         classes: the names of the outputs; numbers by default.
 
@@ -44,7 +56,7 @@ def read_lora_vit(
     if not file.is_file():
         raise FileNotFoundError(f"there is no file {path}")
     try:
-        found = load_file(file)
+        found = _numbers(load_file(file) if file.suffix == ".safetensors" else read_weights(file))
     except SafetensorError as error:
         raise ValueError(f"{path} is no .safetensors file: {error}") from error
     if not scale >= 0:
@@ -67,16 +79,31 @@ def read_lora_vit(
         prefix = f"{layer}.adapters.{part}"
         tensors |= {f"{prefix}.A": A[None].float(), f"{prefix}.B": (B * (scale > 0))[None].float()}
         tensors[f"{prefix}.merges"] = torch.zeros((), dtype=torch.int64)
-    tensors |= (head := _head(found, model, file))
+    segments = isinstance(model, Segmenter)
+    tensors |= (head := {} if segments else _head(found, model, file))
     count = next((len(t) for t in head.values()), 0)
     rank = down[0].shape[0]
     info = AdapterInfo(
         method=Call(name="lora", args={"target_modules": ("q", "v"), "rank": rank, "alpha": (scale or 1.0) * rank}),
-        model=Call(name="vit", args={}),
+        model=Call(name="vit-segment" if segments else "vit", args={}),
+        task="segmentation" if segments else "images",
         classes=classes or tuple(map(str, range(count))),
         origin=str(path),
     )
     return info, tensors
+
+
+def _numbers(found: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """A file's tensors by their numbers, those of a state dict renamed: two a block, of q and of v."""
+    named = {}
+    for name, tensor in found.items():
+        if match := WITHIN.search(name):
+            block, q_or_v, factor = match["block"], match["q1"] or match["q2"], match["f1"] or match["f2"]
+            named[int(block), q_or_v, factor] = tensor
+    places = sorted({(block, q_or_v) for block, q_or_v, _ in named})
+    return dict(found) | {
+        f"w_{factor}_{places.index((block, q_or_v)):03d}": t for (block, q_or_v, factor), t in named.items()
+    }
 
 
 def _numbered(found: dict[str, Tensor], prefix: str) -> list[Tensor]:
