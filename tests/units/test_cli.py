@@ -178,62 +178,6 @@ def test_module_is_the_command():
 # --- errors ----------------------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize(
-    ("words", "says"),
-    [
-        (["trian"], "there is no command 'trian' (did you mean 'train'?)"),
-        (["train"], "what is to be trained?"),
-        (["train", "gptmini"], "there is no recipe 'gptmini' (did you mean 'gpt-mini'?)"),
-        (["train", "gpt-mini", "--methd", "lte"], "train has no option --methd (did you mean '--method'?)"),
-        (["train", "gpt-mini", "--method", "ltee"], "there is no method 'ltee' (did you mean 'lte'?)"),
-        (["train", "gpt-mini", "--method.rank", "3"], "method full has no 'rank'"),
-        (["train", "gpt-mini", "--steps", "many"], "--steps many: expected a whole number"),
-        (["train", "gpt-mini", "--data", "nothere.txt"], "no file or folder 'nothere.txt'"),
-        (["train", "gpt-mini", "--per-layer"], "--max-grad-norm none --clip-per-layer 1"),
-        (["train", "--resume", "nothing"], "there is no run at nothing/run.json"),
-        (["train", "gpt-mini", "--resume", "nothing"], "leave the recipe, --out, --init-from and"),
-        (["compare", "gpt-mini", "--methods", "full", "--method.rank", "3"], "none of full has an argument 'rank'"),
-        (["compare", "gpt-mini", "--seeds", "one"], "--seeds one: expected a whole number"),
-        (["report", "."], "there is no finished run"),
-        (["plan", "gpt-mini", "--steps", "0"], "--steps 0: at least 1 step"),
-        (["eval", "./runs"], "there is no run or model ./runs"),
-        (["generate", "./runs"], "there is no run or model ./runs"),
-        (["export", ".", "out"], "no run.json"),
-        (["methods", "lroa"], "there is no method 'lroa' (did you mean 'lora'?)"),
-        (["data", "prepare"], "usage: lowrank data list"),
-        (["train", "gpt-mini", "--out", ""], "--out is empty: give it a value, or leave it out"),
-        (["train", ""], "something is missing"),
-        (["compare", "gpt-mini", "--methods", " , "], "--methods ' , ' names nothing"),
-        (["compare", "gpt-mini", "--methods", ""], "--methods is empty"),
-        (["eval", "gpt2", "--device", "x"], "--device x: expected one of auto, cpu, cuda"),
-        (["generate", "gpt2", "--device", "x"], "--device x: expected one of auto, cpu, cuda"),
-        (["train", "gpt-mini", "--seed", "9" * 30], "must be at least 0 and below 2^63"),
-        (["train", "gpt-mini", "--batch-size", "9" * 30], "at most 2147483647"),
-        (["train", "gpt-mini", "--model.n_layer", "0"], "--model.n_layer 0: at least 1 is needed"),
-        (["train", "gpt-mini", "--model.n_head", "0"], "--model.n_head 0: at least 1 is needed"),
-        (["train", "gpt-mini", "--data.context", "0"], "data.context=0 must be at least 1"),
-        (["train", "gpt-mini", "--model.vocab_size", "50"], "vocabulary"),
-        (["train", "gpt-mini", "--method", "lora", "--method.rnk", "4"], "did you mean 'rank'"),
-        (["train", "gpt-mini", "--method", "lora", "--method.rank", "0"], "rank"),
-        (["train", "gpt-mini", "--method", "lora", "--method.rank", "4096"], "at most 128"),
-        (["train", "gpt-mini", "--method", "lte", "--method.heads", "64"], "heads"),
-        (["train", "gpt-mini", "--method", "lora", "--method.target_modules", "*.attnn.*"], "did you mean"),
-        (["train", "gpt-mini", "--method", "lora", "--method.target_modules", "ln_1"], "no matrix to adapt"),
-        (["train", "gpt-mini", "--task", "imags"], "there is no task 'imags' (did you mean 'images'?)"),
-        (["train", "gpt-mini", "--method", "no.py:method"], "no.py, asked for its function method"),
-        (["train", "gpt-mini", "--method", "a\x1b[2Jb"], r"there is no method 'a\x1b[2Jb'"),
-    ],
-)
-def test_errors_are_one_message_and_status_2(lowrank, tmp_path, words, says):
-    status, out, err = lowrank(*words)
-    assert status == 2
-    assert err.startswith("lowrank: ")
-    assert says in err
-    assert "Traceback" not in err
-    assert not out
-    assert not list(tmp_path.rglob("*.json")), "refused before any work"
-
-
 def test_debugging_shows_where_an_error_came_from(lowrank, monkeypatch):
     monkeypatch.setenv("LOWRANK_DEBUG", "1")
     with pytest.raises(ValueError, match="there is no command"):
