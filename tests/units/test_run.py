@@ -295,32 +295,20 @@ def test_a_run_json_with_numbers_of_another_kind_is_the_same_run():
 @pytest.mark.parametrize(
     ("options", "says"),
     [
-        ({"steps": 0}, "--steps 0: at least 1 step"),
-        ({"epochs": 0}, "--epochs 0 must be above 0"),
         ({"steps": "none"}, "a run needs --steps or --epochs"),
         ({"stop_at": 41}, "--stop-at 41 must be at least 1 and at most --steps 40"),
-        ({"stop_at": 0}, "--stop-at 0"),
         ({"warmup": 41}, "--warmup 41 is longer than the run, --steps 40"),
         ({"warmup": 1.5}, "neither a share"),
         ({"warmup": -1}, "--warmup -1"),
-        ({"lr": 0}, "--lr 0 must be above 0"),
-        ({"min_lr_ratio": 2}, "--min-lr-ratio 2"),
-        ({"weight_decay": -1}, "--weight-decay -1"),
-        ({"batch_size": 0}, "--batch-size 0: at least 1"),
-        ({"grad_accum": 0}, "--grad-accum 0"),
         ({"eval_every": 0}, "--eval-every 0"),
-        ({"eval_batches": 0}, "--eval-batches 0"),
-        ({"keep": 0}, "--keep 0"),
-        ({"seed": -1}, "--seed -1"),
-        ({"max_grad_norm": 0}, "--max-grad-norm 0 must be above 0, or none"),
-        ({"per_layer": "true"}, "--max-grad-norm none --clip-per-layer 1"),
         ({"method": "lte", "method.heads": 17}, "use at most 16 heads or a batch of at least 17"),
         ({"method": "lte", "method.merge_every": 41}, "--method.merge_every 41 is longer than the run"),
         ({"method": "lora", "method.rank": 0}, "--method lora: rank=0 must be at least 1"),
         ({"model.context": 64}, "--data.context 128 is beyond the model's: add --model.context 128"),
     ],
 )
-def test_nonsense_is_refused(options, says):
+def test_settings_that_do_not_go_together_are_refused(options, says):
+    """Single numbers out of their range are rows of the hostile table."""
     with pytest.raises(ValueError, match=says):
         validate(changed(options), OFFER)
 
@@ -446,5 +434,3 @@ def test_own_functions_and_files(tmp_path, monkeypatch):
         find(f"{tmp_path}/other.py:mine")
     with pytest.raises(FileNotFoundError, match="there is no run at"):
         find(f"{tmp_path}/other.json")
-    with pytest.raises(ValueError, match=r"there is no recipe 'gptmini' \(did you mean 'gpt-mini'\?\)"):
-        find("gptmini")
