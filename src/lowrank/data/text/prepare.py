@@ -242,7 +242,7 @@ def _tokenizer(request: Request, splitting: Splitting) -> Tokenizer:
 
 
 class Group(NamedTuple):
-    """Pieces of one split on their way to a worker."""
+    """Pieces of one split, to be encoded at once."""
 
     split: str
     texts: list[str]
