@@ -197,6 +197,10 @@ def table(tmp_path: Path) -> Path:
 def test_volumes_of_a_table_are_slices_of_patients_and_distances_are_millimetres(table: Path, tmp_path: Path) -> None:
     data = masks(str(table), size=24, classes=("background", "it"))
     assert {name: len(split) for name, split in data.set.splits.items()} == {"train": 20, "val": 8, "test": 12}
+    dealt = [masks(str(table), size=24, folds=3, fold=k).set.splits for k in (1, 2, 3)]
+    tested = [set(splits["test"].patients) for splits in dealt]
+    assert sorted(who for each in tested for who in each) == [f"p{i}" for i in range(9)]
+    assert all(set(splits["train"].patients).isdisjoint(each) for splits, each in zip(dealt, tested, strict=True))
     test = data.set.splits["test"]
     assert (test.names[1], set(test.patients)) == ("7.nii.gz slice 1", {"p7", "p8"})
     assert set(test.spacing) == {(4.0, 2.0)}  # 48 × 24 pixels of 1 × 2 mm go to 24 × 12

@@ -24,6 +24,7 @@ from lowrank.data.images.mask_files import Pair, pairs_of, read_pairs
 from lowrank.data.images.medical import read_nifti
 from lowrank.data.images.set import ImageSet, ImageSpec, Split, some, stored
 from lowrank.data.images.source import ImageData
+from lowrank.data.images.splits import check_folds, places_of_fold
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import read_json, write_json
@@ -120,6 +121,8 @@ def masks(
     test_fraction: float | None = None,
     window: str = "auto",
     fit: MaskFit = "pad",
+    folds: int | None = None,
+    fold: int | None = None,
 ) -> MaskData:
     """Images with masks.
 
@@ -134,15 +137,18 @@ def masks(
         window: for more than eight bits: auto, full, or low,high.
         fit: images that are not square: pad, crop or stretch; or windows, which cuts all into windows of ``size`` of
             their own pixels, and slides these over what is predicted.
+        folds: cross-validation: all images, whatever their splits, are dealt to so many folds, by patient.
+        fold: which of them, from 1, is the test split; 0.15 of the other patients (val_fraction) validate.
 
     Raises:
         ValueError, OSError: no such source; images without masks, masks of another size or with unknown labels.
     """
+    check_folds(folds, fold)
     path = Path(source).expanduser()
     if source == "mni152":
         given: dict[str, object] = {"classes": classes or None, "size": size, "patient_pattern": patient_pattern}
         given |= {"val_fraction": val_fraction, "test_fraction": test_fraction}
-        given |= {"window": None if window == "auto" else window, "fit": None if fit == "pad" else fit}
+        given |= {"folds": folds, "window": None if window == "auto" else window, "fit": None if fit == "pad" else fit}
         for name, value in given.items():
             if value is not None:
                 raise ValueError(f"data.{name} has no effect on mni152: leave it out")
@@ -150,7 +156,16 @@ def masks(
     else:
         reading = Reading(size=224 if size is None else size, window=window, fit=fit)
         pairs = pairs_of(path, patient_pattern)
-        found, reading = _of_files(path, pairs, tuple(classes), reading, (val_fraction, test_fraction))
+        whose = [pair.patient or pair.name for pair in pairs]
+        nothing = np.zeros(len(pairs), dtype=np.int64)  # of classes nothing is known yet
+        if folds is None or fold is None:
+            told = [(pair.split, patient) for pair, patient in zip(pairs, whose, strict=True)]
+            places = places_of(told, nothing, val_fraction, test_fraction, path)
+        elif test_fraction is not None:
+            raise ValueError("data.test_fraction has no effect with data.folds, which say what is tested: leave it out")
+        else:
+            places = places_of_fold(nothing, whose, folds, fold, 0.15 if val_fraction is None else val_fraction)
+        found, reading = _of_files(path, pairs, tuple(classes), reading, places)
     origin = str(path.resolve()) if path.exists() else ""
     return MaskData(set=found, reading=reading, spec=ImageSpec(size=reading.size), origin=origin)
 
@@ -160,10 +175,8 @@ def _of_files(
     pairs: Sequence[Pair],
     classes: tuple[str, ...],
     reading: Reading,
-    fractions: tuple[float | None, float | None],
+    places: Sequence[str],
 ) -> tuple[MaskSet, Reading]:
-    told = [(pair.split, pair.patient or pair.name) for pair in pairs]
-    places = places_of(told, np.zeros(len(pairs), dtype=np.int64), *fractions, source)
     if len(classes) == 1:
         raise ValueError(f"data.classes names {classes[0]} alone; name background and what is to be found")
     read = read_pairs(source, pairs, classes, reading)
@@ -172,7 +185,7 @@ def _of_files(
         where = f"of the split {empty[0]} " if any(highest.values()) else ""
         raise ValueError(f"the masks {where}of {source} hold nothing but 0: there is nothing to find")
     known = classes or ("background", *map(str, range(1, max(read.highest) + 1)))
-    patients = [told[i][1] for i in read.of]
+    patients = [pairs[i].patient or pairs[i].name for i in read.of]
     if len(read.of) == len(pairs) and not any(pair.patient for pair in pairs):
         patients = []  # images that nobody says anything of
     rows = [places[i] for i in read.of]

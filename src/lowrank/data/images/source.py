@@ -25,7 +25,7 @@ from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
 from lowrank.data.images.decode import Fit, Reading
 from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split, some
-from lowrank.data.images.splits import folds_by_patient, split_by_patient
+from lowrank.data.images.splits import check_folds, places_of_fold, split_by_patient
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
@@ -215,7 +215,7 @@ def images(
     check_choice("data.balance", balance, BALANCES)
     check_choice("data.fit", fit, Fit)
     names = check_augment(augment)
-    _check_folds(folds, fold)
+    check_folds(folds, fold)
     options = Options(
         dataset=dataset,
         size=size,
@@ -256,17 +256,6 @@ def images(
     )
 
 
-def _check_folds(folds: int | None, fold: int | None) -> None:
-    if folds is None and fold is not None:
-        raise ValueError(f"data.fold={fold} is one of how many? give data.folds too, such as 5")
-    if folds is not None and fold is None:
-        raise ValueError(
-            f"data.folds={folds}: give data.fold too, from 1 to {folds} (lowrank compare --folds runs all)"
-        )
-    if folds is not None and fold is not None and not (folds >= 2 and 1 <= fold <= folds):
-        raise ValueError(f"data.folds={folds} must be at least 2, and data.fold={fold} one of 1 to {folds}")
-
-
 def _folded(found: ImageSet, folds: int, fold: int, val: float) -> ImageSet:
     """The set with one fold to test on, and the rest divided anew into what trains and what validates."""
     parts = list(found.splits.items())
@@ -275,10 +264,7 @@ def _folded(found: ImageSet, folds: int, fold: int, val: float) -> ImageSet:
     patients = [patient or name for patient, name in zip(whose, names, strict=True)]
     labels = np.concatenate([np.asarray(part.labels) for _, part in parts])
     pictures = np.concatenate([part.images for _, part in parts])
-    tested = folds_by_patient(labels, patients, folds) == fold - 1
-    rest = np.flatnonzero(~tested)
-    places = np.full(len(labels), "test", dtype="<U5")
-    places[rest] = split_by_patient(labels[rest], [patients[i] for i in rest], val, 0.0)
+    places = np.array(places_of_fold(labels, patients, folds, fold, val))
     splits = {}
     for split in SPLITS:
         chosen = np.flatnonzero(places == split)

@@ -59,6 +59,27 @@ def folds_by_patient(labels: np.ndarray, patients: Sequence[str], folds: int) ->
     return np.array([place[patient] for patient in patients])
 
 
+def places_of_fold(labels: np.ndarray, patients: Sequence[str], folds: int, fold: int, val: float = 0.15) -> list[str]:
+    """``test`` for the images of the ``fold``, from 1; of the others ``val`` for a share of their patients."""
+    tested = folds_by_patient(labels, patients, folds) == fold - 1
+    rest = np.flatnonzero(~tested)
+    places = np.full(len(labels), "test", dtype="<U5")
+    places[rest] = split_by_patient(labels[rest], [patients[int(i)] for i in rest], val, 0.0)
+    return list(map(str, places))
+
+
+def check_folds(folds: int | None, fold: int | None) -> None:
+    """Raise ValueError for folds that are none."""
+    if folds is None and fold is not None:
+        raise ValueError(f"data.fold={fold} is one of how many? give data.folds too, such as 5")
+    if folds is not None and fold is None:
+        raise ValueError(
+            f"data.folds={folds}: give data.fold too, from 1 to {folds} (lowrank compare --folds runs all)"
+        )
+    if folds is not None and fold is not None and not (folds >= 2 and 1 <= fold <= folds):
+        raise ValueError(f"data.folds={folds} must be at least 2, and data.fold={fold} one of 1 to {folds}")
+
+
 def _share(count: int, fraction: float) -> int:
     return max(1, round(count * fraction)) if fraction > 0 else 0
 
