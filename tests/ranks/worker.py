@@ -261,6 +261,15 @@ SCENARIOS: dict[str, tuple[Callable[[ProcessGroup | None], Result], bool]] = {
         partial(trained, method=lte(rest_every=6, rest="local", exchange="topk3", rank=8, heads=4)),
         False,
     ),
+    "lte-fragments": (partial(trained, method=lte(rest="train", fragments=2, outer_momentum=0.5)), True),
+    "lte-fragments-local": (
+        partial(trained, method=lte(rest="local", rest_every=6, fragments=2, exchange="2bit")),
+        False,
+    ),
+    "lte-fragments-overlap": (
+        partial(trained, method=lte(rest="freeze", fragments=2, overlap=True, exchange="topk3"), steps=10),
+        False,
+    ),
     "lte-overlap": (partial(trained, method=lte(rest="freeze", overlap=True), steps=10), True),
     "lte-overlap-dense-outer": (
         partial(trained, method=lte(rest="train", rank=6, heads=4, overlap=True, outer_momentum=0.9), steps=10),
@@ -351,6 +360,7 @@ def runs(folder: Path) -> dict[str, Result]:
 
     Coordinator.after_step = stopped  # type: ignore[method-assign]
     options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "2bit", "overlap": True}
+    options["fragments"] = 3
     silent = resolve(override(base, {f"method.{name}": value for name, value in options.items()}))
     found["stopped"] = train(silent, folder / "stopped", quiet=True)
     Coordinator.after_step = after_step  # type: ignore[method-assign]

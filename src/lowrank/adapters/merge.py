@@ -11,11 +11,12 @@ U = merged(W) − W, which is minus its outer gradient):
 
 At outer_lr 1 and μ = 0 that is the plain merge. M is one float32 matrix per adapted matrix, a buffer of the adapter.
 
-``exchange``, ``weigh`` and ``overlap`` are for several workers (``merge_across_workers``).
+``exchange``, ``weigh``, ``overlap`` and ``fragments`` are for several workers (``merge_across_workers``).
 """
 
 from __future__ import annotations
 
+from collections.abc import Collection
 from dataclasses import dataclass
 from typing import Literal
 
@@ -24,6 +25,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters.adapter import Adapter
 from lowrank.adapters.compression import FEEDBACK, Compression
+from lowrank.adapters.fragments import due
 from lowrank.adapters.layers import AdaptedQuantised, adapted_layers, dequantise_, merge_layer_, replace
 from lowrank.adapters.split_adapter import SplitAdapter
 from lowrank.distributed.process_group import ProcessGroup
@@ -48,10 +50,12 @@ class Merge:
         weigh: what a rank's heads weigh in the mean, and its local rest: the same, or by what the rank has done since
             the last: tokens seen (images, where it learns images), steps, or seconds of training.
         overlap: what is sent at one merge arrives at the next, while training goes on.
+        fragments: into how many groups the matrices are divided, and so is a rest that trains locally, which are merged
+            and averaged at different steps of their intervals (``fragments``).
 
     Raises:
-        ValueError: a number out of its range, an unknown word, or ``overlap`` or ``exchange`` with what they cannot go
-            with.
+        ValueError: a number out of its range, an unknown word, or ``overlap``, ``exchange`` or ``fragments`` with what
+            they cannot go with.
     """
 
     merge_every: int
@@ -62,6 +66,7 @@ class Merge:
     exchange: Compression = "float32"
     weigh: Weigh = "equal"
     overlap: bool = False
+    fragments: int = 1
 
     def __post_init__(self) -> None:
         check_integer("merge_every", self.merge_every)
@@ -71,6 +76,12 @@ class Merge:
             raise ValueError(f"outer_lr={self.outer_lr} must be above 0 and finite: at 0 merges would add nothing")
         if not 0.0 <= self.outer_momentum < 1.0:
             raise ValueError(f"outer_momentum={self.outer_momentum} must lie in [0, 1)")
+        check_integer("fragments", self.fragments)
+        if self.fragments > self.merge_every:
+            raise ValueError(
+                f"fragments={self.fragments} are merged each at a step of its own, and merge_every={self.merge_every} "
+                f"has no more: use at most {self.merge_every} fragments, or a longer interval"
+            )
         check_choice("exchange", self.exchange, Compression)
         check_choice("weigh", self.weigh, Weigh)
         if self.exchange in FEEDBACK and not self.keep:
@@ -83,6 +94,11 @@ class Merge:
                 "overlap=True goes on with factors that are in flight, and keep=False restarts them: use keep=True, "
                 "or overlap=False"
             )
+        if self.fragments > 1 and self.weigh != "equal":
+            raise ValueError(
+                f"weigh={self.weigh!r} counts what was done since the last merge, and fragments={self.fragments} have "
+                "different last ones: use weigh='equal', or fragments=1"
+            )
         if self.overlap and self.weigh != "equal":
             raise ValueError(
                 f"weigh={self.weigh!r} is lost where a run resumes while a merge is in flight (overlap=True): use "
@@ -93,14 +109,17 @@ class Merge:
         """Give an adapter on W (out, in) what the outer optimizer keeps, and a place for what is in flight.
 
         Raises:
-            ValueError: overlap= for other adapters than LoRA heads that split the batch.
+            ValueError: overlap= or fragments= for other adapters than LoRA heads that split the batch.
         """
-        if self.overlap:
+        asked = {"overlap=True": self.overlap, f"fragments={self.fragments}": self.fragments > 1}
+        for what in (name for name, is_asked in asked.items() if is_asked):
             if not (isinstance(adapter, SplitAdapter) and adapter.split and adapter.overlaps):
+                without = "overlap=False" if what == "overlap=True" else "fragments=1"
                 raise ValueError(
-                    f"overlap=True is for LoRA heads that split the batch (lte), not for {type(adapter).__name__}: "
-                    "use overlap=False"
+                    f"{what} is for LoRA heads that split the batch (lte), not for {type(adapter).__name__}: "
+                    f"use {without}"
                 )
+        if self.overlap and isinstance(adapter, SplitAdapter):
             adapter.prepare_overlap_()
         if self.outer_momentum:
             adapter.register_buffer("momentum", torch.zeros_like(W, dtype=wide(W.dtype)))
@@ -129,16 +148,22 @@ class Merge:
             )
 
     def due(self, steps: int) -> bool:
-        """Whether a merge is due after ``steps`` completed steps.
+        """Whether a merge, of a fragment where there are several, is due after ``steps`` completed steps.
 
         >>> tuple(n for n in range(7) if Merge(3).due(n))
         (3, 6)
         """
-        return steps > 0 and steps % self.merge_every == 0
+        return due(steps, self.merge_every, self.fragments) is not None
 
 
-def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: ProcessGroup | None = None) -> None:
-    """Merge every adapter of ``model`` into its weights now, and let it settle; by ``merge``'s outer step if given.
+def merge_adapters_(
+    model: nn.Module,
+    merge: Merge | None = None,
+    ranks: ProcessGroup | None = None,
+    but: Collection[Adapter] = (),
+) -> None:
+    """Merge every adapter of ``model`` ``but`` some into its weights now, and let it settle; by ``merge``'s outer step
+    if given.
 
     A weight that is sharded over ``ranks`` is unsharded for the moment, one layer at a time: DoRA's norms, transposed
     weights and the noise of rounding are then those of one process.
@@ -155,7 +180,7 @@ def merge_adapters_(model: nn.Module, merge: Merge | None = None, ranks: Process
                 f"the adapters of {name} hold numbers that are not finite, and nothing was merged. Resume from the "
                 "last checkpoint with a smaller learning rate"
             )
-    done: set[int] = set()
+    done = {id(adapter) for adapter in but}
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue

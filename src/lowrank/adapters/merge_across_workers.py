@@ -61,12 +61,14 @@ class MergeWeights:
         weights: what each worker weighs, shared evenly by its heads; None: every head weighs the same.
         subspaces: of dense heads the subspace, the same on all workers, that their changes lie in.
         intra_worker: the processes of this worker that may hold the weights sharded.
+        later: the adapters that are not merged now, but with another fragment.
     """
 
     left_out: Collection[int] = ()
     weights: Sequence[float] | None = None
     subspaces: Mapping[SplitAdapter, Subspace] = field(default_factory=dict)
     intra_worker: ProcessGroup | None = None
+    later: Collection[SplitAdapter] = ()
 
     def heads(self, heads: int, workers: Group | None) -> list[int]:
         """The numbers of the heads that count, of ``heads`` in all."""
@@ -93,17 +95,6 @@ def merge_across_workers_(model: nn.Module, workers: Group, merge: Merge, counti
     start_merge(model, workers, merge, counting)()
 
 
-def remember_(model: nn.Module) -> None:
-    """Keep the heads as they are now, to be sent."""
-    for adapter in split_adapters(model):
-        adapter.remember_()
-
-
-def in_flight(model: nn.Module) -> bool:
-    """Whether something was sent that has not arrived."""
-    return any(adapter.is_in_flight for adapter in split_adapters(model))
-
-
 @torch.no_grad()
 def start_merge(
     model: nn.Module, workers: Group | None, merge: Merge, counting: MergeWeights | None = None
@@ -119,7 +110,7 @@ def start_merge(
         raise FloatingPointError(
             "the heads of all workers are not finite: resume from the last checkpoint, with a lower --lr"
         )
-    adapters = split_adapters(model)
+    adapters = [a for a in split_adapters(model) if a not in counting.later]
     gathered = [a for a in adapters if workers is None or a.gathers_heads]
     summed = [a for a in adapters if a not in gathered]
     heads = _start_heads(gathered, workers, merge.exchange, counting)
@@ -143,7 +134,7 @@ def _merge_(
 ) -> None:
     """W ← W with the mean of all heads, from their tensors or as the change that it is; then they settle, with what was
     ``left`` out of their change."""
-    done: set[int] = set()
+    done = {id(adapter) for adapter in counting.later}
     for _, layer in adapted_layers(model):
         if all(id(adapter) in done for adapter in layer.adapters.values()):
             continue

@@ -201,6 +201,7 @@ def lte(
     exchange: Compression = "float32",
     weigh: Weigh = "equal",
     overlap: bool = False,
+    fragments: int = 1,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
     dropout: float = 0.0,
     rest_every: int | None = None,
@@ -218,7 +219,8 @@ def lte(
     in ``2bit`` or the largest 3 or 1 % of them alone (``topk3``, ``topk1``; MuLoCo, arXiv 2505.23725, and SparseLoCo,
     2508.15706); ``weigh``: ranks weigh the same, or by what they have done since the last merge. With ``outer_lr`` or
     ``outer_momentum`` an outer optimizer takes the step at merges (DiLoCo, arXiv 2311.08105: 0.7 and 0.9), and with
-    ``overlap`` what is sent at one merge arrives at the next, on one rank as on many. See ``Merge``.
+    ``overlap`` what is sent at one merge arrives at the next, and with ``fragments`` groups of matrices merge at
+    different steps of the interval (Streaming DiLoCo, arXiv 2501.18512), on one rank as on many. See ``Merge``.
     """
     make = LoRA(rank=rank, alpha=_four_times(alpha, rank), heads=heads, split=True, init=init, dropout=dropout)
     return Method(
@@ -233,6 +235,7 @@ def lte(
             exchange=exchange,
             weigh=weigh,
             overlap=overlap,
+            fragments=fragments,
         ),
         rest_every=rest_every,
     )

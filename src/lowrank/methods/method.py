@@ -143,6 +143,11 @@ class Method:
                 f"rest_every={self.rest_every} averages a rest that trains on each rank by itself, and not "
                 f"rest={self.rest!r}: use rest='local', or leave rest_every out"
             )
+        if self.merge is not None and self.merge.fragments > self.rest_interval:
+            raise ValueError(
+                f"rest_every={self.rest_every} has fewer steps than fragments={self.merge.fragments}, which are "
+                f"averaged one at a step: use at least {self.merge.fragments}"
+            )
         if self.merge is not None and not self.adapt:
             raise ValueError("merge= merges adapters into the weights, and this method has no adapters (adapt=())")
 

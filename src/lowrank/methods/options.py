@@ -27,6 +27,7 @@ OPTIONS = {
     "the largest 3 or 1 % of the numbers in 2 bits (topk3, topk1)",
     "weigh": "what a rank's heads weigh in the mean: equal, or by tokens, steps or seconds since the last merge",
     "overlap": "what is sent at one merge arrives at the next, while training goes on",
+    "fragments": "groups of matrices that merge at different steps of the interval, so that less is sent at once",
     "rest_every": "over several ranks, steps between two averages of a rest that trains locally",
     "restart_warmup": "steps in which the learning rate climbs again after each merge",
     "refresh_every": "steps between two fits of the subspace to the gradient",

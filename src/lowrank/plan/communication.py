@@ -16,6 +16,7 @@ about fifty bytes at a step of the loop that sums gradients.
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -23,6 +24,9 @@ import torch
 
 from lowrank.adapters import SplitAdapter
 from lowrank.adapters.compression import Compression, rounded_bytes
+from lowrank.adapters.fragments import divide, due
+from lowrank.adapters.head_gather import split_adapters
+from lowrank.adapters.layers import adapted_layers
 from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
 from lowrank.distributed.shards import Shard
 from lowrank.optim.normalised import NormalisedMomentum
@@ -32,7 +36,9 @@ from lowrank.optim.sharded import crosses, on_shard
 from lowrank.plan.fsdp import names_in_blocks
 from lowrank.plan.plan import Plan
 from lowrank.plan.row import Row
+from lowrank.plan.synchronisation import fragments_of
 
+MOST_STEPS = 10_000  # in which what merges and averages send together is looked for
 # Said at a merge or average: whether one's numbers are finite (and what one has done, where it weighs), whether to stop
 FINITE_BYTES, WEIGHED_BYTES, STOP_BYTES = 4, 24, 8
 
@@ -41,15 +47,16 @@ FINITE_BYTES, WEIGHED_BYTES, STOP_BYTES = 4, 24, 8
 class Forecast:
     """Bytes that one of ``ranks`` sends: at a merge, for a basis that heads share, at an average of the rest, with the
     gradients of a step (at a refresh and between refreshes), and what DDP would send every step, of the whole model
-    and of the adapted matrices. ``between_workers``: of what is sent, in the mean over the steps, what goes to other
-    workers, where workers have several ranks."""
+    and of the adapted matrices. ``merges`` and ``averages``: of each fragment, which travel at different steps.
+    ``between_workers``: of what is sent, in the mean over the steps, what goes to other workers, where workers have
+    several ranks."""
 
     ranks: int
-    merge: int
+    merges: tuple[int, ...]
     merge_every: int | None
     basis: int
     basis_every: int
-    average: int
+    averages: tuple[int, ...]
     rest_every: int
     gradients: int
     gradients_between: int
@@ -58,6 +65,29 @@ class Forecast:
     ddp_adapted: int
     sharded: int = 0
     between_workers: float = 0.0
+
+    @property
+    def merge(self) -> int:
+        """Of all fragments."""
+        return sum(self.merges)
+
+    @property
+    def average(self) -> int:
+        """Of all fragments."""
+        return sum(self.averages)
+
+    def synchronisation(self, step: int) -> int:
+        """What merges and averages send after so many steps."""
+        merging = due(step, self.merge_every, len(self.merges)) if self.merge_every else None
+        averaging = due(step, self.rest_every, len(self.averages))
+        merged = 0 if merging is None else self.merges[merging]
+        return merged + (0 if averaging is None else self.averages[averaging])
+
+    @property
+    def most(self) -> int:
+        """The most that merges and averages send at one step."""
+        period = math.lcm(self.merge_every or 1, self.rest_every)
+        return max(map(self.synchronisation, range(1, min(period, MOST_STEPS) + 1)))
 
     @property
     def adapted_per_step(self) -> float:
@@ -135,30 +165,37 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     plain = [row for row in plan.rows if not row.is_factor]
     parameters = dict(plan.model.named_parameters())
     rule_of = {id(parameters[row.name]): row.rule for row in trained}
-    adapters = {id(a): a for a in plan.adapters.values() if isinstance(a, SplitAdapter) and a.split}.values()
-    split = [] if plan.layout.in_step else list(adapters)
+    split = [] if plan.layout.in_step else split_adapters(plan.model)
+    fragments = 1 if plan.method.merge is None else plan.method.merge.fragments
+    groups = fragments_of(split, fragments) if split else [[]] * fragments
     own, rest = ([row for row in trained if row.across == across] for across in ("own", "local"))
     under = sum(row.numel * _width(row.dtype) for row in plain if row.why == "under an adapter")
     merge, exchange = plan.method.merge, plan.method.merge.exchange if plan.method.merge is not None else "float32"
 
-    merging = sum((_merge(a, rule_of[id(next(a.parameters()))], mesh, exchange) for a in split), _Sent())
+    merging = [
+        sum((_merge(a, rule_of[id(next(a.parameters()))], mesh, exchange) for a in group), _Sent()) for group in groups
+    ]
     basis = mesh.sums(sum(_basis_numbers(row) * _width(row.dtype) for row in own))
-    average = _average([row for row in rest if row.name not in pieces], mesh, exchange)
-    average += _average(
-        [replace(row, shape=(pieces[row.name],)) for row in rest if row.name in pieces],
-        _Mesh(mesh.workers, 1),
-        exchange,
-    )
+    places = divide([row.numel for row in rest], fragments)
+    average = [
+        _average([row for row in some if row.name not in pieces], mesh, exchange)
+        + _average(
+            [replace(row, shape=(pieces[row.name],)) for row in some if row.name in pieces],
+            _Mesh(mesh.workers, 1),
+            exchange,
+        )
+        for some in ([row for row, place in zip(rest, places, strict=True) if place == f] for f in range(fragments))
+    ]
     in_worker = ring_sum_bytes(sum(_bytes(row) for row in (*own, *rest) if row.name not in pieces), mesh.intra_worker)
     gradients = mesh.world(sum(map(_bytes, shared)))
     between = mesh.world(sum(map(_bytes if whole else _bytes_between, shared)))
     found = Forecast(
         ranks=ranks,
-        merge=merging.total,
+        merges=tuple(each.total for each in merging),
         merge_every=merge.merge_every if merge is not None and split else None,
         basis=basis.total,
         basis_every=min((r.rule.refresh_every for r in own if isinstance(r.rule, Projected)), default=1),
-        average=average.total,
+        averages=tuple(each.total for each in average),
         rest_every=plan.method.rest_interval,
         gradients=gradients.total + in_worker,
         gradients_between=between.total + in_worker,
@@ -168,9 +205,9 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     )
     far = replace(
         found,
-        merge=merging.between,
+        merges=tuple(each.between for each in merging),
         basis=basis.between,
-        average=average.between,
+        averages=tuple(each.between for each in average),
         gradients=gradients.between,
         gradients_between=between.between,
     )
@@ -200,8 +237,10 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
         for row, rule, part in projected
         if crosses(rule, part, row.name)
     )
-    merged = sum(pieces[row.name] * row.dtype.itemsize for row, _ in rows if row.why == "under an adapter")
     merge = plan.method.merge
+    under = {row.name: pieces[row.name] * row.dtype.itemsize for row, _ in rows if row.why == "under an adapter"}
+    matrices = _matrices(plan, under)
+    merges = tuple(m + ring_gather_bytes(size, intra_worker) for m, size in zip(found.merges, matrices, strict=True))
     shared = [row for row, _ in rows if row.across == "shared" and row.rule is not None]
     to_peers = ring_sum_bytes(sum(pieces[row.name] * _width(row.dtype) for row in shared), mesh.workers)
     as_parts = sum(_part_between(row, plan.shards[row.name], pieces[row.name]) for row in shared)
@@ -212,7 +251,7 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
     across += ring_gather_bytes(sum(pieces[name] * widths[name] for name in normalised), intra_worker)
     return replace(
         found,
-        merge=0 if merge is None else found.merge + ring_gather_bytes(merged, intra_worker),
+        merges=(0,) if merge is None else merges,
         merge_every=None if merge is None else merge.merge_every,
         gradients=found.gradients + to_peers + across + ring_gather_bytes(refreshed, intra_worker),
         gradients_between=found.gradients_between + small + across,
@@ -220,6 +259,16 @@ def _with_shards(found: Forecast, plan: Plan, mesh: _Mesh, micro_batches: int, *
         sharded=ring_gather_bytes(gathered + summed, intra_worker) * micro_batches,
         between_workers=found.between_workers + small,
     )
+
+
+def _matrices(plan: Plan, under: Mapping[str, int]) -> list[int]:
+    """Of each fragment the bytes of the matrices ``under`` adapters, by name, that have an adapter in it."""
+    merge = plan.method.merge
+    if merge is None or merge.fragments == 1:
+        return [sum(under.values())]
+    layers = [(f"{name}.weight", layer.adapters.values()) for name, layer in adapted_layers(plan.model)]
+    groups = [{id(a) for a in group} for group in fragments_of(split_adapters(plan.model), merge.fragments)]
+    return [sum(under.get(n, 0) for n, some in layers if any(id(a) in group for a in some)) for group in groups]
 
 
 def _piece(row: Row, part: Shard, ranks: int) -> int:

@@ -93,13 +93,15 @@ class Part:
 
 @dataclass(frozen=True, kw_only=True)
 class Outlook:
-    """A run over a link: seconds of one rank's ``compute`` a step, the parts of what it sends, and DDP's."""
+    """A run over a link: seconds of one rank's ``compute`` a step, the parts of what it sends, the ``most`` bytes that
+    merges and averages send at one step, and DDP's."""
 
     link: Link
     ranks: int
     compute: float
     parts: Sequence[Part]
     interval: str | None
+    most: int
     ddp_bytes: int
     ddp_communication: float
 
@@ -157,6 +159,8 @@ def _verdict(found: Outlook) -> list[str]:
     ]
     if not found.parts:
         return [*lines, "nothing is sent at all"]
+    if found.most:
+        lines.append(f"merges and averages send at most {short_bytes(found.most)} at one step")
     if found.interval is None:
         return [
             *lines,

@@ -17,6 +17,7 @@ import torch
 from torch import nn
 
 from lowrank.adapters import Adapter, SplitAdapter
+from lowrank.adapters.head_gather import split_adapters
 from lowrank.adapters.layers import adapted_layers, quantised_layers
 from lowrank.distributed.collectives import Group
 from lowrank.distributed.process_group import ProcessGroup
@@ -32,7 +33,7 @@ from lowrank.plan.assignment import Assignment
 from lowrank.plan.ledger import Ledger, ledger
 from lowrank.plan.placement import Placement
 from lowrank.plan.row import Across, Row
-from lowrank.plan.synchronisation import Synchroniser
+from lowrank.plan.synchronisation import Synchroniser, fragments_of
 from lowrank.plan.table import table
 
 
@@ -249,6 +250,8 @@ def apply_(
         for layer in quantised_layers(model).values():
             keep_unpacked_(layer)
         placement.place()
+        if method.merge is not None:
+            fragments_of(split_adapters(model), method.merge.fragments)
         rows = assignment.rows()
     except Exception:
         placement.undo()

@@ -3,6 +3,7 @@
     merge due      W ← mean of merged(W) over the heads of all workers (``adapters.merge_across_workers``); adapters
                    settle. Overlapped, what was sent at the last merge arrives, and this one's is sent
     average due    the rest that trains locally ← its mean over the workers (local SGD, arXiv 1805.09767)
+                   either for one fragment of the matrices, or of the rest, at a time (``Merge.fragments``)
     before both    every worker reports whether its own numbers are finite, and what it has done, where ``Merge.weigh``
                    goes by that. One whose numbers are not is left out, counted and reported; its heads and their state
                    are restarted, and its rest becomes the mean of the others'
@@ -29,10 +30,11 @@ from torch import Tensor, nn
 
 from lowrank.adapters import Adapter, SplitAdapter
 from lowrank.adapters.compression import add_up_
+from lowrank.adapters.fragments import divide, due
 from lowrank.adapters.head_gather import consolidated_heads, split_adapters
 from lowrank.adapters.layers import adapted_layers
 from lowrank.adapters.merge import Merge, merge_adapters_
-from lowrank.adapters.merge_across_workers import MergeWeights, in_flight, merge_across_workers_, remember_, start_merge
+from lowrank.adapters.merge_across_workers import MergeWeights, merge_across_workers_, start_merge
 from lowrank.distributed.collectives import Group, share
 from lowrank.distributed.shards import is_sharded, reshard_, to_local
 from lowrank.distributed.workers import ProcessLayout
@@ -134,7 +136,14 @@ class Synchroniser:
         self.left_out: list[int] = []
         self.reference_copies: list[Tensor] = []
         self._read: set[str] | None = None  # layers whose weight was read past them; None from the first step on
-        self._in_flight: tuple[int, Callable[[], None]] | None = None  # number of the merge that was sent; its end
+        self._in_flight: dict[int, tuple[int, Callable[[], None]]] = {}  # of a fragment: which merge was sent; its end
+        self.fragments = 1 if merge is None else merge.fragments
+        split = split_adapters(model)
+        self._matrices = fragments_of(split, self.fragments)
+        self._rest = [
+            [i for i, f in enumerate(divide([p.numel() for p in self.local], self.fragments)) if f == fragment]
+            for fragment in range(self.fragments)
+        ]
 
     # --- when ----------------------------------------------------------------------------------------------------
 
@@ -147,30 +156,43 @@ class Synchroniser:
         if self._read is not None:
             self._check_reads_(self._read)
         self.progress.add_step()
-        merging, averaging = self.automatic and self._merges_at(steps), self._averages_at(steps)
-        if merging or averaging:
-            self.synchronise_(merging=merging, averaging=averaging)
+        merging = self._merges_at(steps) if self.automatic else None
+        averaging = self._averages_at(steps)
+        if merging is not None or averaging is not None:
+            self._synchronise_([] if merging is None else [merging], [] if averaging is None else [averaging])
 
     def communicates_at(self, steps: int) -> bool:
         """Whether workers communicate after ``steps`` completed steps: a merge or an average is due."""
-        return (bool(self.own) and self._merges_at(steps)) or self._averages_at(steps)
+        return (bool(self.own) and self._merges_at(steps) is not None) or self._averages_at(steps) is not None
 
-    def _merges_at(self, steps: int) -> bool:
-        return self.merge is not None and self.merge.due(steps)
+    def _merges_at(self, steps: int) -> int | None:
+        """The fragment that merges then."""
+        return None if self.merge is None else due(steps, self.merge.merge_every, self.fragments)
 
-    def _averages_at(self, steps: int) -> bool:
-        return bool(self.local) and steps % self.rest_every == 0
+    def _averages_at(self, steps: int) -> int | None:
+        """The fragment of the rest that is averaged then."""
+        fragment = due(steps, self.rest_every, self.fragments)
+        return fragment if fragment is not None and self._rest[fragment] else None
 
-    def synchronise_(self, *, merging: bool, averaging: bool) -> None:
-        """Merge, average, or both, now; every rank must call it."""
-        if merging:
-            self._wait_()
+    def synchronise_(self, *, merging: bool, averaging: bool, largest: bool = False) -> None:
+        """Merge, average, or both, now, all fragments or only the ``largest``; every rank must call it."""
+        every = [0] if largest else list(range(self.fragments))  # the first has the most
+        self._synchronise_(every if merging else [], every if averaging else [])
+
+    def _synchronise_(self, merging: Sequence[int], averaging: Sequence[int]) -> None:
+        """The same for these fragments."""
+        for fragment in merging:
+            self._wait_(fragment)
         participants = self.exclude_non_finite_()
+        for fragment in merging:
+            self._merge_(participants, fragment)
         if merging:
-            self._merge_(participants)
             self.progress.reset("merge")
-        if averaging or participants.left_out:
-            self._average_rest_(participants, self.optimizer.steps if self.optimizer is not None else 0)
+        if participants.left_out:
+            averaging = range(self.fragments)
+        if averaging:
+            rest = [i for fragment in averaging for i in self._rest[fragment]]
+            self._average_rest_(participants, rest, self.optimizer.steps if self.optimizer is not None else 0)
             self.progress.reset("average")
 
     def watch_weights_(self) -> None:
@@ -192,38 +214,48 @@ class Synchroniser:
 
     # --- merges --------------------------------------------------------------------------------------------------
 
-    def _merge_(self, participants: Participants) -> None:
-        """Fold the adapters into the weights, without the heads of those left out; then the optimizer forgets."""
+    def _merge_(self, participants: Participants, fragment: int) -> None:
+        """Fold the adapters of a fragment into the weights, without the heads of those left out; then the optimizer
+        forgets."""
         merge, workers, opt = self.merge, self.layout.workers, self.optimizer
         if participants.merge is not None:
             _total(participants.merge)
-        terms = MergeWeights(participants.left_out, participants.merge, self._spans(), self.layout.intra_worker)
+        later = self._later(fragment)
+        terms = MergeWeights(participants.left_out, participants.merge, self._spans(), self.layout.intra_worker, later)
         reshard_(self.model)
         if merge is not None and merge.overlap:
-            remember_(self.model)
+            for adapter in self._matrices[fragment]:
+                adapter.remember_()
             if workers is not None:
-                self._in_flight = self._merges_sent(), start_merge(self.model, workers, merge, terms)
+                sent = self._merges_sent(fragment), start_merge(self.model, workers, merge, terms)
+                self._in_flight[fragment] = sent
         elif workers is not None and self.own and merge is not None:
             merge_across_workers_(self.model, workers, merge, terms)
         else:
-            merge_adapters_(self.model, merge, self.layout.intra_worker)
+            merge_adapters_(self.model, merge, self.layout.intra_worker, later)
         if opt is not None and merge is not None and merge.forget:
-            opt.forget([p for adapter in self.adapters for p in adapter.parameters()], merge.forget)
+            merged = [adapter for adapter in self.adapters if adapter not in later]
+            opt.forget([p for adapter in merged for p in adapter.parameters()], merge.forget)
 
-    def _wait_(self) -> None:
-        """Fold in what was sent at the last merge, if that is still in flight; of several ranks all must call it."""
-        pending, self._in_flight = self._in_flight, None
-        if self.merge is None or not self.merge.overlap or not in_flight(self.model):
+    def _later(self, fragment: int) -> list[SplitAdapter]:
+        """The adapters that are merged with other fragments."""
+        return [a for other, some in enumerate(self._matrices) if other != fragment for a in some]
+
+    def _wait_(self, fragment: int) -> None:
+        """Fold in what was sent at the fragment's last merge, if that is still in flight; of several ranks all must
+        call it."""
+        pending, sent = self._in_flight.pop(fragment, None), self._matrices[fragment]
+        if self.merge is None or not self.merge.overlap or not any(adapter.is_in_flight for adapter in sent):
             return
         reshard_(self.model)
-        if pending is not None and pending[0] == self._merges_sent():
+        if pending is not None and pending[0] == self._merges_sent(fragment):
             pending[1]()
         else:  # in one process, after a resume or another's merge: what has been remembered is sent now
-            terms = MergeWeights(intra_worker=self.layout.intra_worker)
+            terms = MergeWeights(intra_worker=self.layout.intra_worker, later=self._later(fragment))
             start_merge(self.model, self.layout.workers, self.merge, terms)()
 
-    def _merges_sent(self) -> int:
-        return sum(int(adapter.get_buffer("sent")) for adapter in split_adapters(self.model))
+    def _merges_sent(self, fragment: int) -> int:
+        return sum(int(adapter.get_buffer("sent")) for adapter in self._matrices[fragment])
 
     def _spans(self) -> dict[SplitAdapter, Subspace]:
         """The subspace that the changes of dense heads lie in, where the rule that trains them keeps to one."""
@@ -270,7 +302,8 @@ class Synchroniser:
 
     def _restart_(self, left_out: frozenset[int], mine: Sequence[nn.Parameter], member: str) -> None:
         """Let the workers ``left_out``, of which this may be one, begin anew, and say so."""
-        self._wait_()  # before heads begin anew that have something in flight
+        for fragment in range(self.fragments):  # before heads begin anew that have something in flight
+            self._wait_(fragment)
         workers = self.layout.workers
         if workers is not None:
             for adapter in split_adapters(self.model):
@@ -292,8 +325,8 @@ class Synchroniser:
             self.reference_copies = [to_local(p).to(wide(p.dtype), copy=True) for p in self.local]
 
     @torch.no_grad()
-    def _average_rest_(self, participants: Participants, tick: int = 0) -> None:
-        """The rest that trains locally ← its mean over the workers that take part; bitwise the same on all.
+    def _average_rest_(self, participants: Participants, which: Sequence[int], tick: int = 0) -> None:
+        """``which`` of the rest that trains locally ← its mean over the workers that take part; bitwise the same.
 
         What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last
         the same everywhere (the reference copies), so that rounding is as fine as the change. With error feedback each
@@ -302,35 +335,40 @@ class Synchroniser:
         if self.layout.workers is None:
             return
         reshard_(self.model)
-        rest, (mine, total) = [to_local(p) for p in self.local], participants.in_average(self.layout.workers)
+        rest, (mine, total) = [self.local[i] for i in which], participants.in_average(self.layout.workers)
         if not self.reference_copies or self.merge is None:
             self._average_(rest, mine, total)
             return
-        changes = [p.to(a.dtype) - a for p, a in zip(rest, self.reference_copies, strict=True)]
+        copies = [self.reference_copies[i] for i in which]
+        changes = [to_local(p).to(a.dtype) - a for p, a in zip(rest, copies, strict=True)]
         for change in changes:
             change.mul_(mine / total) if mine else change.zero_()  # what is not finite counts for nothing
         left: dict[int, Tensor] = {}
-        for group, some in self._by_group(changes):
+        for group, some in self._by_group(rest, changes):
             out = zip(some, add_up_(some, group, self.merge.exchange, tick), strict=True)
             left |= {id(change): error for change, error in out if error is not None and mine}
-        for change, p, a in zip(changes, rest, self.reference_copies, strict=True):
+        for change, p, a in zip(changes, map(to_local, rest), copies, strict=True):
             a.add_(change)
             p.copy_(a.add(left[id(change)], alpha=total / mine) if id(change) in left else a)
 
-    def _average_(self, rest: Sequence[Tensor], mine: float, total: float) -> None:
-        for tensor in rest:
+    def _average_(self, rest: Sequence[nn.Parameter], mine: float, total: float) -> None:
+        tensors = [to_local(p) for p in rest]
+        for tensor in tensors:
             tensor.mul_(mine) if mine else tensor.zero_()
-        for group, some in self._by_group(rest):
+        for group, some in self._by_group(rest, tensors):
             group.sum_(some)
-        for tensor in rest:
+        for tensor in tensors:
             tensor.div_(total)
 
-    def _by_group(self, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
-        """With whom this rank adds up which tensors of ``local``: shards with its cross-worker group, who hold the same
-        shards of other workers' parameters; what the ranks of a worker hold alike with all workers."""
-        sharded = [is_sharded(p) for p in self.local]
+    def _by_group(
+        self, rest: Sequence[nn.Parameter], tensors: Sequence[Tensor]
+    ) -> Iterator[tuple[Group, list[Tensor]]]:
+        """With whom this rank adds up which ``tensors``, each of one of ``rest``: shards with its cross-worker group,
+        who hold the same shards of other workers' parameters; what the ranks of a worker hold alike with all workers.
+        """
+        sharded = [is_sharded(p) for p in rest]
         for group, shards in ((self.layout.workers, False), (self.layout.cross_worker, True)):
-            some = [tensor for tensor, is_shard in zip(rest, sharded, strict=True) if is_shard == shards]
+            some = [tensor for tensor, is_shard in zip(tensors, sharded, strict=True) if is_shard == shards]
             if some and group is not None:
                 yield group, some
 
@@ -348,7 +386,7 @@ class Synchroniser:
             return
         participants = self.exclude_non_finite_()
         if participants.left_out:
-            self._average_rest_(participants)
+            self._average_rest_(participants, range(len(self.local)))
             self.progress.reset("average")
         reshard_(self.model)
         rest = [to_local(p) for p in self.local]
@@ -356,13 +394,28 @@ class Synchroniser:
         with consolidated_heads(self.model, workers):
             try:
                 with torch.no_grad():
-                    self._average_(rest, 1.0, workers.count)
+                    self._average_(self.local, 1.0, workers.count)
                 yield
             finally:
                 reshard_(self.model)
                 with torch.no_grad():
                     for tensor, before in zip(rest, copies, strict=True):
                         tensor.copy_(before)
+
+
+def fragments_of(adapters: Sequence[SplitAdapter], fragments: int) -> list[list[SplitAdapter]]:
+    """The adapters of each fragment; all in the first where there is one. By what a head has, whoever holds it.
+
+    Raises:
+        ValueError: there are fewer adapters than fragments.
+    """
+    if fragments > max(1, len(adapters)):
+        raise ValueError(
+            f"fragments={fragments} divide the adapted matrices, and there are {len(adapters)}: use at most "
+            f"{max(1, len(adapters))}"
+        )
+    places = divide([sum(p[0].numel() for p in adapter.parameters()) for adapter in adapters], fragments)
+    return [[a for a, place in zip(adapters, places, strict=True) if place == f] for f in range(fragments)]
 
 
 def consolidated_model(plan: Plan, opt: Optimizer | None = None) -> AbstractContextManager[None]:

@@ -108,6 +108,8 @@ def notes_on_ranks(
         notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the {member}s{uneven}")
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"
+        if method.merge and method.merge.fragments > 1:
+            every += f" in {method.merge.fragments} fragments, at different steps"
         silent = "nothing of them travels in between"
         if member == "worker":
             silent = "in between their gradients stay inside the worker"

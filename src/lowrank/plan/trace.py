@@ -244,7 +244,7 @@ class Steps:
         assert isinstance(self.setup.optimizer, Optimizer)
         self.live.at("the merge", WORKSPACE, step="merge")
         synchroniser = self.setup.plan.synchroniser(self.setup.optimizer)
-        synchroniser.synchronise_(merging=True, averaging=bool(synchroniser.local))
+        synchroniser.synchronise_(merging=True, averaging=bool(synchroniser.local), largest=True)
 
     def evaluate(self) -> None:
         self.setup.model.eval()

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 import time
+from collections.abc import Sequence
 from dataclasses import replace
 
 import torch
@@ -29,11 +30,11 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
     merging = found.merge_every is not None
     follows = 0 if merging and method.rest_every is not None else (4 if merging else 1)
     parts = [
-        _part("merge", found.merge_every or 1, found.merge, 1, found, link),
-        _part("basis that heads share", found.basis_every, found.basis, 0, found, link),
-        _part("average of the rest", found.rest_every, found.average, follows, found, link),
-        _part("gradients", 1, found.gradients_between, 0, found, link),
-        _part("gradients, refresh", found.refresh_every, found.gradients - found.gradients_between, 0, found, link),
+        _part("merge", found.merge_every or 1, found.merges, 1, found, link),
+        _part("basis that heads share", found.basis_every, [found.basis], 0, found, link),
+        _part("average of the rest", found.rest_every, found.averages, follows, found, link),
+        _part("gradients", 1, [found.gradients_between], 0, found, link),
+        _part("gradients, refresh", found.refresh_every, [found.gradients - found.gradients_between], 0, found, link),
     ]
     return Outlook(
         link=link,
@@ -41,6 +42,7 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
         compute=compute,
         parts=[part for part in parts if part.sent],
         interval="merge_every" if merging else "rest_every" if found.average else None,
+        most=found.most,
         ddp_bytes=found.ddp,
         ddp_communication=link.seconds(found.ddp, ranks),
     )
@@ -80,8 +82,11 @@ def measured(session: Session, steps: int = 3) -> float:
     return sorted(seconds[1:])[steps // 2]
 
 
-def _part(what: str, every: int, sent: int, scales: int, found: Forecast, link: Link) -> Part:
-    return Part(what=what, every=every, sent=sent, seconds=link.seconds(sent, found.ranks), scales=scales)
+def _part(what: str, every: int, sent: Sequence[int], scales: int, found: Forecast, link: Link) -> Part:
+    """``sent``: of each fragment, which travel one after the other."""
+    seconds = sum(link.seconds(each, found.ranks) for each in sent)
+    what += f", {len(sent)} fragments" if len(sent) > 1 else ""
+    return Part(what=what, every=every, sent=sum(sent), seconds=seconds, scales=scales)
 
 
 def _check(run: Run, ranks: int) -> None:
