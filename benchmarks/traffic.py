@@ -20,12 +20,13 @@ import subprocess
 import sys
 import tempfile
 from pathlib import Path
-from typing import Any
+from typing import Any, get_args
 
 import torch
 
 import lowrank
 from benchmarks.common import save
+from lowrank.adapters.compression import Compression
 from lowrank.infra.progress import short_bytes
 from lowrank.plan.communication import forecast, merge_words
 
@@ -43,6 +44,11 @@ def main() -> None:
         "all-linear, embeddings every 100 steps": slow,
         "all-linear, embeddings every 100 steps, bfloat16": {**slow, "exchange": "bfloat16"},
         "all-linear, embeddings every 100 steps, int8": {**slow, "exchange": "int8"},
+        "all-linear, embeddings every 100 steps, 2bit": {**slow, "exchange": "2bit"},
+        "all-linear, embeddings every 100 steps, topk3": {**slow, "exchange": "topk3"},
+        "all-linear, embeddings every 100 steps, topk1": {**slow, "exchange": "topk1"},
+        "all-linear, embeddings every 100 steps, 4 fragments": {**slow, "fragments": 4},
+        "all-linear, embeddings every 100 steps, 2bit, 4 fragments": {**slow, "exchange": "2bit", "fragments": 4},
     }
     result: dict[str, Any] = {"model": "GPT-2 124M", "heads": 4, "rank": 4, "merge_every": 10, "computed": {}}
     for ranks in (2, 4):
@@ -51,9 +57,11 @@ def main() -> None:
             result["computed"][f"{name}, {ranks} ranks"] = figures
             print(
                 f"{name}, {ranks} ranks: DDP {short_bytes(figures['ddp_per_step'])} a step; adapted matrices "
-                f"{figures['adapted_ratio']:.0f} times less, whole model {figures['whole_ratio']:.1f} times less"
+                f"{figures['adapted_ratio']:.0f} times less, whole model {figures['whole_ratio']:.1f} times less; "
+                f"at most {short_bytes(figures['most_at_one_step'])} at one step"
             )
-    result["counted"] = {exchange: _counted(exchange) for exchange in ("float32", "bfloat16", "int8")}
+    result["counted"] = {exchange: _counted(exchange) for exchange in get_args(Compression)}
+    result["counted"]["2bit, 2 fragments"] = _counted("2bit", fragments=2)
     print("counted:", result["counted"])
     print("written to", save("traffic", result).name)
 
@@ -68,33 +76,32 @@ def _gpt2_plan(**options: Any) -> lowrank.Plan:
 
 def _figures(plan: lowrank.Plan, ranks: int) -> dict[str, float]:
     found = forecast(plan, ranks)
-    words = merge_words(plan, ranks) / (found.merge_every or 1)
+    words = merge_words(plan, ranks) * len(found.merges) / (found.merge_every or 1)
     return {
         "ddp_per_step": found.ddp,
         "ddp_adapted_per_step": found.ddp_adapted,
         "merge": found.merge,
         "average": found.average,
         "rest_every": found.rest_every,
+        "most_at_one_step": found.most,
         "per_step": found.per_step + words,
         "adapted_ratio": found.ddp_adapted / found.adapted_per_step,
         "whole_ratio": found.ddp / (found.per_step + words),
     }
 
 
-def _counted(exchange: str) -> dict[str, Any]:
+def _counted(exchange: str, fragments: int = 1) -> dict[str, Any]:
     """Two processes train a small model; their log's bytes beside what is computed for each step."""
     from lowrank.recipes.gpt import gpt_mini
     from lowrank.run.overrides import override, resolve
     from lowrank.run.session import open_session
 
     settings = {"method": "lte", "steps": STEPS, "eval-batches": 1, "eval-every": 100, "batch-size": 4, **SMALL}
-    settings["method.exchange"] = exchange
+    settings |= {"method.exchange": exchange, "method.fragments": fragments}
     plan = open_session(resolve(override(gpt_mini(), settings))).plan
     found = forecast(plan, RANKS)
-    expected = []
-    for step in range(1, STEPS + 1):
-        merging, averaging = step % 2 == 0, step % 4 == 0
-        expected.append(merging * found.merge + averaging * found.average + merging * merge_words(plan, RANKS))
+    synchronised = [found.synchronisation(step) for step in range(1, STEPS + 1)]
+    expected = [sent + merge_words(plan, RANKS) if sent else 0 for sent in synchronised]
     with tempfile.TemporaryDirectory() as folder:
         out = Path(folder) / "run"
         launch([f"--{name}={value}" for name, value in settings.items()], out)

@@ -43,6 +43,7 @@ def test_the_whole_model_is_bitwise_the_same_on_all_ranks(name: str, found: list
 
 ROUNDED = [name for name in TRAINED if "bfloat16" in name or "int8" in name]
 FED_BACK = ["lte-2bit", "lte-topk3-dense", "explorers-topk3"]  # what is left out stays on the rank
+FRAGMENTS = ["lte-fragments-local", "lte-fragments-overlap"]
 OVERLAPPED = ["lte-overlap", "lte-overlap-int8", "lte-overlap-nan", "lte-overlap-dense-outer"]
 EXPLORERS = [
     name for name in TRAINED if name.startswith("explorers") and name not in [*ROUNDED, *FED_BACK, "explorers-nan"]
@@ -50,7 +51,18 @@ EXPLORERS = [
 
 
 @pytest.mark.parametrize(
-    "name", ["lte", "lte-reset", "lte-dense", "lte-uneven", "lte-train", "lte-outer", "lte-overlap", *EXPLORERS]
+    "name",
+    [
+        "lte",
+        "lte-reset",
+        "lte-dense",
+        "lte-uneven",
+        "lte-train",
+        "lte-outer",
+        "lte-overlap",
+        "lte-fragments",
+        *EXPLORERS,
+    ],
 )
 def test_weights_are_bitwise_the_same_at_every_step(name: str, found: list[dict[str, Any]]) -> None:
     one, other = (found[rank][name]["own"]["weights"] for rank in range(RANKS))
@@ -95,6 +107,20 @@ def test_what_is_counted_was_forecast(name: str, found: list[dict[str, Any]]) ->
     if ahead.gradients:
         assert max(said[:2]) == ahead.gradients + present + ahead.basis
         assert min(said) == ahead.gradients_between + present
+
+
+@pytest.mark.parametrize("name", FRAGMENTS)
+def test_fragments_are_sent_at_steps_of_their_own(name: str, found: list[dict[str, Any]]) -> None:
+    """Merges every 3 steps, the first fragment a step after the last; averages every 6, in two halves. Each step sends
+    what was forecast, the most of it less than all at once."""
+    plan = lowrank.apply_(mlp(torch.float64), SCENARIOS[name][0].keywords["method"])
+    ahead, said = forecast(plan, RANKS), [sent for _, sent in found[0][name]["own"]["said"]]
+    expected = [ahead.synchronisation(step + 1) for step in range(len(said))]
+    words = merge_words(plan, RANKS, loop=False)
+    assert said == [sent + words if sent else 0 for sent in expected]
+    assert [sent > 0 for sent in said[:6]] == [True, False, True, True, False, True]
+    assert max(expected) == ahead.most < ahead.merge + ahead.average
+    assert ahead.per_step == pytest.approx(ahead.merge / 3 + (ahead.average / 6 if name.endswith("local") else 0))
 
 
 def test_explorers_send_their_changes_in_a_shared_basis(found: list[dict[str, Any]]) -> None:
@@ -196,6 +222,12 @@ def test_overlap_is_refused_where_it_cannot_be() -> None:
 
     with pytest.raises(ValueError, match="is for LoRA heads that split the batch"):
         lowrank.apply_(mlp(), replace(method, merge=Merge(10, overlap=True)))
+    with pytest.raises(ValueError, match="fragments=2 is for LoRA heads that split"):
+        lowrank.apply_(mlp(), replace(method, merge=Merge(10, fragments=2)))
+    model = mlp()
+    with pytest.raises(ValueError, match="there are 2: use at most 2"):
+        lowrank.apply_(model, lte(fragments=3))
+    lowrank.apply_(model, lte(fragments=2))  # it was as before
 
 
 # --- rounded, weighed ------------------------------------------------------------------------------------------------

@@ -360,7 +360,6 @@ def runs(folder: Path) -> dict[str, Result]:
 
     Coordinator.after_step = stopped  # type: ignore[method-assign]
     options = {"rest": "freeze", "outer_momentum": 0.9, "exchange": "2bit", "overlap": True}
-    options["fragments"] = 3
     silent = resolve(override(base, {f"method.{name}": value for name, value in options.items()}))
     found["stopped"] = train(silent, folder / "stopped", quiet=True)
     Coordinator.after_step = after_step  # type: ignore[method-assign]

@@ -3,7 +3,8 @@
 Of F fragments and an interval of T steps, fragment f is due at the steps n with n mod T = ⌊(f + 1)·T/F⌋ mod T: each
 every T steps, one after the other, the last where without fragments all would be sent. So as many bytes travel in all,
 and at one step at most those of the largest fragment (Streaming DiLoCo, arXiv 2501.18512; its fragments are layers,
-ours matrices, divided so that each fragment sends about as much).
+ours matrices, divided so that each fragment sends about as much). A rest that trains locally is averaged in the same
+way, a fragment being a share of the rows of each parameter.
 """
 
 from __future__ import annotations

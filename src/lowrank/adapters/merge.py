@@ -50,8 +50,8 @@ class Merge:
         weigh: what a rank's heads weigh in the mean, and its local rest: the same, or by what the rank has done since
             the last: tokens seen (images, where it learns images), steps, or seconds of training.
         overlap: what is sent at one merge arrives at the next, while training goes on.
-        fragments: into how many groups the matrices are divided, and so is a rest that trains locally, which are merged
-            and averaged at different steps of their intervals (``fragments``).
+        fragments: into how many groups the matrices are divided, which merge at different steps of the interval
+            (``fragments``); a rest that trains locally is averaged by so many shares of each parameter's rows.
 
     Raises:
         ValueError: a number out of its range, an unknown word, or ``overlap``, ``exchange`` or ``fragments`` with what

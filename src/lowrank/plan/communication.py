@@ -24,10 +24,10 @@ import torch
 
 from lowrank.adapters import SplitAdapter
 from lowrank.adapters.compression import Compression, rounded_bytes
-from lowrank.adapters.fragments import divide, due
+from lowrank.adapters.fragments import due
 from lowrank.adapters.head_gather import split_adapters
 from lowrank.adapters.layers import adapted_layers
-from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes
+from lowrank.distributed.collectives import largest_share, ring_gather_bytes, ring_sum_bytes, share
 from lowrank.distributed.shards import Shard
 from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.projected import Projected
@@ -176,15 +176,11 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
         sum((_merge(a, rule_of[id(next(a.parameters()))], mesh, exchange) for a in group), _Sent()) for group in groups
     ]
     basis = mesh.sums(sum(_basis_numbers(row) * _width(row.dtype) for row in own))
-    places = divide([row.numel for row in rest], fragments)
+    held = [(row if row.name not in pieces else replace(row, shape=(pieces[row.name],)), row.name) for row in rest]
     average = [
-        _average([row for row in some if row.name not in pieces], mesh, exchange)
-        + _average(
-            [replace(row, shape=(pieces[row.name],)) for row in some if row.name in pieces],
-            _Mesh(mesh.workers, 1),
-            exchange,
-        )
-        for some in ([row for row, place in zip(rest, places, strict=True) if place == f] for f in range(fragments))
+        _average([_rows(row, f, fragments) for row, name in held if name not in pieces], mesh, exchange)
+        + _average([_rows(row, f, fragments) for row, name in held if name in pieces], _Mesh(mesh.workers, 1), exchange)
+        for f in range(fragments)
     ]
     in_worker = ring_sum_bytes(sum(_bytes(row) for row in (*own, *rest) if row.name not in pieces), mesh.intra_worker)
     gradients = mesh.world(sum(map(_bytes, shared)))
@@ -269,6 +265,14 @@ def _matrices(plan: Plan, under: Mapping[str, int]) -> list[int]:
     layers = [(f"{name}.weight", layer.adapters.values()) for name, layer in adapted_layers(plan.model)]
     groups = [{id(a) for a in group} for group in fragments_of(split_adapters(plan.model), merge.fragments)]
     return [sum(under.get(n, 0) for n, some in layers if any(id(a) in group for a in some)) for group in groups]
+
+
+def _rows(row: Row, fragment: int, fragments: int) -> Row:
+    """Of a parameter of the rest what a fragment has."""
+    if fragments == 1:
+        return row
+    first, *others = row.shape or (1,)
+    return replace(row, shape=(len(share(first, fragment, fragments)), *others))
 
 
 def _piece(row: Row, part: Shard, ranks: int) -> int:

@@ -140,10 +140,6 @@ class Synchroniser:
         self.fragments = 1 if merge is None else merge.fragments
         split = split_adapters(model)
         self._matrices = fragments_of(split, self.fragments)
-        self._rest = [
-            [i for i, f in enumerate(divide([p.numel() for p in self.local], self.fragments)) if f == fragment]
-            for fragment in range(self.fragments)
-        ]
 
     # --- when ----------------------------------------------------------------------------------------------------
 
@@ -171,13 +167,13 @@ class Synchroniser:
 
     def _averages_at(self, steps: int) -> int | None:
         """The fragment of the rest that is averaged then."""
-        fragment = due(steps, self.rest_every, self.fragments)
-        return fragment if fragment is not None and self._rest[fragment] else None
+        return due(steps, self.rest_every, self.fragments) if self.local else None
 
     def synchronise_(self, *, merging: bool, averaging: bool, largest: bool = False) -> None:
         """Merge, average, or both, now, all fragments or only the ``largest``; every rank must call it."""
-        every = [0] if largest else list(range(self.fragments))  # the first has the most
-        self._synchronise_(every if merging else [], every if averaging else [])
+        every = range(self.fragments)
+        merged = every[:1] if largest else every  # the first has the most, and of the rest the last
+        self._synchronise_(merged if merging else [], (every[-1:] if largest else every) if averaging else [])
 
     def _synchronise_(self, merging: Sequence[int], averaging: Sequence[int]) -> None:
         """The same for these fragments."""
@@ -188,11 +184,8 @@ class Synchroniser:
             self._merge_(participants, fragment)
         if merging:
             self.progress.reset("merge")
-        if participants.left_out:
-            averaging = range(self.fragments)
-        if averaging:
-            rest = [i for fragment in averaging for i in self._rest[fragment]]
-            self._average_rest_(participants, rest, self.optimizer.steps if self.optimizer is not None else 0)
+        for fragment in range(self.fragments) if participants.left_out else averaging:
+            self._average_rest_(participants, fragment, self.optimizer.steps if self.optimizer is not None else 0)
             self.progress.reset("average")
 
     def watch_weights_(self) -> None:
@@ -325,8 +318,8 @@ class Synchroniser:
             self.reference_copies = [to_local(p).to(wide(p.dtype), copy=True) for p in self.local]
 
     @torch.no_grad()
-    def _average_rest_(self, participants: Participants, which: Sequence[int], tick: int = 0) -> None:
-        """``which`` of the rest that trains locally ← its mean over the workers that take part; bitwise the same.
+    def _average_rest_(self, participants: Participants, fragment: int, tick: int = 0) -> None:
+        """Of the rest that trains locally a fragment ← its mean over the workers that take part; bitwise the same.
 
         What travels is rounded as ``Merge.exchange`` says: then it is what the rest has changed by since it was last
         the same everywhere (the reference copies), so that rounding is as fine as the change. With error feedback each
@@ -335,40 +328,44 @@ class Synchroniser:
         if self.layout.workers is None:
             return
         reshard_(self.model)
-        rest, (mine, total) = [self.local[i] for i in which], participants.in_average(self.layout.workers)
+        rest = [self._rows(to_local(p), fragment) for p in self.local]
+        mine, total = participants.in_average(self.layout.workers)
         if not self.reference_copies or self.merge is None:
             self._average_(rest, mine, total)
             return
-        copies = [self.reference_copies[i] for i in which]
-        changes = [to_local(p).to(a.dtype) - a for p, a in zip(rest, copies, strict=True)]
+        copies = [self._rows(a, fragment) for a in self.reference_copies]
+        changes = [p.to(a.dtype) - a for p, a in zip(rest, copies, strict=True)]
         for change in changes:
             change.mul_(mine / total) if mine else change.zero_()  # what is not finite counts for nothing
         left: dict[int, Tensor] = {}
-        for group, some in self._by_group(rest, changes):
+        for group, some in self._by_group(changes):
             out = zip(some, add_up_(some, group, self.merge.exchange, tick), strict=True)
             left |= {id(change): error for change, error in out if error is not None and mine}
-        for change, p, a in zip(changes, map(to_local, rest), copies, strict=True):
+        for change, p, a in zip(changes, rest, copies, strict=True):
             a.add_(change)
             p.copy_(a.add(left[id(change)], alpha=total / mine) if id(change) in left else a)
 
-    def _average_(self, rest: Sequence[nn.Parameter], mine: float, total: float) -> None:
-        tensors = [to_local(p) for p in rest]
-        for tensor in tensors:
+    def _rows(self, tensor: Tensor, fragment: int) -> Tensor:
+        """Of a tensor of the rest the rows of a fragment, a view; there may be none."""
+        if self.fragments == 1:
+            return tensor
+        rows = share(len(tensor) if tensor.dim() else 1, fragment, self.fragments)
+        return (tensor if tensor.dim() else tensor[None])[rows.start : rows.stop]
+
+    def _average_(self, rest: Sequence[Tensor], mine: float, total: float) -> None:
+        for tensor in rest:
             tensor.mul_(mine) if mine else tensor.zero_()
-        for group, some in self._by_group(rest, tensors):
+        for group, some in self._by_group(rest):
             group.sum_(some)
-        for tensor in tensors:
+        for tensor in rest:
             tensor.div_(total)
 
-    def _by_group(
-        self, rest: Sequence[nn.Parameter], tensors: Sequence[Tensor]
-    ) -> Iterator[tuple[Group, list[Tensor]]]:
-        """With whom this rank adds up which ``tensors``, each of one of ``rest``: shards with its cross-worker group,
-        who hold the same shards of other workers' parameters; what the ranks of a worker hold alike with all workers.
-        """
-        sharded = [is_sharded(p) for p in rest]
+    def _by_group(self, rest: Sequence[Tensor]) -> Iterator[tuple[Group, list[Tensor]]]:
+        """With whom this rank adds up which tensors of ``local``: shards with its cross-worker group, who hold the same
+        shards of other workers' parameters; what the ranks of a worker hold alike with all workers."""
+        sharded = [is_sharded(p) for p in self.local]
         for group, shards in ((self.layout.workers, False), (self.layout.cross_worker, True)):
-            some = [tensor for tensor, is_shard in zip(tensors, sharded, strict=True) if is_shard == shards]
+            some = [tensor for tensor, is_shard in zip(rest, sharded, strict=True) if is_shard == shards]
             if some and group is not None:
                 yield group, some
 
@@ -386,7 +383,8 @@ class Synchroniser:
             return
         participants = self.exclude_non_finite_()
         if participants.left_out:
-            self._average_rest_(participants, range(len(self.local)))
+            for fragment in range(self.fragments):
+                self._average_rest_(participants, fragment)
             self.progress.reset("average")
         reshard_(self.model)
         rest = [to_local(p) for p in self.local]
@@ -394,7 +392,7 @@ class Synchroniser:
         with consolidated_heads(self.model, workers):
             try:
                 with torch.no_grad():
-                    self._average_(self.local, 1.0, workers.count)
+                    self._average_(rest, 1.0, workers.count)
                 yield
             finally:
                 reshard_(self.model)
