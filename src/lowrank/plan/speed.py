@@ -218,12 +218,12 @@ class Pace:
 @dataclass(frozen=True, kw_only=True)
 class Rhythm:
     """How often what happens: micro-batches in a step, those that were traced, and steps between refreshes and
-    merges (0: never)."""
+    merges (0: never), in the mean between those of one fragment and the next."""
 
     micro_batches: int
     traced: int
     refresh_every: int = 0
-    merge_every: int = 0
+    merge_every: float = 0
 
 
 def parts_of(work: Work, rhythm: Rhythm, weigh: Any) -> dict[str, Any]:

@@ -189,7 +189,7 @@ def rhythm_of(session: Session) -> Rhythm:
         micro_batches=run.grad_accum,
         traced=min(run.grad_accum, _MICRO_BATCHES),
         refresh_every=min((rule.refresh_every for rule in rules), default=0),
-        merge_every=0 if merge is None else merge.merge_every,
+        merge_every=0 if merge is None else merge.merge_every / merge.fragments,
     )
 
 
