@@ -19,9 +19,10 @@ from torch import Tensor, nn
 from lowrank.data.images.set import ImageSpec, some
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
-from lowrank.infra.hub import ask_hub, located
+from lowrank.infra.hub import ask_hub
 from lowrank.infra.loaded_parameters import mark_loaded_
 from lowrank.infra.registry import register
+from lowrank.models.new_head import with_new_head
 
 
 @register("model", "vit-mini", task="images")
@@ -138,33 +139,15 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
         path: the folder with ``config.json``, or the name.
         image_size: by default the model's own; another one resizes a ViT's position embeddings.
     """
-    import transformers
-
-    folder = Path(path).expanduser()
-    if not path or (path.startswith((".", "/", "~")) and not (folder / "config.json").is_file()):
-        raise FileNotFoundError(f"model.path={path!r} is no folder with config.json; give one, or a name on the hub")
-    level = transformers.logging.get_verbosity()
-    transformers.logging.set_verbosity_error()  # it would report the new head, which is meant
-    try:
-        model, info = transformers.AutoModelForImageClassification.from_pretrained(
-            located(path),
-            num_labels=check_outputs(data),
-            ignore_mismatched_sizes=True,
-            output_loading_info=True,
-            trust_remote_code=False,
-            dtype=torch.float32,
-        )
-    finally:
-        transformers.logging.set_verbosity(level)
+    model, new = with_new_head("AutoModelForImageClassification", path, check_outputs(data), torch.float32)
     head = [name for name, _ in model.named_parameters() if name.startswith(("classifier", "score"))]
-    new = set(info["missing_keys"]) | {mismatch[0] for mismatch in info["mismatched_keys"]}
     if new - set(head):
         raise ValueError(f"the weights of {path} do not fit the model: {some(sorted(new - set(head)))}")
     _fresh_(model, head)
     _mark_all_but_head_(model, head)
     if image_size is not None and image_size != model.config.image_size:
         _resize_positions_(model, image_size)
-    return _wanting(model, _spec_of_folder(folder, _side(model.config.image_size)))
+    return _wanting(model, _spec_of_folder(Path(path).expanduser(), _side(model.config.image_size)))
 
 
 def logits_of(model: Callable[..., Any], images: Tensor) -> Tensor:
