@@ -18,6 +18,8 @@ from lowrank.evaluate.predict_masks import segment
 from lowrank.evaluate.segmentation_report import hausdorff
 from lowrank.evaluate.segmentation_task import MaskTally, mask_loss, overlaps
 from lowrank.infra.log import read_log
+from lowrank.report.runs import Result
+from lowrank.report.table import Row, judged_by
 
 SMALL = ["--model.image_size", "32", "--model.patch_size", "8", "--model.width", "16", "--model.depth", "2"]
 SMALL += ["--model.heads", "2", "--model.hidden", "8", "--batch-size", "4"]
@@ -279,3 +281,12 @@ def test_a_run_on_windows_answers_a_series_by_a_volume(folder: Path, tmp_path: P
     made = nib.load(tmp_path / "out" / "s.nii.gz")
     assert made.shape == (30, 20, 6)
     assert made.affine.round(6).tolist() == np.diag([-2.0, -2, 3, 1]).tolist()
+
+
+@pytest.mark.parametrize(("figure", "rank"), [("dice", 0.25), ("auc", 0.25), ("score", 2.0)])
+def test_runs_are_compared_by_dice_or_auc_where_they_have_it(figure: str, rank: float) -> None:
+    summary = {"val_loss": 2.0, f"val_{figure}": 0.7, f"best_val_{figure}": 0.75}
+    result = Result(folder=Path("x"), settings={"data.fold": 1, "seed": 0}, summary=summary, log=[])
+    row = Row(label="lora", lr=0.1, results=(result,))
+    assert row.rank == rank
+    assert judged_by([row]) == ("test_loss" if figure == "score" else f"test_{figure}")

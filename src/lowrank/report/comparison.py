@@ -25,6 +25,7 @@ from lowrank.report.results_table import findings, results_cells
 from lowrank.report.runs import Result, Unfinished, find_results, find_unfinished
 from lowrank.report.statistics import within
 from lowrank.report.table import (
+    HIGHER,
     Group,
     Row,
     Table,
@@ -215,10 +216,11 @@ def _of_group(group: Group, whys: Mapping[Path, str]) -> Comparison:
     names = list(dict.fromkeys(row.label for row in begun))
     recipes = ", ".join(dict.fromkeys(str(each.settings["recipe"]) for each in group.results))
     name = judged_by(every)
-    split = "test" if name.startswith("test") else "validation"
+    split, _, figure = name.partition("_")
+    split, figure = "validation" if split == "val" else split, HIGHER.get(figure, "")
     loss = loss_unit(group.results)
     if len(names) > 1:
-        words = "highest AUC" if name.endswith("auc") else "lowest loss"
+        words = f"highest {figure}" if figure else "lowest loss"
         which = ", ".join(names) if len(names) <= 8 else f"{len(names)} methods and settings"
         question = f"{recipes}: which of {which} has the {words} on the {split} split?"
     else:
@@ -227,7 +229,7 @@ def _of_group(group: Group, whys: Mapping[Path, str]) -> Comparison:
         title=group.title,
         question=question,
         answer=[verdict(every) if every else "No run has come to its end yet."],
-        metric=f"{split} AUC" if name.endswith("auc") else f"{split} loss ({loss})",
+        metric=f"{split} {figure}" if figure else f"{split} loss ({loss})",
         lower=name.endswith("loss"),
         loss=f"loss ({loss})",
         unit=next((u for u in _UNITS if any(f"{u}_per_second" in each.summary for each in group.results)), "tokens"),

@@ -30,6 +30,7 @@ Table: TypeAlias = tuple[list[str], list[list[str]]]  # header and rows
 _ALIKE = ("task", "data", "model", "batch_size", "grad_accum", "eval_batches")
 _FOLD = "data.fold"
 _SENT = {"sent/step": "bytes_sent_per_step", "between": "bytes_sent_between_per_step", "DDP's": "ddp_bytes_per_step"}
+HIGHER = {"auc": "AUC", "dice": "Dice"}  # figures of runs of which more is better, in the words of a reader
 _FIXED = ("val_loss", "val_tokens", "val_published_convention", "val_images", "test_images", "test_loss")
 
 
@@ -57,10 +58,12 @@ class Row:
 
     @property
     def rank(self) -> float:
-        """Lower is better: the mean validation loss, or 1 − AUC where runs have one; infinite where they have none."""
-        loss, auc = self.mean("val_loss"), self.mean("best_val_auc")
-        if auc is not None:
-            return 1.0 - auc
+        """Lower is better: the mean validation loss, or 1 − AUC (Dice) where runs have one; infinite where they have
+        none."""
+        for figure in HIGHER:
+            if (value := self.mean(f"best_val_{figure}")) is not None:
+                return 1.0 - value
+        loss = self.mean("val_loss")
         return math.inf if loss is None else loss
 
 
@@ -210,9 +213,11 @@ def verdict(every: Sequence[Row]) -> str:
 
 
 def judged_by(every: Sequence[Row]) -> str:
-    """The figure by which methods are compared: the AUC where all have one, else the loss; of folds the test's."""
+    """The figure by which methods are compared: the AUC, or Dice, where all have one, else the loss; of folds the
+    test's."""
     split = "test" if any(each.settings.get(_FOLD) for row in every for each in row.results) else "val"
-    return f"{split}_auc" if every and all(row.values("val_auc") for row in every) else f"{split}_loss"
+    having = (figure for figure in HIGHER if every and all(row.values(f"val_{figure}") for row in every))
+    return f"{split}_{next(having, 'loss')}"
 
 
 def repeat(result: Result) -> tuple[int, int]:
