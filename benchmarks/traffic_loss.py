@@ -41,6 +41,7 @@ OUTER = {**ALL, **TINY, "method.rest_every": 20, "method.outer_lr": 0.7, "method
 EXCHANGES: dict[str, dict[str, object]] = {
     **{each: {**OUTER, "method.exchange": each} for each in ("float32", "int8", "2bit", "topk3", "topk1")},
     "2bit, 4 fragments": {**OUTER, "method.exchange": "2bit", "method.fragments": 4},
+    "float32, 4 fragments": {**OUTER, "method.fragments": 4},
 }
 TABLES = {"traffic-loss": VARIANTS, "exchange": EXCHANGES}
 

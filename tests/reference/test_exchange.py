@@ -23,6 +23,8 @@ from lowrank.adapters.compression import FEEDBACK, Compression, decode, encode, 
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.rules import SGD
 from lowrank.plan.synchronisation import consolidated_model
+from lowrank.train.checkpointing import _split_tensors as split_tensors
+from lowrank.train.checkpointing import consolidated_model_state
 
 WORKERS, HEADS, EVERY, REST_EVERY, STEPS, LR = 2, 4, 3, 2, 9, 0.05
 WIDE, OUT, BATCH, OUTER = 6, 5, 8, (0.7, 0.5)
@@ -202,3 +204,43 @@ def test_a_head_that_begins_anew_at_an_evaluation_is_known_to_all(poisoned: str)
     for mine, other in zip(*ours, strict=True):
         assert torch.equal(mine[0], other[0])
     assert torch.equal(ours[0][0][1], ours[1][0][1])
+
+
+@pytest.mark.parametrize("workers", [1, 2, 4])
+def test_any_number_of_workers_goes_on_with_what_was_left_out(workers: int) -> None:
+    """Saved by two between two merges, and taken up: the whole model is the same, before and after the next merge, as
+    what was left out is in the heads."""
+    model = start()
+    copies = [copy.deepcopy(model) for _ in range(WORKERS)]
+    x = data(99)[0]
+
+    def saved(ranks: Any) -> tuple[dict[str, Tensor], Tensor]:
+        plan = lowrank.apply_(copies[ranks.rank], frozen(), seed=3, ranks=ranks)
+        opt = plan.optimizer(lr=LR)
+        trained(plan, opt, ranks, range(7))
+        with consolidated_model(plan, opt), torch.no_grad():
+            return {n: t.clone() for n, t in consolidated_model_state(plan).items()}, plan.model.eval()(x)
+
+    state, before = together(WORKERS, saved)[0]
+    fresh = [copy.deepcopy(model) for _ in range(workers)]
+
+    def resumed(ranks: Any) -> list[Tensor]:
+        several = ranks if ranks.count > 1 else None
+        plan = lowrank.apply_(fresh[ranks.rank], frozen(), seed=3, ranks=several)
+        opt, heads = plan.optimizer(lr=LR), split_tensors(plan.model)
+        own = {n: heads[n][0].own_heads(t, heads[n][1]) if n in heads else t for n, t in state.items()}
+        plan.model.load_state_dict(own)
+        found = []
+        for _ in range(2):
+            with consolidated_model(plan, opt), torch.no_grad():
+                found.append(plan.model.eval()(x))
+            lowrank.merge_(plan, opt)
+        return found
+
+    for outputs in together(workers, resumed):
+        for output in outputs:
+            torch.testing.assert_close(output, before, rtol=1e-10, atol=1e-12)
+
+
+def frozen() -> Method:
+    return lowrank.methods.lte("all-linear", rank=2, heads=HEADS, merge_every=EVERY, exchange="topk3", rest="freeze")
