@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shutil
 from pathlib import Path
 from typing import Any
 
@@ -429,10 +430,12 @@ def test_ranks_with_data_of_their_own(found: list[dict[str, Any]], folder: Path)
     assert_same_checkpoint(folder / "own", folder / "own-stopped")
 
 
-def test_one_process_goes_on_from_the_checkpoint_of_two(found: list[dict[str, Any]], folder: Path) -> None:
-    run = Run.read(folder / "run" / "run.json")
-    longer = Run.from_json({**run.to_json(), "steps": 12})
-    summary = train(longer, folder / "run", resume=True, quiet=True)
+def test_one_process_goes_on_from_the_checkpoint_of_two(
+    found: list[dict[str, Any]], folder: Path, tmp_path: Path
+) -> None:
+    run = shutil.copytree(folder / "run", tmp_path / "run")  # which others compare with
+    longer = Run.from_json({**Run.read(run / "run.json").to_json(), "steps": 12})
+    summary = train(longer, run, resume=True, quiet=True)
     assert summary["steps"] == 12
     assert summary["parameters_trained"] > found[0]["runs"]["run"]["parameters_trained"]  # all heads are here now
 
