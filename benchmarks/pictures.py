@@ -1,4 +1,5 @@
-"""The README's two pictures: python -m benchmarks.pictures writes docs/pictures/loss.png and memory.png.
+"""The README's two pictures: python -m benchmarks.pictures writes docs/pictures/loss.png and memory.png, and both again
+as loss-dark.png and memory-dark.png for readers whose pages are dark.
 
 loss      validation loss against steps of the newest arena-llama in results/, mean and range of its seeds, with the
           sentence of its paired tests
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank.infra.extras import import_extra
+from lowrank.plan.sheet import Sheet
 from lowrank.recipes import find
 from lowrank.report.memory import draw
 from lowrank.report.results import FILE, Results, read_results
@@ -24,6 +26,7 @@ ROOT = Path(__file__).resolve().parents[1]
 PICTURES = ROOT / "docs" / "pictures"
 SHOWN = ("full", "muon", "galore", "apollo", "lora", "lte")
 METHODS = ("full", "full_8bit", "lora", "galore", "galore_8bit", "apollo_mini")
+GROUND = "#0d1117"  # of a dark page, as GitHub has it
 
 
 def newest(experiment: str) -> Results:
@@ -49,16 +52,21 @@ def loss(results: Results, path: Path) -> None:
     plt.close(figure)
 
 
-def memory(path: Path) -> None:
+def memory() -> dict[str, Sheet]:
     runs = {name: {"method": name, "batch_size": 4, "grad_accum": 1, "per_layer": True} for name in METHODS}
     base = override(find("llama-1b"), {"max_grad_norm": None, "precision": "bf16-weights"})
-    draw({name: estimate(resolve(override(base, changes))) for name, changes in runs.items()}, path)
+    return {name: estimate(resolve(override(base, changes))) for name, changes in runs.items()}
 
 
 def main() -> None:
     PICTURES.mkdir(exist_ok=True)
-    loss(newest("arena-llama"), PICTURES / "loss.png")
-    memory(PICTURES / "memory.png")
+    results, sheets = newest("arena-llama"), memory()
+    dark = {"figure.facecolor": GROUND, "axes.facecolor": GROUND, "savefig.facecolor": GROUND}
+    style = import_extra("matplotlib.style", "report")
+    for suffix, look in (("", "default"), ("-dark", ["dark_background", dark])):
+        with style.context(look):
+            loss(results, PICTURES / f"loss{suffix}.png")
+            draw(sheets, PICTURES / f"memory{suffix}.png")
     print(*PICTURES.iterdir(), sep="\n")
 
 

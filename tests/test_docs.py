@@ -1,4 +1,7 @@
-"""The pages hold: links lead somewhere, commands are commands, scripts run, figures and messages are the code's."""
+"""The pages hold: links lead somewhere, commands are commands, figures and messages are the code's.
+
+That all of them run, tests/runs/test_pages.py shows.
+"""
 
 from __future__ import annotations
 
@@ -12,6 +15,8 @@ from pathlib import Path
 
 import pytest
 from benchmarks import composition
+from tests.pages import BLOCK, ROOT, SHELL, blocks
+from tests.pages import commands as shell
 
 from lowrank.cli import app
 from lowrank.cli.arguments import parse
@@ -22,12 +27,10 @@ from lowrank.report.compare import parse_variant
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 
-ROOT = Path(__file__).resolve().parents[1]
 PAGES = [
     *sorted((ROOT / "docs").glob("*.md")),
     *(ROOT / f"{name}.md" for name in ("README", "ARCHITECTURE", "CONTRIBUTING")),
 ]
-BLOCK = re.compile(r"^```(\w*)\n(.*?)^```$", re.M | re.S)
 NAMES = [page.relative_to(ROOT).as_posix() for page in PAGES]
 
 
@@ -44,7 +47,8 @@ def anchors(page: Path) -> set[str]:
 @pytest.mark.parametrize("name", NAMES)
 def test_every_link_leads_somewhere(name: str) -> None:
     page = ROOT / name
-    for target in re.findall(r"\]\(([^)\s]+)\)", re.sub(r"`[^`]*`", "", prose(page))):
+    text = re.sub(r"`[^`]*`", "", prose(page))
+    for target in [*re.findall(r"\]\(([^)\s]+)\)", text), *re.findall(r'\bsrc(?:set)?="([^"]+)"', text)]:
         if target.startswith(("http://", "https://", "mailto:")):
             assert re.fullmatch(r"https://[\w.-]+/\S*", target), f"{name}: {target}"
             continue
@@ -63,15 +67,15 @@ def test_the_site_has_every_page() -> None:
 
 
 def commands() -> Iterator[tuple[str, str]]:
-    """Every line of the pages' blocks that calls the command, with its page."""
+    """Every call of the command with its page: in blocks, and in the text those that are more than a name."""
     for name in NAMES:
-        for kind, block in BLOCK.findall((ROOT / name).read_text(encoding="utf-8")):
-            if kind not in ("", "bash", "sh", "console"):
-                continue
-            for line in block.replace("\\\n", " ").splitlines():
-                found = re.match(r"^(?:\$ |[A-Z_]+=\S+ )*(?:torchrun .* -m )?lowrank (.*)$", line.strip())
-                if found and "…" not in line:
-                    yield name, found[1]
+        for line in [line for kind, block in blocks(ROOT / name) if kind in SHELL for line, _ in shell(block)]:
+            assert "…" not in line, f"{name}: {line}: no command that can be run"
+            if found := re.match(r"(?:torchrun .* -m )?lowrank (.*)$", line):
+                yield name, found[1]
+        for inline in re.findall(r"`lowrank ([a-z]+ [^`…]+)`", prose(ROOT / name)):
+            if not re.search(r"\b[A-Z]+\b|your arguments", inline):
+                yield name, inline.replace("\n", " ")
 
 
 COMMANDS = sorted(set(commands()))
@@ -111,13 +115,6 @@ def test_a_command_is_one(name: str, words: str) -> None:
             parse_variant(method, catalogue())
     elif name == "compare":
         assert find_experiment(recipe) is not None
-
-
-@pytest.mark.parametrize("name", ["docs/start.md", "docs/coming-from.md", "docs/api.md"])
-def test_a_script_runs(name: str, capsys: pytest.CaptureFixture[str]) -> None:
-    for kind, block in BLOCK.findall((ROOT / name).read_text(encoding="utf-8")):
-        if kind == "python":
-            exec(compile(block, name, "exec"), {})
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -73,6 +73,7 @@ OPTIONS = [
     option("--model gpt3", "'gpt3'", "did you mean 'gpt2'"),
     option("--model nix.py:f", "nix.py"),
     option("--model.n_layer 0", "--model.n_layer 0"),
+    row("plan llama-1b --model.n_layer 4", "--model.n_layer is given by --model.size 1b", "say --model.size none"),
     option("--model.n_layer nan", "--model.n_layer nan"),
     option("--model.n_embd 7", "multiple of model.n_head"),
     option("--model.dropout 2", "dropout", "2.0"),

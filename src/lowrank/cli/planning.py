@@ -127,10 +127,8 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
 
     variants = [parse_variant(name, offer) for name in names]
     base = find(parsed.positions[0])
-    found = {}
-    for name, variant in zip(names, variants, strict=True):
-        (one,) = planned(base, [variant], changes=_per_layer_allowed(changes), offer=offer)
-        found[name] = largest_batches(validated(one.run), works=True)
+    runs = planned(base, variants, changes=_per_layer_allowed(changes), offer=offer)
+    found = {name: largest_batches(validated(one.run), works=True) for name, one in zip(names, runs, strict=True)}
     machine = here(override(base, parsed.only(("device",))))
     speed = Speed.read(machine)
     seconds = {name: pace_of(sheet, speed) for name, (sheet, _) in found.items()}

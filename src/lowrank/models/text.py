@@ -95,7 +95,7 @@ LLAMA_SHAPES = {
 LlamaSize = Literal["9m", "20m", "35m", "40m", "60m", "71m", "100m", "130m", "250m", "350m", "1b", "3b", "7b"]
 
 
-@register("model", task="text")
+@register("model", task="text", given_by={"size": ("hidden", "feed_forward", "n_head", "n_layer")})
 def llama(
     data: Corpus,
     *,

@@ -1,14 +1,18 @@
 """LLaMA on C4, as the GaLore family reports it, and a small one for any text.
 
 The five sizes follow GaLore's scripts (arXiv 2403.03507): bfloat16 weights, sequences of 256 tokens, one document each,
-T5's tokenizer, 512 sequences a step, warm-up of a tenth, cosine to a tenth, no decay, no clipping (7B: 1.0). Other
-shapes: ``--model.size 35m``. Where the papers chose the learning rate from a grid and printed no choice (full, LoRA,
-ReLoRA), ours is named in the recipe and yours to tune. Published perplexities carry a known flaw; compare them with
-``published_convention`` in the log, and judge by ``val_loss``.
+T5's tokenizer, 512 sequences a step, warm-up of a tenth, cosine to a tenth, no decay, no clipping (7B's script asks for
+1.0, which has no effect on steps layer by layer). Other shapes: ``--model.size 35m``. Where the papers chose the
+learning rate from a grid and printed no choice (full, LoRA, ReLoRA), ours is named in the recipe and yours to tune.
+Published perplexities carry a known flaw; compare them with ``published_convention`` in the log, and judge by
+``val_loss``.
 """
 
 from __future__ import annotations
 
+from dataclasses import replace
+
+from lowrank.run.overrides import override
 from lowrank.run.run import Call, Run, Settings
 
 _LORA: Settings = {"lr": 3e-3, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32}
@@ -105,12 +109,13 @@ def llama_1b() -> Run:
 def llama_7b() -> Run:
     """LLaMA 7B on C4, 150,000 steps, 8-bit GaLore with per-layer updates.
 
-    Command:  lowrank train llama-7b --method galore_8bit --per-layer --device cuda
+    Command:  lowrank train llama-7b --device cuda
     Time:     months on one GPU; the point is the memory, which lowrank plan llama-7b predicts: accumulation over
-              micro-batches keeps whole gradients in a refresh, and a step of one micro-batch (--grad-accum 1) does not
+              micro-batches keeps whole gradients in a refresh, and a step of one micro-batch (--grad-accum 1) does not.
+              Other methods step all layers at once, unless --per-layer asks for it
     Expected: published perplexity 14.65 for 8-bit GaLore, 14.61 for 8-bit Adam
     """
-    return _c4(
+    base = _c4(
         "7b",
         steps=150_000,
         micro_batch=1,
@@ -121,6 +126,8 @@ def llama_7b() -> Run:
         lr=5e-3,
         refresh=500,
     )
+    layers: dict[str, Settings] = {"*": {"lr": 1e-3, "per_layer": False}, "galore_8bit": {"per_layer": True}}
+    return override(replace(base, per_method={**base.per_method, **layers}), {"method": "galore_8bit"})
 
 
 def _c4(

@@ -96,7 +96,7 @@ def bars(sheets: Mapping[str, Sheet], *, size: tuple[float, float] | None = None
     top = most / scale * 1.08
     for card in CARDS:
         if card << 30 <= top * scale:
-            axes.axhline((card << 30) / scale, color="#444444", linewidth=0.8, linestyle="--")
+            axes.axhline((card << 30) / scale, color="#888888", linewidth=0.8, linestyle="--")
             axes.annotate(
                 f"{card} GB", (1.005, (card << 30) / scale), xycoords=("axes fraction", "data"), fontsize=9, va="center"
             )

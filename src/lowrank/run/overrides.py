@@ -120,7 +120,7 @@ def override(run: Run, changes: Mapping[str, object], offer: Catalogue | None = 
 
     Raises:
         ValueError: an unknown option or name, or a value that does not fit; the message names the option, what is
-            allowed and the nearest name.
+            allowed and the nearest name; or one that another has given, such as a layer's width by the model's size.
     """
     offer = offer or catalogue()
     changes = {name.replace("-", "_"): value for name, value in changes.items()}
@@ -133,6 +133,11 @@ def override(run: Run, changes: Mapping[str, object], offer: Catalogue | None = 
             run = _choose(run, kind, str(changes.pop(kind)), offer)
     for name, value in changes.items():
         run = _set(run, name, value, offer)
+    for whole, parts in offer.facts("model", run.model.name).get("given_by", {}).items():
+        part = next((each for each in parts if f"model.{each}" in changes), None)
+        if part and (value := run.model.args.get(whole)) is not None:
+            named = f"--model.{whole} {value}"
+            raise ValueError(f"--model.{part} is given by {named}: leave it out, or say --model.{whole} none")
     return run
 
 
