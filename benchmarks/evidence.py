@@ -127,7 +127,15 @@ CLAIMS = (
         says="Several small heads match full training of a GPT (Table 1)",
         experiment="heads-ranks-merge",
         judge=lambda r: as_good_as(r, named(r, "lte"), "full"),
-        note="The ancestor's runs ended above 6 nats a token after 2 M tokens, one seed, one rate for all.",
+        note=(
+            "The ancestor's runs ended above 6 nats a token after 2 M tokens, one seed, one rate for all. After 500 "
+            "steps, tuned for 500, all lay within 0.05 of full training, frozen matrices too: so short a run cannot ask."
+        ),
+    ),
+    Claim(
+        says="Several heads are better than one LoRA that trains as many numbers",
+        experiment="heads-ranks-merge",
+        judge=lambda r: better(r, "multihead 4x4", ["lora r16"]),
     ),
     Claim(
         says="A shorter merge interval is better (Table 1)",
