@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from lowrank.adapters import AdaptedLinear, LoRA, Site
-from lowrank.linalg.kernels import int8, layer, newton_schulz, projected
+from lowrank.linalg.kernels import int8, layer, projected, symmetric_product
 from lowrank.optim import AdamW, Muon, Optimizer, Projected
 
 CALLS: Counter[str] = Counter()
@@ -133,7 +133,7 @@ def of_rounding() -> tuple[float, float]:
 if __name__ == "__main__":
     counted(projected, "projected_adam_", tile=(16, 16, 16))
     counted(layer, "linear", tile=(16, 16, 16))
-    counted(newton_schulz, "symmetric", tile=(16, 16))
+    counted(symmetric_product, "symmetric", tile=(16, 16))
     counted(int8, "adamw_int8_")
     of_a_projected_step()
     of_a_layer()
