@@ -17,16 +17,21 @@ from lowrank.run.run import Call, Run, Settings
 
 _LORA: Settings = {"lr": 3e-3, "method.target_modules": "all-linear", "method.rank": 32, "method.alpha": 32}
 
-# Learning rates of llama-mini from the grid in docs/log.md.
+_RATIOS = {"embedding_lr": 10.0, "head_lr": 10.0}
+_FULL: Settings = {"lr": 3e-3, "warmup": 0.2, **{f"method.{name}": ratio for name, ratio in _RATIOS.items()}}
+
+# Learning rates of llama-mini from the grid in docs/log.md, or arena-llama's where they were better here too.
 _MINI: dict[str, Settings] = {
-    "*": {"lr": 1e-3},
+    "*": {"lr": 1e-3, "warmup": 0.1},
+    "full": _FULL,
+    "full_8bit": _FULL,
     "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
     "muon": {"lr": 2e-2},
-    "galore_muon": {"lr": 1e-2},
+    "galore_muon": {"lr": 3e-2},
     "ldadam": {"lr": 1e-2},
     "scale": {"lr": 1e-2},
     "soap": {"lr": 3e-3},
-    "dion": {"lr": 1e-2, "method.rank": 32},
+    "dion": {"lr": 3e-2, "method.rank": 32},
     "adafactor": {"lr": 1e-2},
     "lora_rite": {"lr": 1e-2, "method.rank": 32},
     "lora_muon": {"lr": 2e-2, "method.rank": 32},
@@ -53,10 +58,10 @@ def llama_mini() -> Run:
         task="text",
         model=Call(name="llama", args={"hidden": 128, "feed_forward": 352, "n_head": 4, "n_layer": 4}),
         data=Call(name="text", args={"source": "builtin", "tokenizer": "bytes", "context": 128}),
-        method=Call(name="full"),
+        method=Call(name="full", args=_RATIOS),
         steps=300,
-        lr=1e-3,
-        warmup=0.1,
+        lr=3e-3,
+        warmup=0.2,
         weight_decay=0.0,
         max_grad_norm=None,
         batch_size=16,
