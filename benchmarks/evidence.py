@@ -129,7 +129,7 @@ CLAIMS = (
         judge=lambda r: as_good_as(r, named(r, "lte"), "full"),
         note=(
             "The ancestor's runs ended above 6 nats a token after 2 M tokens, one seed, one rate for all. After 500 "
-            "steps, tuned for 500, all lay within 0.05 of full training, frozen matrices too: so short a run cannot ask."
+            "steps, tuned for 500, all lay within 0.05 of full training, frozen matrices too: that is too short to ask."
         ),
     ),
     Claim(
