@@ -60,6 +60,12 @@ LEAST: Mapping[str, Mapping[str, str]] = {
     "vit-mini": {**_VIT, "model.patch_size": "14"},
     "vit": _VIT,
     "vit-3d": _VIT,
+    "vit-segment": {
+        "model.name": "vit_tiny_patch16_224",
+        "model.image_size": "32",
+        "model.hidden": "16",
+        "model.depths": "1",
+    },
     "vit-mini-segment": {**_VIT, "model.patch_size": "24", "model.hidden": "16", "model.depths": "1"},
 }
 SHORT = {"eval": {"batches": "1"}, "generate": {"tokens": "3"}, "chat": {"tokens": "3"}}
@@ -123,6 +129,20 @@ def scans(folder: Path) -> None:
         scan(folder / place / "b.nii.gz")
 
 
+def masked(table: Path) -> None:
+    """A table of images with masks of two classes, two of each split."""
+    import numpy as np
+    from PIL import Image
+
+    rows = ["image,mask,patient,split"]
+    for i, split in enumerate(("train", "train", "val", "val", "test", "test")):
+        labels = np.kron(np.eye(4, dtype=np.uint8) + i % 2 * np.eye(4, dtype=np.uint8)[::-1], np.ones((8, 8))) > 0
+        for kind, values in (("image", labels * 200), ("mask", labels * 1)):
+            Image.fromarray(values.astype(np.uint8)).save(table.parent / f"{kind}-{i}.png")
+        rows.append(f"image-{i}.png,mask-{i}.png,patient-{i},{split}")
+    table.write_text("\n".join(rows))
+
+
 def new(folder: Path) -> None:
     class_folders(folder, per_class=1)
     for picture in folder.glob("*/*.png"):
@@ -179,6 +199,7 @@ BROUGHT: Mapping[str, Callable[[Path], Any]] = {
     "image.png": lambda file: class_folders(file.parent, per_class=1).joinpath("ill/patient00_0.png").rename(file),
     "new": new,
     "scans": scans,
+    "scans.csv": masked,
     "scan.nii.gz": scan,
     "slice.nii.gz": scan,
     "photos": lambda folder: class_folders(folder, per_class=1),
