@@ -37,14 +37,14 @@ class Collected:
         Raises:
             FloatingPointError: the model gave NaN (to ``of``, such as "images").
         """
-        answers = torch.cat(self._answers).numpy()
+        answers = torch.cat(self._answers)
         check_finite(answers, of)
-        return answers
+        return answers.numpy()
 
 
-def check_finite(answers: np.ndarray, of: str) -> None:
+def check_finite(answers: Tensor, of: str) -> None:
     """Raise FloatingPointError where a model's answers (n, …) are not numbers."""
-    wrong = int((~np.isfinite(answers.reshape(len(answers), -1)).all(axis=1)).sum())
+    wrong = int((~torch.isfinite(answers).flatten(1).all(dim=1)).sum())
     if wrong:
         raise FloatingPointError(
             f"the model's answers to {wrong} of {len(answers)} {of} are not finite: a weight of it, or a product of "

@@ -121,8 +121,9 @@ def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: I
     """Predictions for (name, (h, w), (h, w, 3) or (d, h, w) uint8), all of one shape."""
     several = data.kind == "multi-label"
     x = to_model(np.stack([array for _, array in images]), data.spec).to(next(model.parameters()).device)
-    scores = probabilities(logits_of(model, x), several=several).cpu().numpy()
-    check_finite(scores, "images")
+    told = probabilities(logits_of(model, x), several=several).cpu()
+    check_finite(told, "images")
+    scores = told.numpy()
     answers = predicted(scores, data.kind)
     made = []
     for (name, _), row, answer in zip(images, scores, answers, strict=True):

@@ -18,7 +18,6 @@ from pathlib import Path
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.data.cache import published
@@ -28,6 +27,7 @@ from lowrank.data.images.masks import MaskData
 from lowrank.data.images.medical import DICOM, is_nifti, is_series, is_volume, series_files, write_labels
 from lowrank.data.images.set import some
 from lowrank.evaluate.collected_answers import check_finite
+from lowrank.evaluate.segmentation_task import resized
 from lowrank.infra.extras import import_extra
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Asked
@@ -113,7 +113,7 @@ def segment(model: nn.Module, planes: np.ndarray, data: MaskData, batch_size: in
         some_planes = planes[first : first + batch_size]
         x = to_model(np.stack([fitted(plane, data.reading) for plane in some_planes]), data.spec).to(device)
         logits = logits_of(model, x)
-        check_finite(logits.cpu().numpy(), "images")
+        check_finite(logits, "images")
         found.append(_of_own_size(logits, planes.shape[1], planes.shape[2], data.reading))
     return np.concatenate(found)
 
@@ -126,12 +126,12 @@ def _in_windows(model: nn.Module, plane: np.ndarray, data: MaskData, batch_size:
     def answer(windows: Tensor) -> Tensor:
         images = windows[:, 0] if data.reading.grey else windows.permute(0, 2, 3, 1)
         logits = logits_of(model, to_model(images.round().byte().numpy(), data.spec).to(device))
-        return _resized(logits, size, size).cpu()
+        return resized(logits, size, size).cpu()
 
     image = torch.from_numpy(np.array(plane, dtype=np.float32))
     image = image[None, None] if data.reading.grey else image.permute(2, 0, 1)[None]
     logits = slide(image, (size, size), batch_size, answer, overlap=0.5, mode="gaussian")
-    check_finite(logits.numpy(), "images")
+    check_finite(logits, "images")
     return np.asarray(logits.argmax(dim=1)[0].byte().numpy())
 
 
@@ -142,19 +142,13 @@ def _of_own_size(logits: Tensor, h: int, w: int, reading: Reading) -> np.ndarray
     best = torch.full((len(logits), high, wide), -math.inf, device=logits.device)
     labels = torch.zeros(best.shape, dtype=torch.uint8, device=logits.device)
     for i in range(logits.shape[1]):
-        square = _resized(logits[:, i : i + 1], reading.size, reading.size)
-        own = _resized(square[:, :, shown[0], shown[1]], high, wide)[:, 0]
+        square = resized(logits[:, i : i + 1], reading.size, reading.size)
+        own = resized(square[:, :, shown[0], shown[1]], high, wide)[:, 0]
         labels[own > best] = i
         best = torch.maximum(best, own)
     whole = np.zeros((len(logits), h, w), dtype=np.uint8)
     whole[:, seen[0], seen[1]] = labels.cpu().numpy()
     return whole
-
-
-def _resized(x: Tensor, h: int, w: int) -> Tensor:
-    if x.shape[-2:] == (h, w):
-        return x
-    return F.interpolate(x, size=(h, w), mode="bilinear", align_corners=False)
 
 
 def _write(path: Path, labels: np.ndarray, of: Path, planes: Planes) -> None:

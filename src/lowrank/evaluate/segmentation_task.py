@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.data.images.masks import TISSUES, MaskData
+from lowrank.evaluate.collected_answers import check_finite
 from lowrank.infra.extras import import_extra
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
@@ -83,11 +84,7 @@ class MaskTally:
 
     def add(self, model: nn.Module, batch: Batch) -> None:
         logits, masks = _logits(model, batch), batch["labels"]
-        if not bool(torch.isfinite(logits).all()):
-            raise FloatingPointError(
-                "the model's answers are not finite: a weight of it, or a product of them, is NaN or infinite; use an "
-                "earlier checkpoint, or --precision fp32"
-            )
+        check_finite(logits, "images")
         self.total += float(mask_loss(logits, masks))
         answers = logits.argmax(dim=1)
         self.figures.append(overlaps(answers, masks, logits.shape[1]).cpu())
@@ -151,7 +148,11 @@ def overlaps(answers: Tensor, masks: Tensor, classes: int) -> Tensor:
 
 def _logits(model: nn.Module, batch: Batch) -> Tensor:
     """Logits of the masks' size."""
-    logits, shape = logits_of(model, batch["images"]), batch["labels"].shape[-2:]
-    if logits.shape[-2:] == shape:
+    return resized(logits_of(model, batch["images"]), *batch["labels"].shape[-2:])
+
+
+def resized(logits: Tensor, h: int, w: int) -> Tensor:
+    """(batch, classes, …) → (batch, classes, h, w), as they are where they have that size."""
+    if logits.shape[-2:] == (h, w):
         return logits
-    return F.interpolate(logits, size=shape, mode="bilinear", align_corners=False)
+    return F.interpolate(logits, size=(h, w), mode="bilinear", align_corners=False)

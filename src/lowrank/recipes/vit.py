@@ -7,6 +7,8 @@ token, positions, norms, patch embedding); fine-tuning freezes what was loaded a
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 from lowrank.run.run import Call, Run, Settings
 
 # From scratch adapters go on all linear layers: on q and v alone they would leave those frozen as they were drawn.
@@ -111,19 +113,12 @@ def vit_3d() -> Run:
     Time:     2 minutes on 2 cores for 10 epochs of 960 volumes of 28 voxels a side; by slices five times that
     Expected: balls, rods and plates in noise are told apart (test accuracy 0.97); MedMNIST's own sets were not at hand
     """
-    return Run(
+    return replace(
+        vit_mini(),
         recipe="vit-3d",
-        task="images",
         model=Call(name="vit-3d"),
         data=Call(name="images", args={"source": "organmnist3d"}),
         method=Call(name="lora", args={"rank": 8}),
-        epochs=10,
-        lr=1e-3,
-        weight_decay=0.05,
-        batch_size=32,
-        eval_every=None,
-        checkpoint_every=500,
-        per_method=_MINI,
     )
 
 
@@ -160,17 +155,13 @@ def vit_segment() -> Run:
     Time:     half a minute on 2 shared cores, the report included
     Expected: mean test Dice 0.60 (grey matter 0.71, white matter 0.50) after 3 epochs of LoRA
     """
-    return Run(
+    return replace(
+        vit_mini(),
         recipe="vit-segment",
         task="segmentation",
         model=Call(name="vit-mini-segment"),
         data=Call(name="masks", args={"source": "mni152"}),
-        method=Call(name="full"),
         epochs=30,
-        lr=1e-3,
-        weight_decay=0.05,
         batch_size=3,
-        eval_every=None,
-        checkpoint_every=500,
         per_method={**_MINI, **{name: {**_MINI[name], "method.heads": 3} for name in ("lte", "lte_galore")}},
     )

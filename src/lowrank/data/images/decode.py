@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import threading
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -124,11 +124,8 @@ def read_image(path: Path, reading: Reading) -> np.ndarray:
         with _budget.held(PIXELS_IN_FLIGHT):
             return _boxed(read_volume(path), reading, reading.depth)
     if is_medical(path):
-        from PIL import Image
-
         with _budget.held(PIXELS_IN_FLIGHT // 8):
-            image = Image.fromarray(_eight_bits(read_plane(path), reading.window))
-            return np.asarray(_fitted(image.convert("L" if reading.grey else "RGB"), reading.size, reading.fit))
+            return fitted(_eight_bits(read_plane(path), reading.window), reading)
     with _opened(path) as header:
         pixels = header.width * header.height
     with _budget.held(pixels):
@@ -252,15 +249,14 @@ def _boxed(raw: Raw, reading: Reading, depth: int) -> np.ndarray:
     x = F.interpolate(x, (h, w), mode="bilinear", antialias=True).transpose(1, 2)
     x = F.interpolate(x, (d, w), mode="bilinear", antialias=True).transpose(1, 2)[0].clamp(0, 255)
     found, made = np.rint(x.numpy()).astype(np.uint8), np.zeros(box, dtype=np.uint8)
-    spare = box - (d, h, w)
-    into = tuple(
-        slice(max(0, n // 2), max(0, n // 2) + min(b, m)) for n, b, m in zip(spare, box, (d, h, w), strict=True)
-    )
-    out_of = tuple(
-        slice(max(0, -n // 2), max(0, -n // 2) + min(b, m)) for n, b, m in zip(spare, box, (d, h, w), strict=True)
-    )
-    made[into] = found[out_of]
+    made[_middles(made.shape, found.shape)] = found[_middles(found.shape, made.shape)]
     return made
+
+
+def _middles(outer: Sequence[int], inner: Sequence[int]) -> tuple[slice, ...]:
+    """Where ``inner`` lies in the middle of ``outer``, side by side; all of a side that is the shorter."""
+    starts = [max(0, (n - m) // 2) for n, m in zip(outer, inner, strict=True)]
+    return tuple(slice(at, at + min(n, m)) for at, n, m in zip(starts, outer, inner, strict=True))
 
 
 def windowed(x: np.ndarray, window: str) -> np.ndarray:

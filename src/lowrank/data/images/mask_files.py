@@ -139,16 +139,15 @@ def read_pairs(source: Path, pairs: Sequence[Pair], classes: tuple[str, ...], re
     """
     try:
         grey = all(is_volume(pair.image) or is_grey(pair.image) for pair in pairs)
-        reading = replace(reading, grey=grey)
-        counts = [_count(pair.image, reading) for pair in pairs]
     except Damaged as error:
         raise ValueError(f"an image of {source} cannot be read: {error}") from error
+    reading = replace(reading, grey=grey)
     files = [f for p in pairs for f in (*(series_files(p.image) if p.image.is_dir() else [p.image]), p.mask)]
     stamps = [(str(f.resolve()), f.stat().st_size, f.stat().st_mtime_ns) for f in files]
-    key = [4, reading.size, grey, reading.window, reading.fit, list(classes), stamps]
-    place = stored("masks", key, lambda folder: _read_all(folder, pairs, counts, classes, reading))
+    key = [5, reading.size, grey, reading.window, reading.fit, list(classes), stamps]
+    place = stored("masks", key, lambda folder: _read_all(source, folder, pairs, classes, reading))
     facts = read_json(place / "facts.json")
-    spacings = facts["spacing"]
+    spacings, counts = facts["spacing"], facts["rows"]
     of = tuple(i for i, count in enumerate(counts) for _ in range(count))
     return Stored(
         place=place,
@@ -183,9 +182,11 @@ def _squares(planes: Planes, masks: np.ndarray, reading: Reading) -> Iterator[tu
             yield window(whole, corner, reading.size), window(mask, corner, reading.size)
 
 
-def _read_all(
-    folder: Path, pairs: Sequence[Pair], counts: Sequence[int], classes: tuple[str, ...], reading: Reading
-) -> None:
+def _read_all(source: Path, folder: Path, pairs: Sequence[Pair], classes: tuple[str, ...], reading: Reading) -> None:
+    try:
+        counts = [_count(pair.image, reading) for pair in pairs]
+    except Damaged as error:
+        raise ValueError(f"an image of {source} cannot be read: {error}") from error
     shape, colour = (sum(counts), reading.size, reading.size), () if reading.grey else (3,)
     pictures = np.lib.format.open_memmap(folder / "images.npy", "w+", np.uint8, (*shape, *colour))
     drawn = np.lib.format.open_memmap(folder / "masks.npy", "w+", np.uint8, shape)
@@ -203,7 +204,7 @@ def _read_all(
         spacings.append(None if planes.spacing is None else _stored_spacing(planes, reading))
     pictures.flush()
     drawn.flush()
-    write_json(folder / "facts.json", {"highest": highest, "spacing": spacings})
+    write_json(folder / "facts.json", {"rows": counts, "highest": highest, "spacing": spacings})
 
 
 def _stored_spacing(planes: Planes, reading: Reading) -> list[float]:

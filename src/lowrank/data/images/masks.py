@@ -11,7 +11,7 @@ import hashlib
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 import torch
@@ -76,6 +76,8 @@ def _batch(split: Split, rows: np.ndarray, spec: ImageSpec, size: int | None) ->
 class MaskData(ImageData):
     """Images with masks, and the way in which they are read."""
 
+    batches: ClassVar = MaskBatches
+
     def to_json(self) -> dict[str, Any]:
         return {**super().to_json(), "masks": True}
 
@@ -93,14 +95,6 @@ class MaskData(ImageData):
                 "give --data.classes in the run's order"
             )
         return replace(self, spec=run.spec)
-
-    def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> MaskBatches:
-        if batch_size < ranks:
-            raise ValueError(
-                f"a batch of {batch_size} does not go round {ranks} ranks: give batch_size={ranks} or more"
-            )
-        split, size = self.split("train"), batch_size
-        return MaskBatches(split=split, spec=self.spec, batch_size=size, seed=seed, rank=rank, ranks=ranks)
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> MaskEvaluation:
         """Batches that show every image of ``split`` once, or ``limit`` batches spread evenly over it."""

@@ -13,7 +13,7 @@ import sys
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 import numpy as np
 from torch import nn
@@ -39,8 +39,10 @@ FACTS = "images.json"  # beside run.json: classes, and how images are read
 class ImageData(Data):
     """A set of images with the way in which it is read: what the loop, the evaluator and the models know of it.
 
-    ``origin``: the file or folder, from wherever one looks; empty for what has a name.
+    ``origin``: the file or folder, from wherever one looks; empty for what has a name. ``batches``: of its training.
     """
+
+    batches: ClassVar[type[ImageBatches]] = ImageBatches
 
     set: ImageSet
     reading: Reading
@@ -147,7 +149,7 @@ class ImageData(Data):
                 f"a batch of {batch_size} does not go round {ranks} ranks: give batch_size={ranks} or more"
             )
         split = self.split("train")
-        return ImageBatches(
+        return self.batches(
             split=split,
             spec=self.spec,
             batch_size=batch_size,
