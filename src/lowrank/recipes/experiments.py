@@ -87,10 +87,7 @@ def heads_ranks_merge(*, size: Size = "small", preset: Preset = "as-meant") -> E
 
     At the small size at two lengths, 500 and 2,000 steps: what low rank costs grows with length.
     """
-    base, about = _gpt(size), _about(size, preset)
-    if size == "small":
-        base = override(base, {"steps": 2000, "eval_every": 100, "log_every": 8, "checkpoint_every": 2000})
-        about |= {"horizons": (0.25, 1.0), "caveat": _TEXT_CAVEAT.replace("five hundred", "two thousand")}
+    base, about = _two_lengths(size, preset)
     cells = {f"lte {h}x{r} T{t}": _lte(h, r, t) for h, r, t in _TABLE_1[size]}
     others: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
@@ -118,6 +115,7 @@ _TABLE_1: Mapping[Size, Sequence[tuple[int, int, int]]] = {
 def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     """Figures 5 and 6 of the ancestor: small updates one after the other, side by side, or both."""
     often = 50 if size == "small" else 100
+    base, about = _two_lengths(size, preset)
     methods: dict[str, dict[str, Any]] = {
         "full": {"method": "full"},
         "lora r4": {"method": "lora", "method.rank": 4},
@@ -129,9 +127,9 @@ def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") ->
     return Experiment(
         name="sequential-parallel",
         question="Are several small updates better made one after the other, side by side, or both?",
-        contenders=_contenders(_gpt(size), methods, size, preset, {}),
+        contenders=_contenders(base, methods, size, preset, {}),
         baseline="full",
-        **_about(size, preset),
+        **about,
     )
 
 
@@ -150,12 +148,13 @@ def layers_replaced(*, size: Size = "small", preset: Preset = "as-meant") -> Exp
     for target, rank in ranks.items():
         own = {"method": "lora", "method.target_modules": target, "method.rank": rank}
         methods[f"lora {target}"] = own | {"method.freeze": ("*.attn.*.weight", "*.mlp.*.weight")}
+    base, about = _two_lengths(size, preset)
     return Experiment(
         name="layers-replaced",
         question="Which layers should a LoRA replace: attention, MLP, or all, where each trains as many numbers?",
-        contenders=_contenders(_gpt(size), methods, size, preset, {}),
+        contenders=_contenders(base, methods, size, preset, {}),
         baseline="lora all-linear",
-        **_about(size, preset),
+        **about,
     )
 
 
@@ -351,6 +350,15 @@ def _gpt(size: Size) -> Run:
     if size == "paper":
         return gpt2_pretrain()
     return _small(gpt_mini(), {"model.n_layer": 2, "model.n_head": 2, "model.n_embd": 64})
+
+
+def _two_lengths(size: Size, preset: Preset) -> tuple[Run, dict[str, Any]]:
+    """The GPT, at the small size after 500 and after 2,000 steps: at 500 all places and ranks look alike."""
+    base, about = _gpt(size), _about(size, preset)
+    if size == "small":
+        base = override(base, {"steps": 2000, "eval_every": 100, "log_every": 8, "checkpoint_every": 2000})
+        about |= {"horizons": (0.25, 1.0), "caveat": _TEXT_CAVEAT.replace("five hundred", "two thousand")}
+    return base, about
 
 
 def _llama(size: Size) -> Run:
