@@ -7,7 +7,7 @@ import pytest
 from tests.runs.tiny import tiny
 
 from lowrank.recipes.experiments import EXPERIMENTS, find_experiment
-from lowrank.run.experiment import Contender, Experiment, chosen, incomparable, reported, sample, tune
+from lowrank.run.experiment import Contender, Experiment, chosen, incomparable, refuse_spaces, reported, sample, tune
 from lowrank.run.validation import validate
 
 SPACE = {"lr": (1e-3, 1e-2, 1e-1), "weight_decay": (0.0, 0.1)}
@@ -139,9 +139,18 @@ def test_every_experiment_is_sound_and_comparable(name, size):
         made = find_experiment(name, size=size, preset=preset)
         assert (made.name, incomparable(made)) == (name, {})
         assert len(made.seeds) >= (3 if size == "small" else 5)
+        refuse_spaces(made)
         for each in made.contenders:
             validate(each.run)
             assert (preset == "as-published") == (each.space == {})
+
+
+def test_a_space_that_would_waste_trials_is_refused_before_any_run():
+    made = experiment(space={"lr": (1e-3, 1e-2), "method.head_lr": (1.0, 10.0)})
+    assert made.contenders[0].run.model.name == "gpt2", "whose output layer is its embedding"
+    with pytest.raises(ValueError, match=r"tiny, full, .*head_lr=10.0.* nothing to act on"):
+        refuse_spaces(made)
+    refuse_spaces(experiment())
 
 
 def test_choices_of_an_experiment_are_checked():

@@ -42,6 +42,10 @@ _PAPER_SPACE: Mapping[str, Sequence[Setting]] = {
     "method.betas": ((0.9, 0.95), (0.9, 0.999)),
     "method.vector_lr": (1.0, 0.1),
 }
+_LACKS: Mapping[str, tuple[str, ...]] = {  # of a model or a method: options of these spaces that it has no use for
+    "gpt2": ("method.head_lr",),  # its output layer is its embedding
+    "adafactor": ("method.betas",),
+}
 _TEXT_CAVEAT = (
     "Two layers 64 wide and five hundred steps of 512 bytes: seconds a run. It orders methods early in the training "
     "of tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the "
@@ -403,6 +407,7 @@ def _contenders(
     found = []
     for name, settings in methods.items():
         run = override(base, settings)
+        lacks = _LACKS.get(run.model.name, ()) + _LACKS.get(run.method.name, ())
         if run.per_layer:
             run = replace(run, max_grad_norm=None)
         if preset == "as-published":
@@ -410,7 +415,8 @@ def _contenders(
             own = {n: v for n, v in published.items() if not n.startswith("method.") or n[7:] in known}
             found.append(Contender(name=name, run=override(run, own)))
         else:
-            found.append(Contender(name=name, run=run, space=wide))
+            own_space = {option: values for option, values in wide.items() if option not in lacks}
+            found.append(Contender(name=name, run=run, space=own_space))
     return found
 
 

@@ -17,6 +17,7 @@ import itertools
 import math
 import random
 from collections.abc import Callable, Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from typing import Any, Literal, TypeAlias
 
@@ -245,6 +246,29 @@ def incomparable(experiment: Experiment) -> dict[str, str]:
             said = ", ".join(f"{n}={own.get(n)} (the baseline: {base.get(n)})" for n in differ)
             found[name] = f"other {said}"
     return found
+
+
+def refuse_spaces(experiment: Experiment) -> None:
+    """Refuse a space with values that its contender cannot take in its model: each would be a trial that is wasted.
+
+    The least and the greatest values of all options are tried together, without weights, data or a step.
+
+    Raises:
+        ValueError: naming the contender, the settings and why not.
+    """
+    from lowrank.plan.live_bytes import FakeLiveBytes, undisturbed  # torch, which an experiment as data does without
+    from lowrank.run.memory_estimate import fake_session
+
+    for each in experiment.contenders:
+        for end in (0, -1):
+            settings = {name: values[end] for name, values in each.space.items()}
+            run = with_settings(each.run, settings, share=1.0, seed=experiment.tuning_seed)
+            try:
+                with undisturbed(), FakeLiveBytes(), suppress(RuntimeError, NotImplementedError, TypeError):
+                    fake_session(run, blocks=2)  # what cannot be made without numbers is seen when it is run
+            except ValueError as error:
+                said = " ".join(f"{name}={value}" for name, value in settings.items())
+                raise ValueError(f"{experiment.name}, {each.name}, of the values to tune {said}: {error}") from error
 
 
 def chosen(

@@ -42,6 +42,7 @@ from lowrank.run.experiment import (
     Tuned,
     Value,
     incomparable,
+    refuse_spaces,
     reported,
     tune,
 )
@@ -86,6 +87,7 @@ def run_experiment(
         raise ValueError(f"{experiment.name} would compare what cannot be compared:\n" + "\n".join(lines))
     for each in experiment.contenders:
         validate(each.run)
+    refuse_spaces(experiment)
     folder = out / "runs"
     experiment = _equalised(experiment, out)
     say(f"{experiment.name} ({experiment.size}): {_forecast(experiment, folder)}")
