@@ -44,7 +44,7 @@ mutants: $(READY)  ## how many faults the suite notices: a fixed random sample o
 evidence: $(READY)  ## docs/evidence.md anew from the committed results, without a run
 	PYTHONPATH=src $(BIN)/python -m benchmarks.evidence
 
-results: $(READY)  ## all nine experiments at the small size, one after the other, then the evidence; DATA=folder of the data
+results: $(READY)  ## all experiments at the small size, one after the other, then the evidence; DATA=folder of the data
 	PYTHONPATH=src $(BIN)/python -m benchmarks.evidence --run $(or $(DATA),../shared/data)
 
 torture: $(READY)  ## every method killed, and its disk full, before each operation on a file; an hour

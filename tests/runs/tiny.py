@@ -29,6 +29,7 @@ SMALL = {
     "fira": {"method.rank": 4, "method.refresh_every": 4},
     "galore_muon": {"method.rank": 4, "method.refresh_every": 4},
     "ldadam": {"method.rank": 4},
+    "diloco": {"method.heads": 2, "method.merge_every": 4},
     "lte_galore": {"method.rank": 2, "method.heads": 2, "method.merge_every": 4, "method.galore_rank": 4},
 }
 

@@ -28,7 +28,7 @@ METHODS_PROMISED = [
         "lte",
         "relora",
     ),
-    *("full_8bit", "muon", "scale", "soap", "dion", "adafactor"),
+    *("full_8bit", "muon", "scale", "soap", "dion", "adafactor", "diloco"),
     *("galore", "galore_8bit", "galore_adafactor", "apollo", "apollo_mini", "fira"),
     *("galore_muon", "ldadam", "frugal", "lte_galore"),
 ]
@@ -96,7 +96,7 @@ OTHER: dict[str, object] = {
     "forget": 0.25,
     "restart_warmup": 1,
     "rest_every": 7,
-    "outer_momentum": 0.9,
+    "outer_momentum": 0.8,
     "betas": (0.5, 0.7),
     "eps": 1e-3,
     "momentum": 0.5,

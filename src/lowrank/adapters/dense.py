@@ -1,7 +1,7 @@
 """Dense heads: a full-rank local change per head, W + D_h.
 
-The low rank is in the update, not in the change: the rule that trains D is a projected one
-(``lte_galore(kind="explorers")``), so that what a head adds between two merges is low-rank all the same.
+With a projected rule that trains D (``lte_galore(kind="explorers")``) the low rank is in the update: what a head adds
+between two merges is low-rank all the same. With any other (``diloco``) heads are whole local copies of W.
 
 Costs heads · out · in numbers. After a merge D restarts at zero, which is the same function as going on and
 subtracting what was merged, without a copy of it.

@@ -14,7 +14,7 @@ where the defaults differ. Arguments mean the same everywhere:
 * ``rest``: what becomes of the parameters that were not chosen: ``"train"``, ``"freeze"``, or ``"auto"`` (train what
   was initialised at random, freeze what was loaded). Over several ranks ``"train"`` sums their gradients every step;
   ``"local"`` trains them on each rank by itself and averages them every ``rest_every`` steps (by default four merge
-  intervals), which is what ``"auto"`` does for methods whose heads split the batch;
+  intervals, of ``diloco`` one), which is what ``"auto"`` does for methods whose heads split the batch;
 * ``freeze``: patterns frozen in any case, such as ``"*.bias"``, ``"wte"`` or ``"first:4"`` (the first four blocks);
 * ``ties``: a chosen layer whose weight is tied to another's (GPT-2's ``lm_head`` and ``wte``): ``"adapt"`` both as the
   one matrix that they are, ``"leave"`` it alone, or ``"untie"`` it first;
@@ -30,7 +30,7 @@ from lowrank.infra.registry import Registry
 
 if TYPE_CHECKING:
     from lowrank.methods.combined import lte_galore
-    from lowrank.methods.full_weights import adafactor, dion, full_8bit, muon, scale, soap
+    from lowrank.methods.full_weights import adafactor, diloco, dion, full_8bit, muon, scale, soap
     from lowrank.methods.low_rank_gradients import (
         apollo,
         apollo_mini,
@@ -88,6 +88,7 @@ __all__ = [
     "apla",
     "apollo",
     "apollo_mini",
+    "diloco",
     "dion",
     "dora",
     "fira",

@@ -1,4 +1,4 @@
-"""Full weights, by other rules than AdamW: the baselines that a method of low rank has to beat.
+"""Full weights, by other rules than AdamW or in local steps: the baselines that a method of low rank has to beat.
 
 Every weight trains. ``target_modules`` are the matrices that follow the method's rule (by default every linear layer
 but the output); everything else follows AdamW at the same learning rate, times the ratios that every method takes
@@ -7,18 +7,26 @@ but the output); everything else follows AdamW at the same learning rate, times 
 
 from __future__ import annotations
 
+from typing import Literal
+
+from lowrank.adapters import Dense, Merge
+from lowrank.adapters.compression import Compression
+from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
+from lowrank.infra.checks import check_choice
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import groups, others
-from lowrank.methods.method import Method, Use
+from lowrank.methods.groups import adapted, groups, others
+from lowrank.methods.method import FACTORS, Adapt, Method, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.dion import Dion
 from lowrank.optim.muon import Muon, MuonScale, Precision
 from lowrank.optim.normalised import ColumnNormalised
-from lowrank.optim.rules import AdamW
+from lowrank.optim.rules import AdamW, Rule
 from lowrank.optim.soap import Soap
 from lowrank.optim.storage import Storage
+
+Inner = Literal["adamw", "muon"]
 
 
 @register("method", family="none")
@@ -128,3 +136,42 @@ def adafactor(
         relative_step=relative_step,
     )
     return Method(name="adafactor", rules=(Use("*", rule),))
+
+
+@register("method", family="none")
+@also(adapted, groups, rest="local")
+def diloco(
+    target_modules: Targets = "all-linear",
+    *,
+    inner: Inner = "adamw",
+    heads: int = 4,
+    merge_every: int = 30,
+    outer_lr: float = 0.7,
+    outer_momentum: float = 0.9,
+    exchange: Compression = "float32",
+    weigh: Weigh = "equal",
+    rest_every: int | None = None,
+) -> Method:
+    """DiLoCo (Douillard et al., arXiv 2311.08105): whole weights trained locally, an outer Nesterov step at merges.
+
+    A head is one of the paper's workers: a change of W of full rank, trained on its shard of the batch by the ``inner``
+    rule, AdamW or Muon (MuLoCo, arXiv 2505.23725). Every ``merge_every`` steps (500 in DiLoCo, 30 in MuLoCo and here)
+    the mean of the changes is minus the outer gradient, and every head starts again from the weights that the outer
+    step leaves; the inner rule's state goes on. Under ``torchrun`` ranks divide the heads between them; in one process
+    all heads are there, at heads · out · in numbers and their states. Everything else trains on each rank by itself and
+    is averaged, plainly, every ``rest_every`` steps (None: at every merge). The run's weight decay is not for the
+    matrices: it would decay the changes. ``exchange``, ``weigh``: as in ``lte``.
+
+    Raises:
+        ValueError: an unknown inner rule.
+    """
+    check_choice("inner", inner, Inner)
+    rule: Rule = AdamW() if inner == "adamw" else Muon()
+    return Method(
+        name="diloco",
+        adapt=(Adapt(target_modules, Dense(heads=heads, split=True)),),
+        rules=(Use(FACTORS, rule, decay=False), Use("*", AdamW())),
+        merge=Merge(merge_every, outer_lr=outer_lr, outer_momentum=outer_momentum, exchange=exchange, weigh=weigh),
+        rest_every=rest_every,
+        rest_merges=1,
+    )

@@ -11,7 +11,7 @@ from collections.abc import Callable
 from dataclasses import dataclass, field, fields
 from typing import Literal
 
-from lowrank.adapters import Adapter, Merge, Site, Unchanged
+from lowrank.adapters import Adapter, Dense, Merge, Site, Unchanged
 from lowrank.adapters.adapter import splits_batch
 from lowrank.adapters.targets import Targets, as_list
 from lowrank.infra.checks import check_choice, check_integer
@@ -112,7 +112,7 @@ class Method:
         lr: a schedule that multiplies the run's own.
         rest: what becomes of parameters that are not chosen: ``auto``, ``train``, ``freeze`` or ``local``.
         rest_every: over several ranks, where the rest may train locally, steps between two averages of it; None means
-            four merge intervals, or 40 steps without merges.
+            ``rest_merges`` merge intervals, or so many times 10 steps without merges.
         ties: what becomes of a chosen layer with a tied weight: ``adapt``, ``leave`` or ``untie``.
         freeze: patterns of parameters that are frozen in any case.
         groups: rates and decay of embeddings, output layers and vectors, as ratios to the run's (``methods.groups``).
@@ -128,6 +128,7 @@ class Method:
     lr: Schedule = constant
     rest: Rest = "auto"
     rest_every: int | None = None
+    rest_merges: int = 4
     ties: Ties = "adapt"
     freeze: Targets = ()
     groups: Groups = field(default_factory=Groups)
@@ -136,6 +137,7 @@ class Method:
     def __post_init__(self) -> None:
         check_choice("rest", self.rest, Rest)
         check_choice("ties", self.ties, Ties)
+        check_integer("rest_merges", self.rest_merges)
         if self.rest_every is not None:
             check_integer("rest_every", self.rest_every)
         if self.rest_every is not None and self.rest in ("train", "freeze"):
@@ -168,18 +170,17 @@ class Method:
     @property
     def family(self) -> Family:
         """Whether weights, gradients, both or neither are of low rank: adapters, projected rules."""
-        adapts = any(not isinstance(adapt.make, Unchanged) for adapt in self.adapt)
-        projects = any(isinstance(use.rule, Projected) for use in self.rules)
-        if adapts:
-            return "both" if projects else "adapter"
-        return "projected" if projects else "none"
+        makes = [adapt.make for adapt in self.adapt if not isinstance(adapt.make, Unchanged)]
+        if any(isinstance(use.rule, Projected) for use in self.rules):
+            return "both" if makes else "projected"
+        return "none" if all(isinstance(make, Dense) for make in makes) else "adapter"
 
     @property
     def rest_interval(self) -> int:
         """Steps between two averages of a rest that trains locally."""
         if self.rest_every is not None:
             return self.rest_every
-        return 4 * (self.merge.merge_every if self.merge is not None else 10)
+        return self.rest_merges * (self.merge.merge_every if self.merge is not None else 10)
 
     @property
     def splits(self) -> bool:

@@ -17,6 +17,7 @@ OPTIONS = {
     "dropout": "share of an adapter's inputs set to zero in training",
     "ratio": "how many times faster B learns than A",
     "heads": "factors side by side, each layer's change being their mean",
+    "inner": "the rule of the local steps: adamw or muon",
     "init": "how A is drawn: orthogonal, kaiming, or reference (as the authors' code, for alpha 4096)",
     "merge_every": "steps between merges of the factors into the weights",
     "keep": "go on with the factors after a merge, subtracting what was merged, instead of starting them anew",

@@ -18,7 +18,7 @@ from collections.abc import Sequence
 from torch import nn
 
 from lowrank.adapters import targets
-from lowrank.adapters.layers import adapted_layers, is_conv1d
+from lowrank.adapters.layers import WHOLE, adapted_layers, is_conv1d
 from lowrank.adapters.targets import Layer, as_list, name_matches
 from lowrank.infra.loaded_parameters import origin
 from lowrank.methods import Use
@@ -205,6 +205,9 @@ class Assignment:
         layer = next((layer for layer in self.layers if layer.module.weight is p), None)
         if layer is not None:
             return rule.on_layer(transposed=is_conv1d(layer.module), parts=len(layer.parts) or 1)
+        layer = next((each for each in self.layers if names[0].startswith(f"{each.name}.adapters.{WHOLE}.")), None)
+        if layer is not None and p.shape[-2:] == (layer.out_features, layer.in_features):  # changes of the whole matrix
+            return rule.on_layer(transposed=False, parts=len(layer.parts) or 1)
         is_table = any(name.rpartition(".")[0] in self.tables for name in names)
         return rule.on_layer(transposed=True, parts=1) if is_table else rule
 

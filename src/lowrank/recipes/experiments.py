@@ -196,6 +196,28 @@ def lte_galore(*, size: Size = "small", preset: Preset = "as-meant") -> Experime
     )
 
 
+@register("experiment", "local-training")
+def local_training(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
+    """Ours: workers that talk every T steps alone, by whole weights (DiLoCo, MuLoCo) or heads of low rank (LTE)."""
+    often = 30 if size == "small" else 100
+    diloco = {"method": "diloco", "method.merge_every": often}
+    methods: dict[str, dict[str, Any]] = {
+        "full": {"method": "full"},
+        "muon": {"method": "muon"},
+        "diloco": diloco,
+        "diloco muon": {**diloco, "method.inner": "muon"},
+        "lte": _lte(4, 4, often),
+        "lte outer": {**_lte(4, 4, often), "method.outer_lr": 0.7, "method.outer_momentum": 0.9},
+    }
+    return Experiment(
+        name="local-training",
+        question="What does it cost to talk every T steps alone, by whole weights or by heads of low rank?",
+        contenders=_contenders(_llama(size), methods, size, preset, {}),
+        baseline="full",
+        **_about(size, preset),
+    )
+
+
 _ARENA = (
     "full",
     "full_8bit",

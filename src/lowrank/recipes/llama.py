@@ -25,6 +25,7 @@ _MINI: dict[str, Settings] = {
     "*": {"lr": 1e-3, "warmup": 0.1},
     "full": _FULL,
     "full_8bit": _FULL,
+    "diloco": _FULL,
     "@projected": {"lr": 3e-2, "method.rank": 32, "method.refresh_every": 50},
     "muon": {"lr": 2e-2},
     "galore_muon": {"lr": 3e-2},
