@@ -174,7 +174,7 @@ OPTIONS = [
         "--resume d",
         given=lambda w: shutil.copytree(w.root / "text" / "checkpoints", "d/checkpoints"),
     ),
-    row("export {text} f", "f: Not a directory", given={"f": "x"}),
+    row("export {text} f", "f is a file", given={"f": "x"}),
     row("export {text} d", "d is not empty", given={"d/f": "x"}),
     row("report {text} --out f", "f", given={"f": "x"}),
 ]

@@ -18,8 +18,8 @@ from lowrank.adapters import merge_and_unload
 from lowrank.adapters.layers import quantised_layers
 from lowrank.data.text.pretrained_tokenizer import model_tokenizer
 from lowrank.data.text.tokenizer_export import save_for_transformers
-from lowrank.infra.files import user_mode_, write_json
-from lowrank.interop.adapter_bank import refuse_filled, restored_for
+from lowrank.infra.files import refuse_filled, user_mode_, write_json
+from lowrank.interop.adapter_bank import restored_for
 from lowrank.interop.adapter_start import base_of, base_options, use_adapter_
 from lowrank.models.nanogpt import check_nanogpt, is_nanogpt, write_nanogpt
 from lowrank.models.text import load_pretrained, without_bars

@@ -29,6 +29,7 @@ from lowrank.data.images.set import some
 from lowrank.evaluate.collected_answers import check_finite
 from lowrank.evaluate.segmentation_task import resized
 from lowrank.infra.extras import import_extra
+from lowrank.infra.files import refuse_filled
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Asked
 
@@ -49,7 +50,8 @@ def predict_masks(model: nn.Module, data: MaskData, asked: Asked) -> list[MaskPr
     """Masks of files in the folder ``asked.out``, all of them or none.
 
     Raises:
-        ValueError: no folder, or one that is not empty; two files of one name; damaged files (named, counted).
+        FileExistsError: the folder is not empty, or is a file.
+        ValueError: no folder; two files of one name; damaged files (named, counted).
         FloatingPointError: the model gives NaN.
     """
     out, names = _checked(asked)
@@ -83,11 +85,9 @@ def _checked(asked: Asked) -> tuple[Path, dict[Path, str]]:
     out = asked.out
     if out is None:
         raise ValueError("where do the masks go? give --out FOLDER, a new one")
-    if out.is_dir() and any(out.iterdir()):
-        raise ValueError(f"--out {out} is not empty: choose another folder")
-    if (out.exists() and not out.is_dir()) or not out.absolute().parent.is_dir():
-        why = "is a file" if out.exists() else f"cannot be: there is no folder {out.absolute().parent}"
-        raise ValueError(f"--out {out} {why}; masks go to a new folder")
+    refuse_filled(out)
+    if not out.absolute().parent.is_dir():
+        raise ValueError(f"--out {out} cannot be: there is no folder {out.absolute().parent}")
     series = {path.parent for path in asked.files if path.name.lower().endswith(DICOM)}
     series = {folder for folder in series if set(series_files(folder)) <= set(asked.files) and is_series(folder)}
     files = list(dict.fromkeys(path.parent if path.parent in series else path for path in asked.files))

@@ -92,6 +92,12 @@ def finite(content: Any) -> Any:
     return None if isinstance(content, float) and not math.isfinite(content) else content
 
 
+def refuse_filled(out: Path) -> None:
+    """Refuse to write into a folder that is not empty, or is a file."""
+    if out.exists() and not (out.is_dir() and not any(out.iterdir())):
+        raise FileExistsError(f"{out} {'is not empty' if out.is_dir() else 'is a file'}: choose another folder")
+
+
 def user_mode_(folder: Path) -> None:
     """Give a folder and what is in it the modes that the user's umask asks for: safetensors and ``mkdtemp`` make
     private ones, which would hide a shared run, or a shared cache, from its other users."""

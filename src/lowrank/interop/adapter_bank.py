@@ -31,7 +31,7 @@ from lowrank.data.images.set import some
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
 from lowrank.infra.convert import nearest
-from lowrank.infra.files import read_json, user_mode_, write_json
+from lowrank.infra.files import read_json, refuse_filled, user_mode_, write_json
 from lowrank.infra.fingerprints import digest_of as digest
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
@@ -151,12 +151,6 @@ def restored_for(out: Path, source: Path, which: str) -> tuple[Session, int]:
         raise ValueError(f"--checkpoint {which}: it is best or latest")
     refuse_filled(out)
     return restore(source, which, device="cpu")  # type: ignore[arg-type]
-
-
-def refuse_filled(out: Path) -> None:
-    """Refuse to write into a folder that is not empty."""
-    if out.exists() and any(out.iterdir()):
-        raise FileExistsError(f"{out} is not empty: choose another folder")
 
 
 def write_adapter(out: Path, info: AdapterInfo, tensors: Mapping[str, Tensor]) -> None:

@@ -105,7 +105,9 @@ def notes_on_ranks(
             continue
         counts = [len(share(heads, place, count)) for place in range(count)]
         uneven = "" if len(set(counts)) == 1 else ", not evenly; in the mean every head weighs the same"
-        notes.append(f"{heads} heads are divided {'+'.join(map(str, counts))} between the {member}s{uneven}")
+        each = sorted({str(n) for n in counts})
+        parts = "+".join(map(str, counts)) if count <= 8 else f"{' or '.join(each)} each"
+        notes.append(f"{heads} heads are divided {parts} between the {member}s{uneven}")
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"
         if method.merge and method.merge.fragments > 1:
