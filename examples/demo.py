@@ -29,9 +29,8 @@ def main(folder: str = "runs/demo") -> None:
     compared = "--methods full,lora,lte --seeds 1,2,3 --steps 120 --eval-every 40 --eval-batches 16 --quiet"
     run(f"compare gpt-mini {compared} --out {text}")
     run(f"generate {shlex.quote(str(out / 'text' / 'lte_seed_1'))} --prompt 'The ' --tokens 200")
-    run(
-        f"compare vit-mini --data digits --methods full,lora,lte_galore --seeds 1,2,3 --epochs 1 --quiet --out {images}"
-    )
+    compared = "--methods full,lora,lte_galore --seeds 1,2,3 --epochs 3 --model.patch_size 14"
+    run(f"compare vit-mini --data digits {compared} --quiet --out {images}")
     print(f"\nOpen {out}/text/report.html and {out}/images/report.html; the loss curves are {out}/*/curves.png.")
 
 

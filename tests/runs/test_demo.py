@@ -10,7 +10,7 @@ import pytest
 from lowrank.cli import app as cli
 
 DEMO = Path(__file__).parents[2] / "examples" / "demo.py"
-SHORTER = {"120": "12", "40": "6", "16": "1", "200": "5", "1": "0.4", "1,2,3": "1"}
+SHORTER = {"120": "12", "40": "6", "16": "1", "200": "5", "3": "0.4", "1,2,3": "1"}
 
 
 @pytest.mark.slow
