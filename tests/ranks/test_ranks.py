@@ -223,7 +223,7 @@ def test_overlap_is_refused_where_it_cannot_be() -> None:
 
     with pytest.raises(ValueError, match="is for LoRA heads that split the batch"):
         lowrank.apply_(mlp(), replace(method, merge=Merge(10, overlap=True)))
-    with pytest.raises(ValueError, match="fragments=2 is for LoRA heads that split"):
+    with pytest.raises(ValueError, match="fragments=2 is for heads that split"):
         lowrank.apply_(mlp(), replace(method, merge=Merge(10, fragments=2)))
     model = mlp()
     with pytest.raises(ValueError, match="there are 2: use at most 2"):

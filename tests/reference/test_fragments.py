@@ -105,6 +105,36 @@ def test_each_fragment_merges_at_its_steps(overlap: bool) -> None:
         assert moved == (steps[1:] if overlap else steps)
 
 
+def test_whole_copies_merge_by_fragments_too() -> None:
+    """DiLoCo's outer step of each matrix at its fragment's steps, the local AdamW going on."""
+    method = lowrank.methods.diloco(heads=HEADS, merge_every=EVERY, fragments=2, rest="freeze")
+    model = build()
+    W = [layer.weight.detach().clone() for layer in model]
+    opt = lowrank.apply_(model, method).optimizer(lr=LR)
+    D = [[nn.Parameter(torch.zeros_like(w)) for _ in range(HEADS)] for w in W]
+    inner = torch.optim.AdamW([d for each in D for d in each], lr=LR, weight_decay=0.0)
+    outer, size = [torch.zeros_like(w) for w in W], BATCH // HEADS
+    for step in range(STEPS):
+        x, y = data(step)
+        F.cross_entropy(model(x), y).backward()
+        opt.step()
+        opt.zero_grad()
+        for h, (out, labels) in enumerate(zip(x.split(size), y.split(size), strict=True)):
+            for w, d in zip(W, D, strict=True):
+                out = out @ (w + d[h]).T
+            (F.cross_entropy(out, labels, reduction="sum") / BATCH).backward()
+        inner.step()
+        inner.zero_grad()
+        with torch.no_grad():
+            for i in (0,) if step + 1 in MERGES[1] else (1, 2) if step + 1 in MERGES[0] else ():  # the first is more
+                change = sum(D[i]) / HEADS  # type: ignore[arg-type]
+                outer[i] = 0.9 * outer[i] + change
+                W[i] = W[i] + 0.7 * (change + 0.9 * outer[i])
+                for d in D[i]:
+                    d.zero_()
+        torch.testing.assert_close([layer.weight for layer in model], W, rtol=1e-9, atol=1e-10)
+
+
 @pytest.mark.parametrize("overlap", [False, True])
 def test_it_goes_on_from_between_two_fragments(overlap: bool) -> None:
     straight, resumed = trained(overlap), trained(overlap, resume_at=7)

@@ -1,5 +1,7 @@
 """When adapters fold into the weights."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 import torch.nn.functional as F
@@ -167,3 +169,10 @@ def test_unloading_takes_no_outer_step() -> None:
 def test_options_of_a_merge_are_checked(options: dict[str, object], message: str) -> None:
     with pytest.raises(ValueError, match=message):
         lowrank.methods.lte(**options)  # type: ignore[arg-type]
+
+
+def test_fragments_and_a_basis_that_heads_share_are_refused() -> None:
+    explorers = lowrank.methods.lte_galore("explorers", merge_every=4)
+    assert explorers.merge is not None
+    with pytest.raises(ValueError, match=r"fragments=2 merge at different steps, .* use fragments=1"):
+        replace(explorers, merge=replace(explorers.merge, fragments=2))

@@ -109,16 +109,19 @@ class Merge:
         """Give an adapter on W (out, in) what the outer optimizer keeps, and a place for what is in flight.
 
         Raises:
-            ValueError: overlap= or fragments= for other adapters than LoRA heads that split the batch.
+            ValueError: fragments= for other adapters than heads that split the batch, overlap= for others than LoRA's.
         """
-        asked = {"overlap=True": self.overlap, f"fragments={self.fragments}": self.fragments > 1}
-        for what in (name for name, is_asked in asked.items() if is_asked):
-            if not (isinstance(adapter, SplitAdapter) and adapter.split and adapter.overlaps):
-                without = "overlap=False" if what == "overlap=True" else "fragments=1"
-                raise ValueError(
-                    f"{what} is for LoRA heads that split the batch (lte), not for {type(adapter).__name__}: "
-                    f"use {without}"
-                )
+        splits = isinstance(adapter, SplitAdapter) and adapter.split
+        kind = type(adapter).__name__
+        if self.overlap and not (splits and adapter.overlaps):
+            raise ValueError(
+                f"overlap=True is for LoRA heads that split the batch (lte), not for {kind}: use overlap=False"
+            )
+        if self.fragments > 1 and not splits:
+            raise ValueError(
+                f"fragments={self.fragments} is for heads that split the batch (lte, diloco), not for {kind}: "
+                "use fragments=1"
+            )
         if self.overlap and isinstance(adapter, SplitAdapter):
             adapter.prepare_overlap_()
         if self.outer_momentum:

@@ -150,6 +150,7 @@ def diloco(
     outer_momentum: float = 0.9,
     exchange: Compression = "float32",
     weigh: Weigh = "equal",
+    fragments: int = 1,
     rest_every: int | None = None,
 ) -> Method:
     """DiLoCo (Douillard et al., arXiv 2311.08105): whole weights trained locally, an outer Nesterov step at merges.
@@ -160,7 +161,7 @@ def diloco(
     step leaves; the inner rule's state goes on. Under ``torchrun`` ranks divide the heads between them; in one process
     all heads are there, at heads · out · in numbers and their states. Everything else trains on each rank by itself and
     is averaged, plainly, every ``rest_every`` steps (None: at every merge). The run's weight decay is not for the
-    matrices: it would decay the changes. ``exchange``, ``weigh``: as in ``lte``.
+    matrices: it would decay the changes. ``exchange``, ``weigh``, ``fragments`` (Streaming DiLoCo): as in ``lte``.
 
     Raises:
         ValueError: an unknown inner rule.
@@ -171,7 +172,14 @@ def diloco(
         name="diloco",
         adapt=(Adapt(target_modules, Dense(heads=heads, split=True)),),
         rules=(Use(FACTORS, rule, decay=False), Use("*", AdamW())),
-        merge=Merge(merge_every, outer_lr=outer_lr, outer_momentum=outer_momentum, exchange=exchange, weigh=weigh),
+        merge=Merge(
+            merge_every,
+            outer_lr=outer_lr,
+            outer_momentum=outer_momentum,
+            exchange=exchange,
+            weigh=weigh,
+            fragments=fragments,
+        ),
         rest_every=rest_every,
         rest_merges=1,
     )

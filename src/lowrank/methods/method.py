@@ -150,6 +150,11 @@ class Method:
                 f"rest_every={self.rest_every} has fewer steps than fragments={self.merge.fragments}, which are "
                 f"averaged one at a step: use at least {self.merge.fragments}"
             )
+        if self.merge is not None and self.merge.fragments > 1 and any(_shares_basis(use.rule) for use in self.rules):
+            raise ValueError(
+                f"fragments={self.merge.fragments} merge at different steps, and a basis that heads share "
+                "(one_basis=True) is refreshed for all at once: use fragments=1"
+            )
         if self.merge is not None and not self.adapt:
             raise ValueError("merge= merges adapters into the weights, and this method has no adapters (adapt=())")
 
@@ -186,3 +191,7 @@ class Method:
     def splits(self) -> bool:
         """Whether some adapters have heads that split the batch, which several ranks divide between them."""
         return any(splits_batch(adapt.make) for adapt in self.adapt)
+
+
+def _shares_basis(rule: Rule | PairRule) -> bool:
+    return isinstance(rule, Projected) and rule.one_basis
