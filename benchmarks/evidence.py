@@ -195,6 +195,17 @@ CLAIMS = (
         judge=best_rates,
     ),
     Claim(
+        says="LoRA-RITE and LoRA-Muon are better than LoRA (arXiv 2410.20625, 2606.12921), its rate being tuned",
+        experiment="lora-variants",
+        judge=lambda r: worst_of([better(r, method, ["lora"]) for method in ("lora_rite", "lora_muon")]),
+        note="Published with a rate for all at 1B; another paper finds all variants within 2 % of a tuned LoRA.",
+    ),
+    Claim(
+        says="Workers that talk every 30 steps alone lose nothing (DiLoCo), with Muon inside least of all (MuLoCo)",
+        experiment="local-training",
+        judge=lambda r: worst_of([as_good_as(r, ["diloco"], "full"), better(r, "diloco muon", ["diloco"])]),
+    ),
+    Claim(
         says="An adaptive refresh of GaLore's subspace is better than a regular one",
         experiment="switching",
         judge=lambda r: better(r, "adaptive", ["power"]),

@@ -15,7 +15,6 @@ from lowrank.infra.convert import Setting, nearest
 from lowrank.infra.registry import Registry, register
 from lowrank.recipes.gpt import gpt2_pretrain, gpt_mini
 from lowrank.recipes.llama import llama_1b, llama_60m, llama_mini
-from lowrank.recipes.vit import vit_finetune, vit_mini, vit_segment
 from lowrank.run import own_files
 from lowrank.run.experiment import Contender, Experiment
 from lowrank.run.overrides import catalogue, override
@@ -24,13 +23,13 @@ from lowrank.run.run import Run
 Size = Literal["small", "paper"]
 Preset = Literal["as-meant", "as-published"]
 
-EXPERIMENTS = Registry("experiment", "lowrank.recipes.experiments")
+EXPERIMENTS = Registry("experiment", "lowrank.recipes.experiments", "lowrank.recipes.image_experiments")
 
-_RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
+RATES = (1e-3, 3e-3, 1e-2, 3e-2, 1e-1)
 _FINE_RATES = (5e-4, 1e-3, 2e-3, 4e-3, 8e-3, 1.6e-2, 3.2e-2, 6.4e-2)
-_PAPER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
+PAPER_RATES = (1e-4, 3e-4, 1e-3, 3e-3, 1e-2, 3e-2)
 _SPACE: Mapping[str, Sequence[Setting]] = {
-    "lr": _RATES,
+    "lr": RATES,
     "method.embedding_lr": (1.0, 10.0),
     "method.head_lr": (1.0, 10.0),
     "warmup": (0.05, 0.2),
@@ -38,7 +37,7 @@ _SPACE: Mapping[str, Sequence[Setting]] = {
 }
 _PAPER_SPACE: Mapping[str, Sequence[Setting]] = {
     **_SPACE,
-    "lr": _PAPER_RATES,
+    "lr": PAPER_RATES,
     "method.betas": ((0.9, 0.95), (0.9, 0.999)),
     "method.vector_lr": (1.0, 0.1),
 }
@@ -103,7 +102,7 @@ def heads_ranks_merge(*, size: Size = "small", preset: Preset = "as-meant") -> E
     return Experiment(
         name="heads-ranks-merge",
         question="Do several small heads match full training of a GPT, and do heads, rank and merge interval matter?",
-        contenders=_contenders(base, {**others, **cells}, size, preset, published),
+        contenders=contenders_of(base, {**others, **cells}, size, preset, published),
         baseline="full",
         **about,
     )
@@ -131,7 +130,7 @@ def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") ->
     return Experiment(
         name="sequential-parallel",
         question="Are several small updates better made one after the other, side by side, or both?",
-        contenders=_contenders(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset, {}),
         baseline="full",
         **about,
     )
@@ -156,7 +155,7 @@ def layers_replaced(*, size: Size = "small", preset: Preset = "as-meant") -> Exp
     return Experiment(
         name="layers-replaced",
         question="Which layers should a LoRA replace: attention, MLP, or all, where each trains as many numbers?",
-        contenders=_contenders(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset, {}),
         baseline="lora all-linear",
         **about,
     )
@@ -171,9 +170,9 @@ def adam_galore_memory(*, size: Size = "small", preset: Preset = "as-meant") -> 
     return Experiment(
         name="adam-galore-memory",
         question="How much memory do GaLore and 8-bit states save, and what do they cost in loss?",
-        contenders=_contenders(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset, {}),
         baseline="full",
-        **_about(size, preset),
+        **about_of(size, preset),
     )
 
 
@@ -190,9 +189,9 @@ def lte_galore(*, size: Size = "small", preset: Preset = "as-meant") -> Experime
     return Experiment(
         name="lte-galore",
         question="Are LTE and GaLore together better than either half?",
-        contenders=_contenders(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset, {}),
         baseline="galore",
-        **_about(size, preset),
+        **about_of(size, preset),
     )
 
 
@@ -212,9 +211,9 @@ def local_training(*, size: Size = "small", preset: Preset = "as-meant") -> Expe
     return Experiment(
         name="local-training",
         question="What does it cost to talk every T steps alone, by whole weights or by heads of low rank?",
-        contenders=_contenders(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset, {}),
         baseline="full",
-        **_about(size, preset),
+        **about_of(size, preset),
     )
 
 
@@ -244,30 +243,43 @@ def arena_llama(*, size: Size = "small", preset: Preset = "as-meant") -> Experim
     return Experiment(
         name="arena-llama",
         question="Which method trains a LLaMA best from scratch, under equal budgets?",
-        contenders=_contenders(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset, {}),
         baseline="full",
         horizons=(0.5, 1.0),
-        **_about(size, preset),
+        **about_of(size, preset),
     )
 
 
 @register("experiment", "lora-rate")
 def lora_rate(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     """Is LoRA's best learning rate ten times that of full fine-tuning, whatever the rank?"""
-    base = _gpt(size)
-    steps = 200 if size == "small" else 2000
-    start = replace(override(base, {"method": "full"}), steps=steps, lr=3e-3, min_lr_ratio=0.0)
     methods: dict[str, dict[str, Any]] = {"full": {"method": "full"}}
     for rank in (1, 4, 16, 32):
         methods[f"lora r{rank}"] = {"method": "lora", "method.rank": rank, "method.rest": "freeze"}
-    made = _contenders(base, methods, size, preset, {}, space={"lr": _FINE_RATES})
     return Experiment(
         name="lora-rate",
         question="Is LoRA's best learning rate ten times that of full fine-tuning, whatever the rank?",
-        contenders=[replace(each, start=start) for each in made],
+        contenders=_fine_tuned(methods, size, preset),
         baseline="full",
         shrink=2,
-        **_about(size, preset),
+        **about_of(size, preset),
+    )
+
+
+@register("experiment", "lora-variants")
+def lora_variants(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
+    """Ours: is any variant of LoRA better than LoRA itself, once the rate of each is tuned?"""
+    names = ("lora", "rslora", "lora_plus", "dora", "pissa", "lora_rite", "lora_muon")
+    shared = {"method.target_modules": "all-linear", "method.rank": 8, "method.rest": "freeze"}
+    methods: dict[str, dict[str, Any]] = {name: {"method": name, **shared} for name in names}
+    methods["full"] = {"method": "full"}
+    return Experiment(
+        name="lora-variants",
+        question="Is any variant of LoRA better than LoRA, once the learning rate of each is tuned?",
+        contenders=_fine_tuned(methods, size, preset),
+        baseline="lora",
+        shrink=2,
+        **about_of(size, preset),
     )
 
 
@@ -286,86 +298,11 @@ def switching(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
     return Experiment(
         name="switching",
         question="Does an adaptive refresh of GaLore's subspace help, or only the exact SVD?",
-        contenders=_contenders(
+        contenders=contenders_of(
             _llama(size), {n: {"method": "galore", **own} for n, own in methods.items()}, size, preset, {}
         ),
         baseline="power",
-        **_about(size, preset),
-    )
-
-
-# --- images ----------------------------------------------------------------------------------------------------------
-
-
-@register("experiment", "vit-ranks")
-def vit_ranks(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
-    """Figures 9 and 10 of the ancestor: LoRA's rank on a ViT, beside full fine-tuning, the probe, and APLA.
-
-    As published the scale was ``alpha // rank`` in whole numbers: 0 for rank 8 under alpha 4, so that what was called
-    LoRA was a linear probe; and full fine-tuning had the rate 0.005.
-    """
-    base = vit_finetune()
-    start = None
-    if size == "small":
-        shape: dict[str, Setting] = {"model.patch_size": 7, "model.width": 64, "model.depth": 4, "model.heads": 4}
-        start = override(vit_mini(), {**shape, "data": "digits", "steps": 600, "lr": 1e-3, "eval_every": "never"})
-        base = override(vit_mini(), {**shape, "data": "pneumoniamnist", "steps": 300, "checkpoint_every": 300})
-        base = replace(base, eval_every=20, log_every=2, keep=1)
-    methods: dict[str, dict[str, Any]] = {
-        "full": {"method": "full"},
-        "probe": {"method": "linear_probe"},
-        "apla": {"method": "apla"},
-    }
-    ranks = (1, 4, 16) if size == "small" else (1, 2, 4, 8, 16, 32, 64)
-    methods |= {f"lora r{rank}": {"method": "lora", "method.rank": rank} for rank in ranks}
-    rates = (3e-4, *_RATES) if size == "small" else (1e-5, *_PAPER_RATES)
-    space: dict[str, Sequence[Setting]] = {"lr": rates, "weight_decay": (0.0, 0.1), "warmup": (0.05, 0.2)}
-    if preset == "as-published":
-        methods = {
-            "full at 0.005": {"method": "full", "lr": 5e-3},
-            "lora r8 alpha 4 (a probe)": {"method": "linear_probe", "lr": 5e-3},
-        }
-    about = _about(size, preset) | {"metric": "test_auc", "lower": False, "unit": "AUC"}
-    if size == "small":
-        about["caveat"] = (
-            "Four layers 64 wide, begun by 600 steps on scikit-learn's digits, 300 steps of 32 images of 28 pixels: "
-            "it says nothing of a ViT-B that was pre-trained on natural images at 224 pixels."
-        )
-    made = _contenders(base, methods, size, preset, {}, space=space)
-    return Experiment(
-        name="vit-ranks",
-        question="Does LoRA fine-tune a ViT better than full fine-tuning, in fewer steps, and does its rank matter?",
-        contenders=[replace(each, start=start) for each in made],
-        baseline=next(iter(methods)),
-        **about,
-    )
-
-
-@register("experiment", "tissue")
-def tissue(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
-    """Ours: grey and white matter of T1 slices, segmented by six methods.
-
-    Odd slices train, even ones are reported, and a slice lies between neighbours of different splits. The paper's size
-    has longer runs on the same slices: there is one template.
-    """
-    steps = 240 if size == "small" else 2400
-    base = override(vit_segment(), {"steps": steps, "eval_every": "never", "checkpoint_every": steps, "keep": 1})
-    names = ("full", "linear_probe", "lora", "galore", "apla", "lte_galore")
-    space: dict[str, Sequence[Setting]] = {"lr": _RATES, "weight_decay": (0.0, 0.1), "warmup": (0.05, 0.2)}
-    about = _about(size, preset) | {"metric": "test_dice", "lower": False, "unit": "Dice", "test_batches": None}
-    about["trials"] = 8
-    if size == "small":
-        about["seeds"] = (1, 2, 3)
-    about["caveat"] = (
-        "One head, an averaged template of 152 of them, and an encoder of four layers 96 wide that starts from "
-        "scratch: what is frozen was drawn, not learnt. It says nothing of a pre-trained encoder or of patients."
-    )
-    return Experiment(
-        name="tissue",
-        question="Which method segments tissue best with a small ViT from scratch, and what does it train and hold?",
-        contenders=_contenders(base, {n: {"method": n} for n in names}, size, preset, {}, space=space),
-        baseline="full",
-        **about,
+        **about_of(size, preset),
     )
 
 
@@ -380,7 +317,7 @@ def _gpt(size: Size) -> Run:
 
 def _two_lengths(size: Size, preset: Preset) -> tuple[Run, dict[str, Any]]:
     """The GPT, at the small size after 500 and after 2,000 steps: at 500 all places and ranks look alike."""
-    base, about = _gpt(size), _about(size, preset)
+    base, about = _gpt(size), about_of(size, preset)
     if size == "small":
         base = override(base, {"steps": 2000, "eval_every": 100, "log_every": 8, "checkpoint_every": 2000})
         about |= {"horizons": (0.25, 1.0), "caveat": _TEXT_CAVEAT.replace("five hundred", "two thousand")}
@@ -415,7 +352,16 @@ def _lte(heads: int, rank: int, merge_every: int) -> dict[str, Any]:
     return {"method": "lte", "method.target_modules": "all-linear", **shape}
 
 
-def _contenders(
+def _fine_tuned(methods: Mapping[str, Mapping[str, Any]], size: Size, preset: Preset) -> list[Contender]:
+    """Contenders that begin from one GPT, trained on the recipe's own text; rates alone are tuned, by factors of 2."""
+    base = _gpt(size)
+    steps = 200 if size == "small" else 2000
+    start = replace(override(base, {"method": "full"}), steps=steps, lr=3e-3, min_lr_ratio=0.0)
+    made = contenders_of(base, methods, size, preset, {}, space={"lr": _FINE_RATES})
+    return [replace(each, start=start) for each in made]
+
+
+def contenders_of(
     base: Run,
     methods: Mapping[str, Mapping[str, Any]],
     size: Size,
@@ -442,7 +388,7 @@ def _contenders(
     return found
 
 
-def _about(size: Size, preset: Preset) -> dict[str, Any]:
+def about_of(size: Size, preset: Preset) -> dict[str, Any]:
     small = size == "small"
     found: dict[str, Any] = {"size": size, "preset": preset, "caveat": _TEXT_CAVEAT if small else _PAPER_CAVEAT}
     found |= {"seeds": (1, 2, 3, 4, 5), "test_batches": 20 if small else None}
