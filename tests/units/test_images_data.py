@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ import pytest
 import torch
 from tests.images import COUNTS, class_folders, medmnist_file, pictures, write_picture
 
+from lowrank.data.images import augment
 from lowrank.data.images.batches import ImageBatches, evaluation_batches, label_weights, to_model
 from lowrank.data.images.decode import PixelBudget, Reading, read_image, windowed
 from lowrank.data.images.medmnist import NAMES, SIZES
@@ -387,6 +389,79 @@ def test_batches_are_a_function_of_seed_and_number(tmp_path: Path) -> None:
         assert torch.equal(first.batch(7)[key], second.batch(7)[key])
     assert not torch.equal(first.batch(7)["images"], data.train(5, seed=4).batch(7)["images"])
     assert not torch.equal(first.batch(7)["images"], first.batch(8)["images"])
+
+
+def test_what_each_operation_of_randaugment_does() -> None:
+    """Lines through the centre move as geometry says, grey levels as their formulas; the other sign is the reverse."""
+    column, row = (torch.zeros(1, 101, 101, dtype=torch.uint8) for _ in range(2))
+    column[0, :, 50], row[0, 50] = 255, 255
+    same, *of_places, brightness, contrast, sharpness, posterize, solarize, autocontrast, equalize = (
+        augment._operations(101)
+    )
+    assert torch.equal(same(column, 1.0), column)
+    moves = {  # of the column 15 above, at and 15 below the centre; of the row 15 left of, at and 15 right of it
+        "shear x": ([1, 0, -1], [0, 0, 0]),  # 15 · 0.09
+        "shear y": ([0, 0, 0], [1, 0, -1]),
+        "right": ([14, 14, 14], [0, 0, 0]),  # 101 · 150/331 · 0.3
+        "down": ([0, 0, 0], [14, 14, 14]),
+        "turn": ([2, 0, -2], [-2, 0, 2]),  # 15 · tan 9°
+    }
+    for operation, (columns, rows) in zip(of_places, moves.values(), strict=True):
+        for sign in (1, -1):
+            lines = operation(column, sign)[0, 35:66:15], operation(row, sign)[0, :, 35:66:15].T
+            assert [(line.argmax(1) - 50).tolist() for line in lines] == [
+                [sign * m for m in ms] for ms in (columns, rows)
+            ]
+    levels, even = torch.tensor([[[50, 150]] * 2], dtype=torch.uint8), torch.full((1, 2, 2), 201, dtype=torch.uint8)
+    for operation, expected in (
+        (brightness, ([63, 190], [36, 109], [255, 255])),  # times 1 ± 0.27
+        (contrast, ([36, 163], [63, 136], [200, 200])),  # distances from the mean, times 1 ± 0.27
+        (posterize, ([50, 150], [50, 150], [200, 200])),  # 7 bits
+        (solarize, ([50, 150], [50, 150], [54, 54])),  # above 178.5 inverted
+        (autocontrast, ([0, 254], [0, 254], [201, 201])),
+        (equalize, ([50, 150], [50, 150], [201, 201])),
+    ):
+        found = [operation(x, sign)[0, 0].tolist() for x, sign in ((levels, 1), (levels, -1), (even, 1))]
+        assert found == list(expected)
+    edge = levels.repeat_interleave(3, dim=1).repeat_interleave(3, dim=2)
+    steps = [sharpness(edge, sign)[0, 1].int().diff().abs().max() for sign in (-1, 1)]
+    assert steps[0] < 100 < steps[1]
+
+
+def test_randaugment_applies_two_operations_drawn_evenly_with_either_sign(monkeypatch: pytest.MonkeyPatch) -> None:
+    drawn: list[tuple[int, float]] = []
+
+    def noted(number: int) -> Callable[[torch.Tensor, float], torch.Tensor]:
+        return lambda image, sign: (drawn.append((number, sign)), image)[1]
+
+    monkeypatch.setattr(augment, "_operations", lambda width: [noted(i) for i in range(3)])
+    augment.augment(torch.zeros(300, 1, 2, 2, dtype=torch.uint8), ["randaugment"], torch.Generator().manual_seed(0))
+    assert len(drawn) == 600
+    counts = [drawn.count((number, sign)) for number in range(3) for sign in (1.0, -1.0)]
+    assert sum(counts) == 600
+    assert all(70 < count < 130 for count in counts)
+
+
+def test_flips_and_crops_are_what_they_say() -> None:
+    """Of a picture whose levels are its rows and columns, the corners tell which window is seen."""
+    ramp = torch.stack([torch.arange(64)[:, None].expand(64, 64), torch.arange(64).expand(64, 64)]).to(torch.uint8)
+    noise, many = torch.Generator().manual_seed(0), ramp.expand(400, 2, 64, 64)
+    for name, mirrored in (("hflip", ramp.flip(2)), ("vflip", ramp.flip(1))):
+        seen = augment.augment(many, [name], noise)
+        flipped = [torch.equal(image, mirrored) for image in seen]
+        assert [torch.equal(image, ramp) for image in seen] == [not each for each in flipped]
+        assert 160 < sum(flipped) < 240
+    seen = augment.augment(many, ["crop"], noise).int()
+    first, last = seen[:, [0, 1], 0, 0], seen[:, [0, 1], -1, -1]  # (crops, row and column)
+    high, wide = (last - first + 1).T
+    area, ratio = high * wide / 64**2, wide / high
+    assert 0.48 < area.min() < 0.55
+    assert 0.93 < area.max() <= 1.0
+    assert 0.72 < ratio.min() < 0.8
+    assert 1.25 < ratio.max() < 1.38
+    assert first.min(0).values.tolist() == [0, 0]
+    assert last.max(0).values.tolist() == [63, 63]
+    assert area.mean() == pytest.approx(0.75, abs=0.03)
 
 
 def test_an_epoch_shows_every_image_once_and_no_batch_is_short() -> None:

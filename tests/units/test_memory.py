@@ -1,6 +1,8 @@
 """The ledger of bytes, and how sizes and settings are written."""
 
 from pathlib import Path
+from types import SimpleNamespace
+from typing import Any
 
 import pytest
 import torch
@@ -12,6 +14,8 @@ from lowrank.infra import environment
 from lowrank.optim.rules import SGD, AdamW
 from lowrank.plan.ledger import megabytes, state_bytes
 from lowrank.plan.table import brief
+from lowrank.run.overrides import TASKS
+from lowrank.run.run import Call
 
 
 def test_full_training_in_numbers() -> None:
@@ -87,3 +91,34 @@ def test_what_is_free_is_also_what_a_container_leaves(
     monkeypatch.setattr(environment, "_GROUPS", tmp_path)
     found = environment.available_memory(torch.device("cpu"))
     assert found == free if free is not None else found is not None and found > whole // 2
+
+
+@pytest.mark.parametrize(
+    ("task", "data", "model", "facts", "note"),
+    [
+        ("text", {}, {}, {"context": 1024, "vocab_size": 256}, None),
+        ("text", {"context": 64, "tokenizer": "bpe:300"}, {}, {"context": 64, "vocab_size": 300}, None),
+        ("text", {"context": "auto"}, {"vocab_size": 77}, {"context": None, "vocab_size": 77}, None),
+        ("text", {"tokenizer": "chars"}, {}, {"vocab_size": 256}, "under the tokenizer chars is not known"),
+        ("sequences", {}, {}, {"context": 512, "outputs": 2}, None),
+        ("sequences", {"context": "128", "name": "mnli"}, {}, {"context": 128, "outputs": 3}, None),
+        ("sequences", {"context": 900, "name": "stsb"}, {}, {"context": 900, "outputs": 1}, None),
+        ("images", {"source": "pneumoniamnist"}, {}, {"classes": 2, "size": 28, "grey": True}, None),
+        ("images", {"source": "in/bloodmnist_64.npz", "size": 64}, {}, {"classes": 8, "grey": False}, None),
+        ("images", {"source": "digits"}, {}, {"classes": 10, "size": 28, "grey": True}, None),
+        ("images", {"source": "photos", "size": 32}, {}, {"classes": 1000, "size": 32, "grey": False}, "1000 assumed"),
+        ("segmentation", {"source": "mni152"}, {}, {"classes": 3, "size": 233, "grey": True}, None),
+        ("segmentation", {"source": "a.csv", "size": 64}, {}, {"classes": 2, "size": 64, "grey": False}, "2 assumed"),
+        ("segmentation", {"source": "a.csv", "classes": [*"abcd"]}, {}, {"classes": 4, "size": 224}, None),
+    ],
+)
+def test_what_stands_for_data_that_a_plan_does_not_read(
+    task: str, data: dict[str, Any], model: dict[str, Any], facts: dict[str, Any], note: str | None
+) -> None:
+    run = SimpleNamespace(data=Call(name="any", args=data), model=Call(name="any", args=model))
+    found, notes = TASKS[task]().stand_in(run)
+    if "classes" in facts:
+        found = SimpleNamespace(classes=len(found.classes), size=found.spec.size, grey=found.reading.grey)
+    assert {name: getattr(found, name) for name in facts} == facts
+    assert len(notes) == (note is not None)
+    assert note is None or note in notes[0]

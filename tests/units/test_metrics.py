@@ -186,8 +186,63 @@ def test_the_worst_mistakes_come_first() -> None:
         classes=("a", "b"),
         labels=np.array([0, 0, 1, 1]),
         scores=np.array([[0.4, 0.6], [0.9, 0.1], [0.99, 0.01], [0.2, 0.8]]),
+        names=["x/1.png", "x/2.png", "x/3.png", "x/4.png"],
+        images=np.arange(4, dtype=np.uint8)[:, None, None] * np.ones((4, 6, 6), np.uint8),
     )
     assert worst_mistakes(judged, 5) == [2, 0]
+    assert worst_mistakes(judged, 1) == [2]
+    sheet = image_pictures.mistakes(judged)
+    assert sheet is not None
+    assert [axes.get_title() for axes in sheet.axes] == [
+        "3.png\nis b\nsaid a 0.99",
+        "1.png\nis a\nsaid b 0.60",
+        *[""] * 4,
+    ]
+    assert [int(np.asarray(axes.images[0].get_array())[0, 0]) for axes in sheet.axes[:2]] == [2, 0]
+    several = Judged(
+        kind="multi-label",
+        classes=("a", "b"),
+        labels=np.array([[0, 0], [1, 1], [0, 1]]),
+        scores=np.array([[0.6, 0.1], [0.45, 0.02], [0.1, 0.9]]),
+        images=np.zeros((3, 6, 6, 3), np.uint8),
+    )
+    assert worst_mistakes(several, 5) == [1, 0]
+    sheet = image_pictures.mistakes(several)
+    assert sheet is not None
+    titles = [axes.get_title() for axes in sheet.axes[:2]]
+    assert titles == ["image 1\nmissed: b\nscore 0.02", "image 0\nfalse alarm: a\nscore 0.60"]
+
+
+def test_pictures_show_the_figures() -> None:
+    labels, scores = np.array([0, 0, 0, 1, 1, 2]), np.eye(3)[[0, 0, 1, 1, 1, 0]] * 0.7 + 0.1
+    judged = Judged(kind="multi-class", classes=("a", "b", "c"), labels=labels, scores=scores)
+    figures = report_figures(judged, resampled=0, specificity=0.9, seed=0)
+    (axes,) = image_pictures.confusion(judged).axes
+    cells = [text.get_text() for text in axes.texts]
+    assert cells == ["2\n67%", "1\n33%", "0\n0%", "0\n0%", "2\n100%", "0\n0%", "1\n100%", "0\n0%", "0\n0%"]
+    assert [text.get_position() for text in axes.texts[:4]] == [(0, 0), (1, 0), (2, 0), (0, 1)]
+    assert [text.get_color() for text in axes.texts[:3]] == ["white", image_pictures.INK, image_pictures.INK]
+    assert np.asarray(axes.images[0].get_array())[0] == pytest.approx([2 / 3, 1 / 3, 0])
+    (axes,) = image_pictures.roc(judged, figures).axes
+    *curves, diagonal, limit = axes.lines
+    assert len(curves) == 3
+    for i, curve in enumerate(curves):
+        fpr, tpr, _ = sk.roc_curve(labels == i, scores[:, i])
+        assert np.asarray(curve.get_xydata()).tolist() == np.stack([fpr, tpr], axis=1).tolist()
+    assert np.asarray(diagonal.get_xydata()).tolist() == [[0, 0], [1, 1]]
+    assert np.asarray(limit.get_xdata()) == pytest.approx([0.1, 0.1])
+    above, below = image_pictures.calibration(judged, figures).axes
+    diagonal, curve = above.lines
+    assert np.asarray(diagonal.get_xydata()).tolist() == [[0, 0], [1, 1]]
+    assert np.asarray(curve.get_xydata()).ravel() == pytest.approx([0.8, 4 / 6])
+    assert above.get_title() == f"calibration error {0.8 - 4 / 6:.3f}"
+    heights = [bar.get_height() for bar in below.patches]
+    assert (len(heights), sum(heights), max(heights)) == (15, 6, 6)
+    answered = np.array([[0.9, 0.1], [0.8, 0.3], [0, 0.6], [0, 0]])
+    several = Judged(kind="multi-label", classes=("a", "b"), labels=np.eye(4, 2, dtype=int), scores=answered)
+    cells = [text.get_text() for text in image_pictures.confusion(several).axes[0].texts]
+    assert cells[:4] == ["1\n100%", "0\n0%", "1\n33%", "2\n67%"]  # found, missed, false alarm, rightly not
+    assert cells[4:] == ["0\n0%", "1\n100%", "1\n33%", "2\n67%"]
 
 
 def test_a_class_that_does_not_occur_has_no_figures() -> None:

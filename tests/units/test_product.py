@@ -1,5 +1,7 @@
 """The low-rank product: values, gradients, and the columns that it leaves alone."""
 
+import itertools
+
 import pytest
 import torch
 from hypothesis import given, settings
@@ -56,6 +58,17 @@ def test_equals_the_plain_formula(data: st.DataObject) -> None:
         ]
         for a, b in zip(*gradients, strict=True):
             torch.testing.assert_close(a, torch.zeros_like(a) if b is None else b)
+
+
+@pytest.mark.parametrize(("shards", "out", "rank"), list(itertools.product((1, 3), repeat=3)))
+def test_one_size_is_not_taken_for_another(shards: int, out: int, rank: int) -> None:
+    """Of a y that is 3 wide, with as many shards or ranks, all columns or one."""
+    x, A, B = torch.randn(6, 3), torch.randn(shards, rank, 3), torch.randn(shards, out, rank)
+    sizes, start = [6 // shards] * shards, 3 - out
+    y = torch.randn(6, 3)
+    torch.testing.assert_close(
+        add_low_rank_(y.clone(), x, A, B, 0.5, sizes, start), plain(y, x, A, B, 0.5, sizes, start)
+    )
 
 
 def test_numerical_gradient() -> None:
