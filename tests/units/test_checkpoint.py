@@ -272,21 +272,31 @@ def test_damage_to_all_is_said(tmp_path):
 
 
 @pytest.mark.parametrize("call", ["save_file", "write_json"])
-def test_a_full_disk_leaves_the_old_one(tmp_path, monkeypatch, call):
+@pytest.mark.parametrize(
+    ("error", "cause", "remedy"),
+    [
+        (OSError(errno.ENOSPC, "No space left on device"), "the disk is full", "make room and resume"),
+        (OSError(errno.EIO, "bad disk"), r"\[Errno 5\] bad disk", "resume once that is mended"),
+        (PermissionError(errno.EACCES, "not yours"), r"\[Errno 13\] not yours", "resume once that is mended"),
+    ],
+)
+def test_what_cannot_be_saved_leaves_the_old_ones(tmp_path, monkeypatch, call, error, cause, remedy):
     save_some(tmp_path, 1)
+    save_some(tmp_path, 2)
 
-    def full(*arguments, **options):
-        raise OSError(errno.ENOSPC, "No space left on device")
+    def fails(*arguments, **options):
+        raise error
 
     with monkeypatch.context() as patched:
-        patched.setattr(checkpoint, call, full)
-        with pytest.raises(
-            CheckpointError, match=r"the disk is full; the earlier checkpoint .*step-00000001 is untouched"
-        ):
-            save_some(tmp_path, 2)
-    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000001"]
-    assert load(latest(tmp_path)).step == 1
-    assert load(save_some(tmp_path, 2)).step == 2
+        patched.setattr(checkpoint, call, fails)
+        said = (
+            f"could not save .* step 3 in .*: {cause}; the earlier checkpoint .*step-00000002 is untouched; {remedy}$"
+        )
+        with pytest.raises(CheckpointError, match=said):
+            save_some(tmp_path, 3)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["step-00000001", "step-00000002"]
+    assert load(latest(tmp_path)).step == 2
+    assert load(save_some(tmp_path, 3)).step == 3
 
 
 def test_a_full_disk_under_safetensors_itself(tmp_path, monkeypatch):
