@@ -284,22 +284,23 @@ def _quality(compared: Comparison, memory: Mapping[str, tuple[float, float, floa
 
 def _rates(compared: Comparison, looks: Looks) -> Drawn:
     """Whole runs filled and joined in the order of their rates, the better where a rate was tried twice."""
+    sign = 1 if compared.lower else -1
+    best_of: dict[tuple[str, bool, float], float] = {}
+    for each in sorted(compared.rates, key=lambda each: sign * each.value):
+        best_of.setdefault((each.label, each.short, each.lr), each.value)
 
     def draw(axes: Any) -> None:
         for label, look in looks.items():
-            own = [each for each in compared.rates if each.label == label]
-            best: dict[float, float] = {}
-            for each in (each for each in own if not each.short):
-                value = best.get(each.lr, each.value)
-                best[each.lr] = min(value, each.value) if compared.lower else max(value, each.value)
-            axes.plot(*_columns(sorted(best.items())), **{**look, "linewidth": 1.2, "markersize": 4})
-            short = [(each.lr, each.value) for each in own if each.short]
+            tried = {(short, lr): v for (name, short, lr), v in best_of.items() if name == label}
+            whole = sorted((lr, value) for (short, lr), value in tried.items() if not short)
+            axes.plot(*_columns(whole), **{**look, "linewidth": 1.2, "markersize": 4})
+            short = [(each.lr, each.value) for each in compared.rates if each.label == label and each.short]
             axes.plot(
                 *_columns(short), **{**look, "linestyle": "", "markersize": 3.5, "alpha": 0.5, "fillstyle": "none"}
             )
-        whole = [each.value for each in compared.rates if not each.short]
-        if compared.lower:
-            axes.set_ylim(top=_focus(whole))
+        if compared.lower and (top := _focus(list(best_of.values()))) is not None:
+            least = min(best_of.values())
+            axes.set_ylim(least - 0.05 * (top - least), top)  # what diverged is above
         axes.set_xscale("log")
         rates = sorted({each.lr for each in compared.rates})
         axes.set_xticks(rates if len(rates) <= 6 else axes.get_xticks())

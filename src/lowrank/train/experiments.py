@@ -319,7 +319,8 @@ def _forecast(experiment: Experiment, root: Path) -> str:
     else:
         seconds, how = measured(open_session(_contender(experiment, experiment.baseline).run)), "by timed steps"
     left = max(0.0, steps - sum(n for _, n in made))
-    return f"{runs} runs, {len(made)} made; about {math.ceil(left * seconds / 60)} minutes more ({how})"
+    minutes = math.ceil(left * seconds / 60)
+    return f"{runs} runs, {len(made)} made; about {minutes} minute{'s' * (minutes != 1)} more ({how})"
 
 
 def _contender(experiment: Experiment, name: str) -> Contender:
