@@ -22,13 +22,11 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import Dense, LoRA, Merge
-from lowrank.adapters.compression import Compression
-from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.checks import check_choice
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import adapted, groups
+from lowrank.methods.groups import adapted, groups, merged
 from lowrank.methods.low_rank_gradients import BasisName, Embeddings, basis_named, embedding_rules
 from lowrank.methods.method import FACTORS, Adapt, Method, Use
 from lowrank.optim.projected import Projected
@@ -38,7 +36,7 @@ Kind = Literal["mixed", "explorers"]
 
 
 @register("method", family="both")
-@also(adapted, groups, rest="train")
+@also(merged, adapted, groups, rest="train")
 def lte_galore(
     kind: Kind = "mixed",
     *,
@@ -47,17 +45,12 @@ def lte_galore(
     heads: int = 4,
     alpha: float | None = None,
     merge_every: int = 10,
-    outer_lr: float = 1.0,
-    outer_momentum: float = 0.0,
-    exchange: Compression = "float32",
-    weigh: Weigh = "equal",
     galore_modules: Targets = "all-linear",
     galore_rank: int = 128,
     refresh_every: int = 200,
     scale: float = 0.25,
     basis: BasisName = "power",
     embeddings: Embeddings = "adamw",
-    rest_every: int | None = None,
 ) -> Method:
     """LTE + GaLore (Huh et al., arXiv 2402.16828; Zhao et al., 2403.03507): heads on some matrices, GaLore on others.
 
@@ -101,6 +94,5 @@ def lte_galore(
             *embedding_rules(embeddings, elsewhere),
             Use("*", AdamW()),
         ),
-        merge=Merge(merge_every, outer_lr=outer_lr, outer_momentum=outer_momentum, exchange=exchange, weigh=weigh),
-        rest_every=rest_every,
+        merge=Merge(merge_every),
     )

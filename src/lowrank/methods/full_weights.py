@@ -10,13 +10,11 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import Dense, Merge
-from lowrank.adapters.compression import Compression
-from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.checks import check_choice
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import adapted, groups, others
+from lowrank.methods.groups import adapted, groups, merged, others
 from lowrank.methods.method import FACTORS, Adapt, Method, Use
 from lowrank.optim.adafactor import Adafactor
 from lowrank.optim.dion import Dion
@@ -139,19 +137,14 @@ def adafactor(
 
 
 @register("method", family="none")
-@also(adapted, groups, rest="local")
+@also(merged, adapted, groups, outer_lr=0.7, outer_momentum=0.9, rest="local")
 def diloco(
     target_modules: Targets = "all-linear",
     *,
     inner: Inner = "adamw",
     heads: int = 4,
     merge_every: int = 30,
-    outer_lr: float = 0.7,
-    outer_momentum: float = 0.9,
-    exchange: Compression = "float32",
-    weigh: Weigh = "equal",
     fragments: int = 1,
-    rest_every: int | None = None,
 ) -> Method:
     """DiLoCo (Douillard et al., arXiv 2311.08105): whole weights trained locally, an outer Nesterov step at merges.
 
@@ -172,14 +165,6 @@ def diloco(
         name="diloco",
         adapt=(Adapt(target_modules, Dense(heads=heads, split=True)),),
         rules=(Use(FACTORS, rule, decay=False), Use("*", AdamW())),
-        merge=Merge(
-            merge_every,
-            outer_lr=outer_lr,
-            outer_momentum=outer_momentum,
-            exchange=exchange,
-            weigh=weigh,
-            fragments=fragments,
-        ),
-        rest_every=rest_every,
+        merge=Merge(merge_every, fragments=fragments),
         rest_merges=1,
     )

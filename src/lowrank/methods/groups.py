@@ -1,4 +1,5 @@
-"""What every method can be told beside its own arguments: Adam's constants, and rates and decay by group of parameters.
+"""What methods can be told beside their own arguments: how heads are merged, what becomes of the rest, and every one of
+them Adam's constants, and rates and decay by group of parameters.
 
     lr of a parameter = run's lr · Use.lr · ratio of its group,      weight decay likewise
 
@@ -8,7 +9,8 @@
     (matrices)  all others: ratio 1, so that the run's learning rate is theirs
 
 Factors of adapters belong to no group. A ratio for a group of which nothing is trained is an error when the method is
-bound. The arguments are those of ``groups``, written there once and taken by every function of the catalogue.
+bound. The arguments are those of ``groups``, written there once and taken by every function of the catalogue; those of
+``others``, ``adapted`` and ``merged`` by the functions that they are for.
 """
 
 from __future__ import annotations
@@ -17,6 +19,8 @@ from collections.abc import Callable
 from dataclasses import fields, is_dataclass, replace
 from typing import Any
 
+from lowrank.adapters.compression import Compression
+from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.methods.method import Groups, Method, Rest, Ties
 from lowrank.optim.pairs import PairRule
@@ -38,6 +42,25 @@ def adapted(
         return replace(method, adapt=adapt, rest=rest, ties=ties, freeze=freeze)
 
     return left_out
+
+
+def merged(
+    *,
+    outer_lr: float = 1.0,
+    outer_momentum: float = 0.0,
+    exchange: Compression = "float32",
+    weigh: Weigh = "equal",
+    rest_every: int | None = None,
+) -> Callable[[Method], Method]:
+    """The outer step of merges, what travels between ranks and what each weighs (``Merge``), and how often a rest that
+    trains locally is averaged."""
+
+    def merging(method: Method) -> Method:
+        assert method.merge is not None, f"{method.name} has no merges"
+        merge = replace(method.merge, outer_lr=outer_lr, outer_momentum=outer_momentum, exchange=exchange, weigh=weigh)
+        return replace(method, merge=merge, rest_every=rest_every)
+
+    return merging
 
 
 def groups(

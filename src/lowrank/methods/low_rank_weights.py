@@ -5,12 +5,10 @@ from __future__ import annotations
 from typing import Literal
 
 from lowrank.adapters import DoRA, LoRA, Merge, Unchanged
-from lowrank.adapters.compression import Compression
-from lowrank.adapters.merge import Weigh
 from lowrank.adapters.targets import Targets
 from lowrank.infra.registry import register
 from lowrank.infra.signatures import also
-from lowrank.methods.groups import adapted, groups, others
+from lowrank.methods.groups import adapted, groups, merged, others
 from lowrank.methods.method import FACTOR_B, FACTORS, Adapt, Method, Use
 from lowrank.methods.schedule import Rewarm
 from lowrank.optim.muon import MuonScale
@@ -186,7 +184,7 @@ def multihead_lora(
 
 
 @register("method", family="adapter")
-@also(adapted, groups)
+@also(merged, adapted, groups)
 def lte(
     target_modules: Targets = "all-linear",
     *,
@@ -196,15 +194,10 @@ def lte(
     merge_every: int = 10,
     keep: bool = True,
     forget: float = 0.0,
-    outer_lr: float = 1.0,
-    outer_momentum: float = 0.0,
-    exchange: Compression = "float32",
-    weigh: Weigh = "equal",
     overlap: bool = False,
     fragments: int = 1,
     init: Literal["orthogonal", "kaiming", "reference"] = "orthogonal",
     dropout: float = 0.0,
-    rest_every: int | None = None,
 ) -> Method:
     """LoRA-the-Explorer (Huh et al., arXiv 2402.16828): heads train on shards of the batch and are merged regularly.
 
@@ -226,18 +219,7 @@ def lte(
     return Method(
         name="lte",
         adapt=(Adapt(target_modules, make),),
-        merge=Merge(
-            merge_every,
-            keep=keep,
-            forget=forget,
-            outer_lr=outer_lr,
-            outer_momentum=outer_momentum,
-            exchange=exchange,
-            weigh=weigh,
-            overlap=overlap,
-            fragments=fragments,
-        ),
-        rest_every=rest_every,
+        merge=Merge(merge_every, keep=keep, forget=forget, overlap=overlap, fragments=fragments),
     )
 
 
