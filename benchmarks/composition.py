@@ -47,6 +47,7 @@ FAMILIES: dict[str, dict[str, Any]] = {
     "galore": {"method.rank": 4, "method.refresh_every": 2},
     "galore_8bit": {"method.rank": 4, "method.refresh_every": 2},
     "apollo": {"method.rank": 4, "method.refresh_every": 2},
+    "diloco": {"method.heads": 2, "method.merge_every": 2},
     "lte_galore": {"method.rank": 2, "method.heads": 2, "method.merge_every": 2, "method.galore_rank": 4},
 }
 OPTIONS: dict[str, dict[str, Any]] = {

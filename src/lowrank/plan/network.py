@@ -25,6 +25,7 @@ from lowrank.infra.convert import nearest
 from lowrank.infra.progress import short_bytes, short_count
 
 LITTLE = 0.05  # of a step: communication below this hardly matters
+AVERAGE = "average of the rest"
 CONTROL_WORDS = 2
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
@@ -164,11 +165,12 @@ def _verdict(found: Outlook) -> list[str]:
     if found.interval is None:
         return [
             *lines,
-            "it communicates at every step, which no interval changes: lte, lte_galore and rest=local have one",
+            "it communicates at every step, which no interval changes: lte, lte_galore, diloco and rest=local have one",
         ]
     enough = found.enough()
     if enough is not None:
-        rest = f", the rest averaged every {4 * enough}" if any(part.scales == 4 for part in found.parts) else ""
+        moving = [part for part in found.parts if part.what.startswith(AVERAGE) and found.interval == "merge_every"]
+        rest = "".join(f", the rest averaged every {part.scales * enough}" for part in moving if part.scales)
         return [*lines, f"communication is at most {LITTLE:.0%} of a step from {found.interval}={enough} on{rest}"]
     fixed = " and ".join(part.what for part in found.parts if not part.scales)
     return [

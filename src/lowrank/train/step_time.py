@@ -10,7 +10,7 @@ from dataclasses import replace
 import torch
 
 from lowrank.plan.communication import Forecast, forecast
-from lowrank.plan.network import Link, Outlook, Part
+from lowrank.plan.network import AVERAGE, Link, Outlook, Part
 from lowrank.run.memory_estimate import any_batch
 from lowrank.run.run import Call, Run
 from lowrank.run.session import Session
@@ -28,11 +28,11 @@ def outlook(session: Session, ranks: int, link: Link, compute: float) -> Outlook
     run, method = session.run, session.plan.method
     found = forecast(session.plan, ranks, whole=run.max_grad_norm is not None and not run.per_layer)
     merging = found.merge_every is not None
-    follows = 0 if merging and method.rest_every is not None else (4 if merging else 1)
+    follows = 0 if merging and method.rest_every is not None else (method.rest_merges if merging else 1)
     parts = [
         _part("merge", found.merge_every or 1, found.merges, 1, found, link),
         _part("basis that heads share", found.basis_every, [found.basis], 0, found, link),
-        _part("average of the rest", found.rest_every, found.averages, follows, found, link),
+        _part(AVERAGE, found.rest_every, found.averages, follows, found, link),
         _part("gradients", 1, [found.gradients_between], 0, found, link),
         _part("gradients, refresh", found.refresh_every, [found.gradients - found.gradients_between], 0, found, link),
     ]
