@@ -101,7 +101,10 @@ def test_slices_of_different_splits_are_never_neighbours() -> None:
         (lambda root: (root / "images" / "03.png").unlink(), "masks/03.png has no image"),
         (lambda root: Image.new("L", (30, 40)).save(root / "masks" / "03.png"), "its image 40 × 30"),
         (lambda root: Image.new("RGB", (40, 30)).save(root / "masks" / "03.png"), "03.png is no mask"),
-        (lambda root: Image.new("L", (40, 30), 7).save(root / "masks" / "03.png"), "03.png holds the label 7"),
+        (
+            lambda root: Image.new("L", (40, 30), 7).save(root / "masks" / "03.png"),
+            "03.png holds the label 7, and there are 3 classes (0 to 2): name all with --data.classes",
+        ),
         (lambda root: (root / "masks").rename(root / "labels"), "images/ and masks/"),
         (lambda root: [Image.new("L", (40, 30)).save(p) for p in (root / "masks").iterdir()], "nothing but 0"),
     ],

@@ -70,6 +70,8 @@ def test_everything_comes_back_with_its_kind(tmp_path):
     assert same(some_tensors(), dict(sorted(found.tensors.items(), reverse=True)))
     assert same(some_optimizer(), found.optimizer)
     assert same(meta, found.meta)
+    assert sorted(found.names("model")) == sorted(some_tensors())
+    assert sorted(found.names("optimizer")) == ["optimizer.state.0.inner.step", "optimizer.state.0.mean"]
 
 
 @pytest.mark.parametrize("dtype", DTYPES, ids=str)
@@ -90,6 +92,7 @@ def test_tied_tensors_are_stored_once_and_tied_again(tmp_path):
     weight = torch.randn(1000, 8)
     found = load(save(tmp_path, 1, {"wte": weight, "lm_head": weight}, {}, {}))
     assert found.tensors["lm_head"] is found.tensors["wte"]
+    assert sorted(found.names("model")) == ["lm_head", "wte"]
     assert torch.equal(found.tensors["wte"], weight)
     assert (latest(tmp_path) / "model.safetensors").stat().st_size < 1.5 * weight.nbytes
 

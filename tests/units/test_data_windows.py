@@ -117,7 +117,7 @@ def test_a_corpus_too_short_for_a_window(tmp_path: Path) -> None:
     [
         ({"context": 0}, "context must be at least 1"),
         ({"batch_size": 0}, "batch_size must be at least 1"),
-        ({"rank": 2, "ranks": 2}, "rank must be in 0 … 1"),
+        ({"rank": 4, "ranks": 4}, "rank must be in 0 … 3 for ranks=4, not 4"),
         ({"batch_size": 2, "ranks": 3}, "does not go round 3 ranks"),
         ({"split": "test"}, "no split 'test'; it has train, val"),
     ],

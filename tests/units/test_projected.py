@@ -179,6 +179,31 @@ def test_lazy_refresh_doubles_the_interval_of_a_subspace_that_stands_still():
     assert int(moving["interval"]) == 2
 
 
+@pytest.mark.parametrize(
+    ("cosines", "interval"),
+    [
+        ([1.0, 1.0], 10),  # not yet three
+        ([1.0, 0.2, 0.2], 10),  # mean 0.47
+        ([0.0, 0.7, 0.9], 25),
+        ([0.0, 0.0, 0.0, 0.8, 0.9], 25),  # the last three
+        ([0.9] * 5, 25),  # after widening three more are waited for
+        ([-0.9] * 6, 62),  # a vector's sign is arbitrary
+        ([(0.2, 1.0), (0.2, 1.0), (0.2, 1.0)], 25),  # of a stack the mean
+        ([(0.2, 0.6), (0.2, 0.6), (0.2, 0.6)], 10),
+    ],
+)
+def test_lazy_refresh_averages_its_window(cosines, interval):
+    lazy = Lazy(threshold=0.5, factor=2.5, window=3)
+    state = lazy.init(10)
+    for each in cosines:
+        cosine = torch.tensor(each)
+        turned = torch.stack([cosine, (1 - cosine**2).sqrt()], dim=-1)[..., None]
+        rest = torch.full_like(turned, 0.3)  # vectors after the leading one do not count
+        first = torch.eye(2)[:, :1].expand_as(turned)
+        lazy.note_(state, [torch.cat([first, first], dim=-1)], [torch.cat([turned, rest], dim=-1)])
+    assert int(state["interval"]) == interval
+
+
 @pytest.mark.parametrize("transport", ["keep", "rotate", "reset"])
 def test_transport(transport):
     rule = Projected(rank=2, refresh_every=3, stagger=False, basis=SVD(align=False), transport=transport)
