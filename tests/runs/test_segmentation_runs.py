@@ -3,6 +3,7 @@
 import json
 import zlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -15,7 +16,7 @@ from lowrank.data.images.decode import Reading, fitted, fitted_part
 from lowrank.data.images.masks import MaskData, masks
 from lowrank.data.images.set import Split
 from lowrank.evaluate.predict_masks import segment
-from lowrank.evaluate.segmentation_report import hausdorff
+from lowrank.evaluate.segmentation_report import COLOURS, KEYS, hausdorff, overlays, report
 from lowrank.evaluate.segmentation_task import MaskTally, mask_loss, overlaps
 from lowrank.infra.log import read_log
 from lowrank.report.runs import Result
@@ -224,6 +225,61 @@ def test_a_distance_knows_how_far_apart_pixels_are() -> None:
     tally.packed.append(torch.frombuffer(bytearray(zlib.compress(said[0].tobytes())), dtype=torch.uint8))
     for spacing, far in (((), 2), (((5.0, 1.5),), 3)):
         assert hausdorff(Split(images=mask, labels=mask, spacing=spacing), tally, 2) == pytest.approx(far)
+
+
+def test_a_report_in_numbers(tmp_path: Path) -> None:
+    """Four images of three patients; of the classes one is found, one never is and one is in no mask."""
+    mask, said = np.zeros((4, 10, 10), np.uint8), np.zeros((4, 10, 10), np.uint8)
+    mask[0, :3], said[0, :3] = 1, 1
+    mask[2, 2:4, 2:4], said[2, 2:4, 4:6] = 1, 1
+    mask[3, :2], said[3, 1:3], mask[3, 9] = 1, 1, 2
+    grey, who = np.full((4, 10, 10), 100, np.uint8), ["p0", "p0", "p1", "p2"]
+    part = Split(images=grey, labels=mask, patients=who, names=[f"in/{i}.png" for i in range(4)])
+    tally = MaskTally()
+    tally.figures.append(overlaps(torch.from_numpy(said).long(), torch.from_numpy(mask).long(), 4))
+    tally.packed += [torch.frombuffer(bytearray(zlib.compress(each.tobytes())), dtype=torch.uint8) for each in said]
+    data = SimpleNamespace(set=SimpleNamespace(splits={"test": part}), classes=("background", "a|$", "b", "c"))
+    told = report(data, tally, tmp_path, "test")  # type: ignore[arg-type]
+    assert told[1:] == [
+        "Dice by class: a|$ 0.500, b 0.000, c –",
+        "b was never found where it is",
+        "c is in no mask of these images",
+    ]
+    figures = json.loads((tmp_path / "clinic" / "metrics.json").read_text())
+    assert (figures["images"], figures["resampled"], figures["hausdorff_unit"]) == (4, "patients", "pixels")
+    values = {name: [row[key]["value"] for key in KEYS] for name, row in figures["classes"].items()}
+    assert values["a|$"] == pytest.approx([(1 + 0 + 0.5) / 3, (1 + 0 + 1 / 3) / 3, (0 + 2 + 1) / 3])
+    assert (values["b"], values["c"]) == ([0, 0, None], [None] * 3)
+    assert [row["images"] for row in figures["classes"].values()] == [3, 1, 0]
+    assert [figures["overall"][key]["value"] for key in KEYS] == pytest.approx([0.25, 2 / 9, 1])
+    drawn = figures["classes"]["a|$"]["dice"]
+    assert (drawn["low"], drawn["high"]) == (0.0, 1.0)
+    rows = (tmp_path / "clinic" / "predictions.csv").read_text().splitlines()
+    assert (
+        rows[0]
+        == "image,patient,dice a|$,dice b,dice c,iou a|$,iou b,iou c,hausdorff_95 a|$,hausdorff_95 b,hausdorff_95 c"
+    )
+    assert rows[1:] == [
+        "in/0.png,p0,1,,,1,,,0,,",
+        "in/1.png,p0,,,,,,,,,",
+        "in/2.png,p1,0,,,0,,,2,,",
+        "in/3.png,p2,0.5,0,,0.333333,0,,1,,",
+    ]
+    page = (tmp_path / "clinic" / "report.md").read_text()
+    assert (
+        "| class | images | Dice | IoU | Hausdorff 95 % (pixels) |\n|---|---|---|---|---|\n| a\\|$ | 3 | 0.500" in page
+    )
+    axes = overlays(part, tally, tally.overlap[0], data.classes).axes
+    titles = [each.get_title() for each in axes]
+    assert titles[::3] == ["best: 0.png", "median: 3.png", "worst: 2.png"]
+    assert titles[2::3] == ["answer, Dice 1.000", "answer, Dice 0.250", "answer, Dice 0.000"]
+    plain, masked, answered = (each.images[0].get_array() for each in axes[3:6])
+    first, second = ([round(0.45 * 100 + 0.55 * level) for level in colour] for colour in COLOURS[:2])
+    assert (plain == 100).all()
+    assert [masked[row, 0].tolist() for row in (0, 2, 9)] == [first, [100] * 3, second]
+    assert [answered[row, 0].tolist() for row in (0, 2, 9)] == [[100] * 3, first, [100] * 3]
+    names = [text.get_text() for text in axes[0].figure.legends[0].get_texts()]
+    assert names == [r"a|\$", "b", "c"]
 
 
 @pytest.mark.parametrize(
