@@ -78,9 +78,8 @@ def rule_of_each(rule: Rule | PairRule, params: Sequence[Tensor]) -> list[Rule]:
         A, B = shapes if len(shapes) == 2 else (torch.Size(), torch.Size())
         if len(A) < 2 or len(B) < 2 or A[:-2] != B[:-2] or A[-2] != B[-1]:
             raise ValueError(
-                f"{rule!r} takes the factors of each adapter one after the other, A (..., rank, in) and "
-                f"B (..., out, rank); parameters {first} and {first + 1} of the group are "
-                f"{[tuple(shape) for shape in shapes]}"
+                f"{rule!r} takes the factors of each adapter one after the other, A (..., rank, in) and B (..., out, "
+                f"rank); parameters {first} and {first + 1} of the group are {[tuple(shape) for shape in shapes]}"
             )
         each += [OneFactor(rule, "A", B), OneFactor(rule, "B", A)]
     return each

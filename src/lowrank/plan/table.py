@@ -78,10 +78,9 @@ def _ledger_lines(plan: Plan) -> list[str]:
     sheet = plan.ledger
     where = "memory of this rank" if plan.shards else "memory"
     return [
-        f"{where}: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)}"
-        f" + kept {megabytes(sheet.kept)}"
-        f" + gradients {megabytes(sheet.gradients)} + state {megabytes(sheet.state)} = {megabytes(sheet.total)}"
-        f" ({megabytes(sheet.total_per_layer)} with per-layer updates); activations come on top"
+        f"{where}: weights {megabytes(sheet.weights)} + factors {megabytes(sheet.factors)} + kept "
+        f"{megabytes(sheet.kept)} + gradients {megabytes(sheet.gradients)} + state {megabytes(sheet.state)} = "
+        f"{megabytes(sheet.total)} ({megabytes(sheet.total_per_layer)} with per-layer updates); activations come on top"
     ]
 
 

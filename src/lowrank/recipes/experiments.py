@@ -46,9 +46,8 @@ _LACKS: Mapping[str, tuple[str, ...]] = {  # of a model or a method: options of 
     "adafactor": ("method.betas",),
 }
 _TEXT_CAVEAT = (
-    "Two layers 64 wide and five hundred steps of 512 bytes: seconds a run. It orders methods early in the training "
-    "of tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the "
-    "width."
+    "Two layers 64 wide and five hundred steps of 512 bytes: seconds a run. It orders methods early in the training of "
+    "tiny models and says nothing of models a thousand times larger, of long training, or of ranks far below the width."
 )
 _PAPER_CAVEAT = "The ancestor's or the papers' own size and length."
 

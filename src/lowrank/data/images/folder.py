@@ -313,10 +313,11 @@ def places_of(
     where: dict[str, set[str]] = {}
     for split, patient in told:
         where.setdefault(patient, set()).add(split or "train")
-    if parted := sorted(patient for patient, splits in where.items() if len(splits) > 1):
+    parted = {p: " and ".join(s for s in SPLITS if s in where[p]) for p in sorted(where) if len(where[p]) > 1}
+    if parted:
         raise ValueError(
-            f"patients of {root} are in several splits: {some([f'{p} in {_and(where[p])}' for p in parted])}; what is "
-            "learnt of a patient must not be tested on the same"
+            f"patients of {root} are in several splits: {some([f'{p} in {both}' for p, both in parted.items()])}; what "
+            "is learnt of a patient must not be tested on the same"
         )
     val = (0.0 if "val" in given else 0.15) if val_fraction is None else val_fraction
     test = (0.0 if given else 0.15) if test_fraction is None else test_fraction
@@ -330,10 +331,6 @@ def places_of(
     for i, place in zip(open_ones, made, strict=True):
         places[i] = place
     return places
-
-
-def _and(splits: set[str]) -> str:
-    return " and ".join(split for split in SPLITS if split in splits)
 
 
 # --- pixels ----------------------------------------------------------------------------------------------------------

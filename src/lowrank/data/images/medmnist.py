@@ -105,10 +105,12 @@ def read_npz(path: Path, options: Options) -> ImageSet:
         if numbers != list(range(len(numbers))):
             shown = ", ".join(f"{number} → {i}" for i, number in enumerate(numbers[:20]))
             notes = (f"labels of {path} are counted from 0: {shown}{' …' if len(numbers) > 20 else ''}",)
-    splits = {
-        split: Split(images=_squeezed(arrays[f"{split}_images"]), labels=_shaped(labels[split], kind))
-        for split in SPLITS
-    }
+    splits = {}
+    for split in SPLITS:
+        pixels = arrays[f"{split}_images"]
+        grey = pixels[..., 0] if pixels.shape[3:] == (1,) else pixels
+        splits[split] = Split(images=grey, labels=_shaped(labels[split], kind))
+    shape = splits["train"].images.shape
     found = ImageSet(
         name=name or path.stem,
         kind=kind,
@@ -116,7 +118,7 @@ def read_npz(path: Path, options: Options) -> ImageSet:
         splits=splits,
         notes=notes,
         pixels=digest,
-        volumes=_volumes(name) if name else _are_volumes(splits["train"].images),
+        volumes=_volumes(name) if name else shape[3:] > (4,),  # a last axis of up to four would be channels
     )
     if options.size not in (None, found.size):
         raise ValueError(
@@ -126,15 +128,10 @@ def read_npz(path: Path, options: Options) -> ImageSet:
     return found
 
 
-def _is_npz(source: str) -> bool:
-    path = Path(source).expanduser()
-    return path.suffix == ".npz" and path.is_file()
-
-
 SOURCES += [
     ImageSource(
         what="a file with splits",
-        matches=_is_npz,
+        matches=lambda source: source.endswith(".npz") and Path(source).expanduser().is_file(),
         read=lambda source, options: read_npz(Path(source).expanduser(), options),
         takes=("dataset", "size", "kind", "unpack_large"),
     ),
@@ -152,11 +149,6 @@ SOURCES += [
 
 def _volumes(name: str) -> bool:
     return name.endswith("3d")
-
-
-def _are_volumes(images: np.ndarray) -> bool:
-    """Whether a stranger's images (n, d, h, w) are volumes: a last axis of up to four would be channels."""
-    return images.ndim == 4 and images.shape[3] > 4
 
 
 def _recognised(path: Path) -> str | None:
@@ -253,10 +245,6 @@ def _shaped(labels: np.ndarray, kind: Kind) -> np.ndarray:
     if kind == "multi-label":
         return labels if labels.dtype == np.uint8 else labels.astype(np.int64)
     return labels[:, 0].astype(np.int64) if labels.shape[1] == 1 else labels
-
-
-def _squeezed(images: np.ndarray) -> np.ndarray:
-    return images[..., 0] if images.ndim == 4 and images.shape[3] == 1 else images
 
 
 def _notes(name: str, counts: dict[str, int]) -> tuple[str, ...]:

@@ -90,8 +90,7 @@ class Windows:
         if count < context + 1:
             raise ValueError(
                 f"{split} of {tokens.folder} has {count:,} tokens, too few for one window of context {context:,} (and "
-                f"the token after it): "
-                f"give more text or a context of at most {max(count - 1, 0):,}"
+                f"the token after it): give more text or a context of at most {max(count - 1, 0):,}"
             )
         self._windows = max(1, (count - context) // context)
         self._offsets = min(context, count - self._windows * context)
@@ -120,32 +119,24 @@ class Windows:
         return starts
 
 
-class EvaluationBatches:
-    """Batches that score a split in order, each token once, or a fixed part of it: ``len``, iteration, ``batch(n)``."""
+class ConsecutiveWindows:
+    """The windows of a split by number, in order; the last one is shorter."""
 
-    def __init__(self, tokens: Tokens, split: str, context: int, share: Share, limit: int | None):
-        self.tokens, self.split, self.context, self.share = tokens, split, context, share
-        self._windows = spread(-(-(tokens.count(split) - 1) // context), share.batch_size, limit)
+    def __init__(self, tokens: Tokens, split: str, context: int):
+        self.tokens, self.split, self.context = tokens, split, context
 
     def __len__(self) -> int:
-        return -(-len(self._windows) // self.share.batch_size)
+        return -(-(self.tokens.count(self.split) - 1) // self.context)
 
-    def __iter__(self) -> Iterator[dict[str, Tensor]]:
-        return (self.batch(n) for n in range(len(self)))
-
-    def batch(self, n: int) -> dict[str, Tensor]:
-        """Batch n: {"input_ids", "labels"}, this rank's rows (the last batch may have fewer, and a rank none)."""
-        if not 0 <= n < len(self):
-            raise IndexError(f"batch {n} of {len(self)}")
-        windows = self._windows[n * self.share.batch_size : (n + 1) * self.share.batch_size]
-        starts = windows[self.share.rows(len(windows))] * self.context
+    def rows(self, numbers: np.ndarray) -> Batch:
+        starts = numbers * self.context
         lengths = np.minimum(self.context, self.tokens.count(self.split) - 1 - starts)
         return gather(self.tokens.ids(self.split), starts, self.context, lengths)
 
 
 def evaluation_batches(
     tokens: Tokens, split: str, context: int, batch_size: int, limit: int | None = None, rank: int = 0, ranks: int = 1
-) -> EvaluationBatches:
+) -> EvaluationRows:
     """Batches in which every token of the split (but the first) is scored exactly once.
 
     Args:
@@ -164,7 +155,7 @@ def evaluation_batches(
         raise ValueError(
             f"{split} of {tokens.folder} has {tokens.count(split)} tokens: at least 2 are needed to predict one"
         )
-    return EvaluationBatches(tokens, split, context, Share(batch_size=batch_size, rank=rank, ranks=ranks), limit)
+    return EvaluationRows(ConsecutiveWindows(tokens, split, context), batch_size, limit, rank, ranks)
 
 
 def spread(size: int, batch_size: int, limit: int | None) -> np.ndarray:

@@ -32,7 +32,7 @@ from lowrank.data.text.source import SOURCES, Source
 from lowrank.data.text.sources import open_source
 from lowrank.data.text.token_files import Tokens, check_vocabulary
 from lowrank.data.text.tokenizer_export import save_for_transformers
-from lowrank.data.text.tokenizers import Bytes, Tokenizer, pretrained_tokenizer
+from lowrank.data.text.tokenizers import Tokenizer, pretrained_tokenizer
 from lowrank.infra.registry import register
 
 if TYPE_CHECKING:
@@ -62,6 +62,15 @@ class Tokenised(Data):
 
     tokenizer: Any
 
+    @property
+    def vocab_size(self) -> int:
+        return int(self.tokenizer.vocab_size)
+
+    @property
+    def end_of_document(self) -> int | None:
+        end: int | None = self.tokenizer.end_of_document
+        return end
+
     def write_beside(self, model: nn.Module, folder: Path, origins: Sequence[str]) -> None:
         save_for_transformers(self.tokenizer, folder, origins=origins, context=positions_of(model))
 
@@ -71,15 +80,6 @@ class ReadText(Tokenised):
 
     context: Any  # tokens in a sequence; None until the model is known
     origin: str  # the full path of a local source; empty for a name
-
-    @property
-    def vocab_size(self) -> int:
-        return int(self.tokenizer.vocab_size)
-
-    @property
-    def end_of_document(self) -> int | None:
-        end: int | None = self.tokenizer.end_of_document
-        return end
 
     def learnt_by(self, run: Any, *, whole: bool = False) -> Self:
         """Raise ValueError unless the run's tokenizer is the one that has read this."""
@@ -158,11 +158,9 @@ class TextData(ReadText):
         return self.tokens.fingerprint
 
     def bytes_per_token(self, split: str) -> float | None:
-        """UTF-8 bytes of text for one token, to turn nats a token into bits a byte; None where not known."""
         return self.tokens.bytes_per_token(split)
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
-        """Training batches, in a seeded order."""
         if self.packing == "packed":
             return Windows(self.tokens, "train", self.context, batch_size, seed, rank, ranks)
         return ShuffledRows(Documents(self.tokens, "train", self.context), batch_size, seed, rank, ranks)
@@ -240,14 +238,6 @@ class UnreadText(Tokenised):
 
     unread = True
 
-    @property
-    def vocab_size(self) -> int:
-        return self.tokenizer.vocab_size
-
-    @property
-    def end_of_document(self) -> int | None:
-        return self.tokenizer.end_of_document
-
     def check_vocabulary(self, vocab_size: int) -> None:
         """There are no ids to check."""
 
@@ -260,15 +250,10 @@ class UnreadText(Tokenised):
         save_run_tokenizer(self.tokenizer, folder)
 
     def train(self, batch_size: int, seed: int, rank: int = 0, ranks: int = 1) -> BatchSource:
-        """There is nothing to read.
-
-        Raises:
-            ValueError: always.
-        """
+        """ValueError: there is nothing to read."""
         raise ValueError(f"the text that {self.folder} was trained on has not been opened: give it with --data")
 
     def evaluation(self, split: str, batch_size: int, limit: int | None = None) -> Iterable[Batch]:
-        """As ``train``."""
         return self.train(batch_size, 0)  # type: ignore[return-value]
 
 
@@ -340,10 +325,5 @@ def stream(
     """
     if tokenizer == "chars" or tokenizer.startswith("bpe:"):
         raise ValueError(f"data.tokenizer={tokenizer!r} is learnt from the whole text, which a stream does not have")
-    return StreamedText(
-        open_source(source, column=column, delimiter=delimiter, separator=separator),
-        pretrained_tokenizer(tokenizer) if tokenizer != "bytes" else Bytes(),
-        context,
-        packing,
-        place_of(source),
-    )
+    opened = open_source(source, column=column, delimiter=delimiter, separator=separator)
+    return StreamedText(opened, pretrained_tokenizer(tokenizer), context, packing, place_of(source))

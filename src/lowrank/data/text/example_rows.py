@@ -17,7 +17,7 @@ from typing import Any
 from lowrank.data.split_names import SPLITS
 from lowrank.data.text.files import by_split, files_of, nearest_names
 from lowrank.data.text.source import SOURCES
-from lowrank.data.text.splits import DEFAULT_FRACTION, FEW_DOCUMENTS
+from lowrank.data.text.splits import FEW_DOCUMENTS, check_fractions
 from lowrank.data.text.tables import TABLES, kind_of, open_binary, records, saved_dataset
 
 Row = tuple[str, dict[str, Any]]  # where it stands, and its cells by column
@@ -68,15 +68,8 @@ def divided_rows(
 ) -> dict[str, list[Row]]:
     """Rows by split: the source's own where it has them, else by a hash of each row."""
     rows = {split: list(read()) for split, read in opened.items()}
-    fractions = {"test": test_fraction, "val": val_fraction}
-    for split, share in fractions.items():
-        if share is not None and split in rows:
-            raise ValueError(f"the data has its own {split} split: leave {split}_fraction out")
-        if share is not None and not 0 <= share < 1:
-            raise ValueError(f"{split}_fraction must be at least 0 and below 1, not {share!r}")
-    default = {"val": DEFAULT_FRACTION, "test": DEFAULT_FRACTION if len(rows) == 1 else 0.0}
-    shares = {n: default[n] if share is None else share for n, share in fractions.items() if n not in rows}
-    return rows | _held_out(rows["train"], shares)
+    val, test = check_fractions("the data", rows, val_fraction, test_fraction)
+    return rows | _held_out(rows["train"], {"test": test, "val": val})
 
 
 def _held_out(rows: list[Row], shares: Mapping[str, float]) -> dict[str, list[Any]]:

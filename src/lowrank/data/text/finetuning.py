@@ -258,13 +258,23 @@ def examples(
     form = recognise(first, source, prompt=prompt, completion=completion, column=column)
     rows = divided_rows(opened, val_fraction, test_fraction)
     encoder = Encoder(own, loss)
-    empty = [0]
-    chats = own.template is not None
-    counted = _Counted(sum(map(len, rows.values())))
-    encoded = {split: [*encoder.encode(_examples(form, counted(of), chats, empty))] for split, of in rows.items()}
+    total, done, empty, show = sum(map(len, rows.values())), 0, 0, bar_on_terminal(unit=" examples")
+
+    def read(of: Iterable[Row]) -> Iterator[tuple[str, Example]]:
+        nonlocal done, empty
+        for where, row in of:
+            example = form.example(row, where, chats=own.template is not None)
+            if example is None:
+                empty += 1
+            else:
+                yield where, example
+            done += 1
+            show(done, total)
+
+    encoded = {split: [*encoder.encode(read(of))] for split, of in rows.items()}
     if not encoded["train"]:
-        raise ValueError(f"{source}: every answer is empty" if empty[0] else f"{source} holds nothing to train on")
-    notes = [_said(form, source, own, loss), *_oddities(empty[0], encoder, own, encoded["train"])]
+        raise ValueError(f"{source}: every answer is empty" if empty else f"{source} holds nothing to train on")
+    notes = [_said(form, source, own, loss), *_oddities(empty, encoder, own, encoded["train"])]
     return Examples(
         source=source,
         form=form,
@@ -285,28 +295,6 @@ def holds_examples(source: str, column: str | None) -> bool:
         return recognise(first, source, column=column).kind != "text"
     except (ValueError, OSError, KeyError):
         return False  # what reads it as text says what is wrong with it
-
-
-class _Counted:
-    """Rows as they are, each counted on the line that shows how far the tokenising has come."""
-
-    def __init__(self, total: int):
-        self.total, self.done, self.show = total, 0, bar_on_terminal(unit=" examples")
-
-    def __call__(self, rows: Iterable[Row]) -> Iterator[Row]:
-        for row in rows:
-            yield row
-            self.done += 1
-            self.show(self.done, self.total)
-
-
-def _examples(form: Form, rows: Iterable[Row], chats: bool, empty: list[int]) -> Iterator[tuple[str, Example]]:
-    for where, row in rows:
-        example = form.example(row, where, chats=chats)
-        if example is None:
-            empty[0] += 1
-        else:
-            yield where, example
 
 
 def _said(form: Form, source: str, tokenizer: PretrainedTokenizer, loss: Loss) -> str:

@@ -78,7 +78,11 @@ def prepare(
     """
     if not isinstance(source, Source) and str(source) not in SOURCES and holds_tokens(Path(source).expanduser()):
         given = {"column": column, "delimiter": delimiter, "separator": separator, "val_fraction": val_fraction}
-        _refuse_options(source, given | {"test_fraction": test_fraction, "limit": limit, "out": out})
+        for name, value in (given | {"test_fraction": test_fraction, "limit": limit, "out": out}).items():
+            if value is not None:
+                raise ValueError(
+                    f"{source} holds tokens already, so that {name} cannot apply: leave it out, or give the text itself"
+                )
         return Tokens.load(source, tokenizer=tokenizer)
     check_tokenizer_spec(tokenizer or "bytes")
     if limit is not None and limit < 1:
@@ -90,21 +94,13 @@ def prepare(
     request = Request(
         source=opened,
         tokenizer=tokenizer or "bytes",
-        fractions=check_fractions(opened, val_fraction, test_fraction),
+        fractions=check_fractions(opened.name, opened.splits, val_fraction, test_fraction),
         limit=limit,
         progress=progress or bar_on_terminal(),
     )
     if out is not None:
         return _prepare(request, Path(out).expanduser(), in_cache=False)
     return _by_a_saved_tokenizer(request) or _prepare(request, request.folder, in_cache=True)
-
-
-def _refuse_options(source: str | Path, options: Mapping[str, object]) -> None:
-    for name, value in options.items():
-        if value is not None:
-            raise ValueError(
-                f"{source} holds tokens already, so that {name} cannot apply: leave it out, or give the text itself"
-            )
 
 
 @dataclass(frozen=True, kw_only=True)

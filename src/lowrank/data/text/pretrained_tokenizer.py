@@ -11,14 +11,12 @@ import difflib
 import hashlib
 import json
 import warnings
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from lowrank.data.text.tokenizers import SAVED, Tokenizer, check_tokenizer_spec, end_of, tokenizer_files
+from lowrank.data.text.tokenizers import SAVED, Slow, Tokenizer, check_tokenizer_spec, tokenizer_files
 from lowrank.infra.extras import import_extra
 from lowrank.infra.hub import located
 
@@ -36,22 +34,21 @@ CHATML_TEMPLATE = (
 TEMPLATES = {"plain": PLAIN_TEMPLATE, "chatml": CHATML_TEMPLATE}
 
 
-class PretrainedTokenizer(Tokenizer):
+class PretrainedTokenizer(Slow):
     """A tokenizer of transformers as it is; ``backend`` is it."""
 
     kind = "pretrained"
 
     def __init__(self, backend: Any, spec: str):
-        ids = backend.get_vocab().values()
-        super().__init__(spec, max(ids, default=-1) + 1, end_of(backend))
-        self.backend = backend
+        super().__init__(backend, spec)
+        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
 
     @classmethod
     def from_folder(cls, folder: Path, saved: Mapping[str, Any]) -> PretrainedTokenizer:
         return cls(_load(str(folder)), saved["spec"])
 
     def save(self, folder: Path) -> None:
-        super().save(folder)
+        Tokenizer.save(self, folder)
         self.backend.save_pretrained(str(folder))
 
     @cached_property
@@ -72,19 +69,6 @@ class PretrainedTokenizer(Tokenizer):
         """The chat template; None where it has none."""
         found = self.backend.chat_template
         return found.get("default") if isinstance(found, dict) else found
-
-    # --- as the tokenizer of a corpus ------------------------------------------------------------------------------
-
-    def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
-        return [np.asarray(ids, np.uint32) for ids in self.backend(list(texts), **plain)["input_ids"]]
-
-    def decode(self, ids: Iterable[int]) -> str:
-        return self.backend.decode(
-            [int(id) for id in ids], skip_special_tokens=False, clean_up_tokenization_spaces=False
-        )
-
-    # --- as its model expects it -----------------------------------------------------------------------------------
 
     def ids(self, texts: Sequence[str], *, special: bool = True) -> list[list[int]]:
         """Texts as the model has been trained on them; ``special``: with what the tokenizer itself puts round them."""

@@ -7,7 +7,7 @@ on the same side), and by position where there are few or only one (the first pa
 """
 
 import hashlib
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from dataclasses import dataclass
 
 from lowrank.data.split_names import SPLITS
@@ -41,22 +41,24 @@ class Splitting:
         return [split for split in SPLITS if split in source.splits or held_out.get(split, 0) > 0]
 
 
-def check_fractions(source: Source, val_fraction: float | None, test_fraction: float | None) -> tuple[float, float]:
+def check_fractions(
+    name: str, own: Collection[str], val_fraction: float | None, test_fraction: float | None
+) -> tuple[float, float]:
     """The shares of the training split that become ``val`` and ``test``, with the defaults filled in.
 
-    A missing ``val`` is cut out by default; a missing ``test`` only where the source has no splits of its own at all.
+    A missing ``val`` is cut out by default; a missing ``test`` only where ``train`` is all that the source has of its
+    ``own`` splits.
 
     Raises:
         ValueError: a fraction for a split that the source already has, or fractions out of range.
     """
     for split, fraction in (("val", val_fraction), ("test", test_fraction)):
-        if fraction is not None and split in source.splits:
-            raise ValueError(f"{source.name} has its own {split} split: leave {split}_fraction out")
+        if fraction is not None and split in own:
+            raise ValueError(f"{name} has its own {split} split: leave {split}_fraction out")
         if fraction is not None and not 0 <= fraction < 1:
             raise ValueError(f"{split}_fraction must be at least 0 and below 1, not {fraction!r}")
-    undivided = set(source.splits) == {"train"}
-    val = (0.0 if "val" in source.splits else DEFAULT_FRACTION) if val_fraction is None else float(val_fraction)
-    test = (DEFAULT_FRACTION if undivided else 0.0) if test_fraction is None else float(test_fraction)
+    val = (0.0 if "val" in own else DEFAULT_FRACTION) if val_fraction is None else float(val_fraction)
+    test = (DEFAULT_FRACTION if set(own) == {"train"} else 0.0) if test_fraction is None else float(test_fraction)
     if val + test >= 1:
         raise ValueError(
             f"val_fraction {val} and test_fraction {test} leave nothing to train on: together they must be below 1"

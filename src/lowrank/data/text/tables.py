@@ -35,7 +35,11 @@ def rows(file: Path, column: str | None, delimiter: str | None = None) -> Iterat
     kind = kind_of(file)
     if kind == ".parquet":
         return _parquet_rows(file, column)
-    return _csv_rows(file, column, delimiter) if kind in (".csv", ".tsv") else _json_rows(file, column)
+    if kind not in (".csv", ".tsv"):
+        return _json_rows(file, column)
+    delimiter, header = layout(file, column, delimiter)
+    chosen, _ = choose(file, header, column)
+    return (row[chosen] for row in _csv_rows(file, delimiter, header))
 
 
 def check_columns(file: Path, column: str | None, delimiter: str | None) -> None:
@@ -53,19 +57,8 @@ def check_columns(file: Path, column: str | None, delimiter: str | None) -> None
                 choose(file, list(row), column)
 
 
-def _csv_rows(file: Path, column: str | None, delimiter: str | None) -> Iterator[Any]:
-    delimiter, header = layout(file, column, delimiter)
-    _, index = choose(file, header, column)
-    return (row[index] for row in _full_rows(file, delimiter, header))
-
-
-def _csv_records(file: Path, delimiter: str | None) -> Iterator[dict[str, Any]]:
-    delimiter, header = layout(file, None, delimiter)
-    return (dict(zip(header, row, strict=True)) for row in _full_rows(file, delimiter, header))
-
-
-def _full_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[list[str]]:
-    """The rows below the header, each with as many cells."""
+def _csv_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[dict[str, str]]:
+    """The rows below the header, by its names."""
     lines = csv_lines(file, delimiter)
     next(lines, None)
     for line, row in lines:
@@ -75,7 +68,7 @@ def _full_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[li
                 f"({', '.join(map(repr, header))}); put a cell that holds {delimiter!r} or a line end into quotes, or "
                 "say what stands between cells: delimiter=…"
             )
-        yield row
+        yield dict(zip(header, row, strict=True))
 
 
 def layout(file: Path, column: str | None, delimiter: str | None) -> tuple[str, list[str]]:
@@ -115,7 +108,8 @@ def records(file: Path, delimiter: str | None = None) -> Iterator[tuple[str, dic
                 found = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
                 yield from ((f"{file}, row {number}", row) for number, row in enumerate(found, 1))
         elif kind_of(file) in (".csv", ".tsv"):
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(_csv_records(file, delimiter), 1))
+            rows = _csv_rows(file, *layout(file, None, delimiter))
+            yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
         else:
             for number, row in json_lines(file):
                 where = f"{file}, line {number}"

@@ -11,6 +11,7 @@ import hashlib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -64,25 +65,23 @@ class Tokens:
             return tokens
         return _from_nanogpt(cls, folder, tokenizer)
 
-    @property
+    @cached_property
     def fingerprint(self) -> str:
         """A digest of the tokens themselves, wherever they lie and by whatever path or version they were made.
 
         A split of up to 64 MB counts whole, of a larger one 1,024 stretches spread over it; a file's own name and time
         do not count, so that copies on several machines are the same data.
         """
-        if "fingerprint" not in self._cache:
-            found = hashlib.blake2b(digest_size=16)
-            for split in self.splits:
-                ids = self.ids(split)
-                found.update(f"{split} {ids.dtype.str} {len(ids)}".encode())
-                whole = ids.nbytes <= HASH_WHOLE_BYTES
-                length = max(1, len(ids) if whole else HASH_WHOLE_BYTES // (STRETCHES * ids.itemsize))
-                starts = [0] if whole else np.linspace(0, len(ids) - length, STRETCHES).astype(np.int64)
-                for start in starts:
-                    found.update(ids[start : start + length].tobytes())
-            self._cache["fingerprint"] = found.hexdigest()
-        return self._cache["fingerprint"]
+        found = hashlib.blake2b(digest_size=16)
+        for split in self.splits:
+            ids = self.ids(split)
+            found.update(f"{split} {ids.dtype.str} {len(ids)}".encode())
+            whole = ids.nbytes <= HASH_WHOLE_BYTES
+            length = max(1, len(ids) if whole else HASH_WHOLE_BYTES // (STRETCHES * ids.itemsize))
+            starts = [0] if whole else np.linspace(0, len(ids) - length, STRETCHES).astype(np.int64)
+            for start in starts:
+                found.update(ids[start : start + length].tobytes())
+        return found.hexdigest()
 
     @property
     def splits(self) -> tuple[str, ...]:
@@ -113,16 +112,25 @@ class Tokens:
             self._cache["ends", split] = np.fromfile(path, "<u8") if recorded else self._ends_by_id(split)
         return self._cache["ends", split]
 
-    @property
+    @cached_property
     def tokenizer(self) -> Tokenizer:
         """The tokenizer that made these tokens, loaded when first asked for.
 
         Raises:
             ValueError: a folder from nanoGPT that does not say which.
         """
-        if "tokenizer" not in self._cache:
-            self._cache["tokenizer"] = self._load_tokenizer()
-        return self._cache["tokenizer"]
+        if self.meta["format"] == FORMAT:
+            return load_tokenizer(self.folder)
+        if (self.folder / "meta.pkl").is_file() and self.tokenizer_spec is None:
+            text = self.folder / "input.txt"
+            if not text.is_file():
+                raise ValueError(
+                    f"the vocabulary of {self.folder} is in meta.pkl, a pickle, which can run any code and is not "
+                    "opened; put nanoGPT's input.txt beside it, or say which tokenizer made the tokens (tokenizer=NAME "
+                    "or FOLDER)"
+                )
+            return Characters("".join(set(text.read_text(encoding="utf-8"))), False)
+        return pretrained_tokenizer(self.tokenizer_spec or "gpt2")
 
     @property
     def vocab_size(self) -> int:
@@ -182,21 +190,6 @@ class Tokens:
             ends = np.append(ends, self.count(split))  # the last document was not ended
         return ends.astype(np.uint64)
 
-    def _load_tokenizer(self) -> Tokenizer:
-        if self.meta["format"] == FORMAT:
-            return load_tokenizer(self.folder)
-        if (self.folder / "meta.pkl").is_file() and self.tokenizer_spec is None:
-            text = self.folder / "input.txt"
-            if not text.is_file():
-                raise ValueError(
-                    f"the vocabulary of {self.folder} is in meta.pkl, a pickle, which can run any code and is not "
-                    f"opened; "
-                    f"put nanoGPT's input.txt beside it, or say which tokenizer made the tokens (tokenizer=NAME or "
-                    f"FOLDER)"
-                )
-            return Characters("".join(set(text.read_text(encoding="utf-8"))), False)
-        return pretrained_tokenizer(self.tokenizer_spec or "gpt2")
-
 
 def check_vocabulary(tokens: Tokens, vocab_size: int) -> None:
     """Raise ValueError if an id is beyond a model's vocabulary, instead of an index error in some later step."""
@@ -205,9 +198,8 @@ def check_vocabulary(tokens: Tokens, vocab_size: int) -> None:
         if largest >= vocab_size:
             raise ValueError(
                 f"{split} of {tokens.folder} has token id {largest}, but the model's vocabulary ends at "
-                f"{vocab_size - 1}; "
-                f"give the model vocab_size={tokens.vocab_size} or more, or prepare the text with the model's own "
-                f"tokenizer"
+                f"{vocab_size - 1}; give the model vocab_size={tokens.vocab_size} or more, or prepare the text with "
+                "the model's own tokenizer"
             )
 
 

@@ -129,11 +129,7 @@ class Characters(Tokenizer):
         self._codes = np.array([ord(character) for character in self.characters], np.uint32)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        """As in ``Tokenizer``.
-
-        Raises:
-            ValueError: a character that the corpus did not have.
-        """
+        """As in ``Tokenizer``; ValueError for a character that the corpus did not have."""
         return [self._encode(text) for text in texts]
 
     def _encode(self, text: str) -> np.ndarray:
@@ -144,8 +140,8 @@ class Characters(Tokenizer):
             unknown = sorted(set(map(chr, points[~known].tolist())))
             raise ValueError(
                 f"the vocabulary of {len(self.characters)} characters does not have "
-                f"{', '.join(map(repr, unknown[:5]))}; "
-                f"leave them out, or train with tokenizer='bytes' or 'bpe:N', which know every text"
+                f"{', '.join(map(repr, unknown[:5]))}; leave them out, or train with tokenizer='bytes' or 'bpe:N', "
+                "which know every text"
             )
         return ids.astype(np.uint32)
 
@@ -196,10 +192,8 @@ class Slow(Tokenizer):
         self.backend = backend
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [np.asarray(self._encode(text), np.uint32) for text in texts]
-
-    def _encode(self, text: str) -> list[int]:
-        return self.backend(text, add_special_tokens=False, split_special_tokens=True, verbose=False)["input_ids"]
+        plain = {"add_special_tokens": False, "split_special_tokens": True, "verbose": False}
+        return [np.asarray(ids, np.uint32) for ids in self.backend(list(texts), **plain)["input_ids"]]
 
     def decode(self, ids: Iterable[int]) -> str:
         return self.backend.decode(
@@ -285,8 +279,7 @@ def pretrained_tokenizer(spec: str) -> Tokenizer:
     except (OSError, ValueError, KeyError) as error:
         raise type(error)(
             f"tokenizer {spec!r} is neither bytes, chars or bpe:N, nor a folder with a tokenizer, nor a name that "
-            f"transformers could load: "
-            f"{str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__}"
+            f"transformers could load: {(str(error).strip() or type(error).__name__).splitlines()[0]}"
         ) from error
     fast = getattr(backend, "backend_tokenizer", None)
     return Fast(fast, spec, end_of(backend)) if fast is not None else Slow(backend, spec)
