@@ -19,7 +19,7 @@ from torch import nn
 
 from lowrank.adapters import targets
 from lowrank.adapters.layers import WHOLE, adapted_layers, is_conv1d
-from lowrank.adapters.targets import Layer, as_list, name_matches
+from lowrank.adapters.targets import as_list, name_matches
 from lowrank.infra.loaded_parameters import origin
 from lowrank.methods import Use
 from lowrank.methods.method import Group
@@ -40,7 +40,8 @@ class Assignment:
         self.under, self.factors, self.split = placement.under, placement.factors, placement.split
         self.notes = placement.notes
         self.frozen_before = {n for n, p in self.model.named_parameters() if not p.requires_grad}
-        heads = [layer.module for layer in self.layers if "head" in layer.groups and self._is_untied(layer)]
+        outputs = [layer.module for layer in self.layers if "head" in layer.groups]
+        heads = [module for module in outputs if len(self.names_of[id(module.weight)]) == 1]  # not tied
         self.origin = origin(self.model, heads)
         self.heads = {id(p) for head in heads for p in head.parameters()}
         self.freeze = _expand_freeze(self.model, self.method.freeze)
@@ -115,9 +116,6 @@ class Assignment:
             more = f" and {len(stacks) - 1} more" if len(stacks) > 1 else ""
             self.notes.append(f"{stacks[0]}{more}: stacks of matrices, which adapters leave alone")
 
-    def _is_untied(self, layer: Layer) -> bool:
-        return len(self.names_of[id(layer.module.weight)]) == 1
-
     def _check_patterns(self) -> None:
         """Raise ValueError for what only adapters in place show: rules and ``freeze`` patterns that cover nothing."""
         plain = [n for key, names in self.names_of.items() if key not in self.factors for n in names]
@@ -176,11 +174,8 @@ class Assignment:
         trained = {row.group for row in rows if row.rule is not None}
         for option, group in self.method.groups.told().items():
             if group not in trained:
-                what = {
-                    "embedding": "embedding table",
-                    "head": "output layer apart from the embedding",
-                    "vector": "norm or bias",
-                }
+                head = "output layer apart from the embedding"
+                what = {"embedding": "embedding table", "head": head, "vector": "norm or bias"}
                 raise ValueError(
                     f"{option}={getattr(self.method.groups, option):g} has nothing to act on: no {what[group]} is "
                     "trained by this method in this model; leave it out"

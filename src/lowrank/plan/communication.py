@@ -175,7 +175,7 @@ def forecast(plan: Plan, ranks: int, *, whole: bool = False, micro_batches: int 
     merging = [
         sum((_merge(a, rule_of[id(next(a.parameters()))], mesh, exchange) for a in group), _Sent()) for group in groups
     ]
-    basis = mesh.sums(sum(_basis_numbers(row) * _width(row.dtype) for row in own))
+    basis = mesh.sums(sum(row.rule.agreed_numbers(row.shape) * _width(row.dtype) for row in own if row.rule))
     held = [(row if row.name not in pieces else replace(row, shape=(pieces[row.name],)), row.name) for row in rest]
     average = [
         _average([_rows(row, f, fragments) for row, name in held if name not in pieces], mesh, exchange)
@@ -296,10 +296,6 @@ def _merge(adapter: SplitAdapter, rule: Rule | None, mesh: _Mesh, exchange: Comp
         return mesh.gatherings(packed)
     inside = rule.span_shape(tuple(p.shape)) if adapter.merges_in_subspace and isinstance(rule, Projected) else None
     return mesh.exchanged(exchange, inside or adapter.shape, p.dtype.itemsize)
-
-
-def _basis_numbers(row: Row) -> int:
-    return 0 if row.rule is None else row.rule.agreed_numbers(row.shape)
 
 
 def _average(rows: list[Row], mesh: _Mesh, exchange: Compression) -> _Sent:

@@ -13,17 +13,16 @@ and are not in it, nor is the one block whose weights are whole while it is comp
 
 from __future__ import annotations
 
-from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING
 
 import torch
-from torch import Tensor
 
 from lowrank.adapters.layers import quantised_layers
 from lowrank.linalg.quantised_linear import held
-from lowrank.optim.rules import Rule, State
+from lowrank.optim.rules import Rule
 from lowrank.optim.sharded import on_shard
+from lowrank.optim.state import leaves
 
 if TYPE_CHECKING:
     from lowrank.plan.plan import Plan
@@ -64,9 +63,9 @@ def ledger(plan: Plan) -> Ledger:
     plain = [row for row in rows if not row.is_factor and row.name not in codes]
     gradients = [_bytes(row) for row in rows if row.rule is not None]
     return Ledger(
-        weights=sum(map(_bytes, plain)) + sum(packed.values()) + sum(b.numel() * b.element_size() for b in buffers),
+        weights=sum(map(_bytes, plain)) + sum(packed.values()) + sum(b.nbytes for b in buffers),
         factors=sum(map(_bytes, factor)),
-        kept=sum(b.numel() * b.element_size() for b in kept.values()) + _reference_bytes(plan),
+        kept=sum(b.nbytes for b in kept.values()) + _reference_bytes(plan),
         gradients=sum(gradients),
         largest_gradient=max(gradients, default=0),
         state=sum(state_bytes(row.rule, row.shape, row.dtype) for row in rows if row.rule is not None),
@@ -91,17 +90,7 @@ def _reference_bytes(plan: Plan) -> int:
 
 def state_bytes(rule: Rule, shape: tuple[int, ...], dtype: torch.dtype) -> int:
     """Bytes of ``rule``'s state for one parameter, without allocating any."""
-    return sum(
-        t.numel() * t.element_size() for t in _tensors(rule.init(torch.empty(shape, dtype=dtype, device="meta")))
-    )
-
-
-def _tensors(state: State) -> Iterable[Tensor]:
-    for value in state.values():
-        if isinstance(value, Tensor):
-            yield value
-        else:
-            yield from _tensors(value)
+    return sum(t.nbytes for _, t in leaves(rule.init(torch.empty(shape, dtype=dtype, device="meta"))))
 
 
 def _bytes(row: Row) -> int:

@@ -105,13 +105,8 @@ class LiveBytes(TorchDispatchMode):
 
     def hold_gathered(self, tensors: Iterable[Tensor]) -> None:
         """Count as gathered weights what is not known as anything that lasts."""
-        passing = (ACTIVATIONS, LOSS, WORKSPACE)
-        whole = [t for t in tensors if not is_sharded(t)]
-        self.hold([t for t in whole if self._kind_of(t) in passing], GATHERED)
-
-    def _kind_of(self, tensor: Tensor) -> str:
-        held = self._held.get(tensor.untyped_storage()._cdata)
-        return "" if held is None else held.kind
+        whole = [(t, self._held.get(t.untyped_storage()._cdata)) for t in tensors if not is_sharded(t)]
+        self.hold([t for t, held in whole if held and held.kind in (ACTIVATIONS, LOSS, WORKSPACE)], GATHERED)
 
     def __enter__(self) -> Any:
         self._resize = torch.UntypedStorage.resize_
@@ -178,8 +173,8 @@ class LiveBytes(TorchDispatchMode):
             self._note()
         if func.namespace == "c10d":
             self.hold(_tensors((args, out)), MESSAGES)
-        if self.works:
-            self._count_work(func, args, kwargs or {}, out)
+        if self.works and (found := described(func, args, kwargs or {}, out, joined=self.part == STEP)):
+            self.did(*found)
         return out
 
     def call(self, func: Any, args: Any, kwargs: Mapping[str, Any]) -> Any:
@@ -193,11 +188,6 @@ class LiveBytes(TorchDispatchMode):
         if self.stepping or not self.where.startswith("backward"):
             return STEP
         return AGAIN if torch.is_grad_enabled() else BACKWARD  # what checkpointing computes again has a graph
-
-    def _count_work(self, func: Any, args: Any, kwargs: Mapping[str, Any], out: Any) -> None:
-        found = described(func, args, kwargs, out, joined=self.part == STEP)
-        if found is not None:
-            self.did(*found)
 
     def did(self, kind: Kind, amount: Amount) -> None:
         """An operation was done."""

@@ -20,7 +20,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
-from torch.utils._pytree import tree_map_only
+from torch.utils._pytree import tree_iter, tree_map_only
 
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
@@ -121,7 +121,7 @@ def _traced(live: FakeLiveBytes, model: nn.Module, given: Any, batch: Any, loss:
         live.kind = ACTIVATIONS
         optimizer = _optimizer(model, given, fake)
         data = tree_map_only(Tensor, lambda t: live.fake.from_tensor(t) if t.is_floating_point() else t, batch)
-        live.hold(_leaves(data), ACTIVATIONS)
+        live.hold((t for t in tree_iter(data) if isinstance(t, Tensor)), ACTIVATIONS)
         hold_static(live, model, optimizer)
         static = {kind: live.counts.parts[kind] for kind in STATIC}
         model.train()
@@ -166,12 +166,6 @@ def _scalar(loss: Any) -> Tensor:
     if not isinstance(loss, Tensor) or loss.numel() != 1:
         raise ValueError(f"loss must give one number, not {getattr(loss, 'shape', type(loss).__name__)}")
     return loss
-
-
-def _leaves(batch: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    tree_map_only(Tensor, found.append, batch)
-    return found
 
 
 def _with_late_state(static: Mapping[str, int], peaks: Mapping[Any, Peak]) -> dict[str, int]:

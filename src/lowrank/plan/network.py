@@ -27,6 +27,7 @@ from lowrank.infra.progress import short_bytes, short_count
 LITTLE = 0.05  # of a step: communication below this hardly matters
 AVERAGE = "average of the rest"
 CONTROL_WORDS = 2
+_NUMBER = r"(?:[0-9]+\.?[0-9]*|\.[0-9]+)(?:e-?[0-9]+)?"
 _PREFIX = {"": 1.0, "k": 1e3, "m": 1e6, "g": 1e9, "t": 1e12}
 _SECONDS = {"s": 1.0, "ms": 1e-3, "us": 1e-6, "µs": 1e-6}
 
@@ -59,12 +60,11 @@ def parse_link(text: str, latency: str = "0") -> Link:
     >>> parse_link("100Mbit", "1ms").bandwidth, parse_link("10GB/s").bandwidth
     (12500000.0, 10000000000.0)
     """
-    found = re.fullmatch(r"([0-9.]+(?:e[0-9]+)?)\s*([kmgt]?)(bits?|b)(?:/s|ps)?", text.strip(), re.IGNORECASE)
-    number = _number(found[1]) if found else None
-    if found is None or not number:
+    found = re.fullmatch(rf"({_NUMBER})\s*([kmgt]?)(bits?|b)(?:/s|ps)?", text.strip(), re.IGNORECASE)
+    if found is None or not float(found[1]):
         raise ValueError(f"--link {text}: expected a speed above 0 with its unit, such as 100Mbit, 1Gbit or 10GB/s")
-    bits = 8.0 if found[3] == "B" else 1.0
-    return Link(bandwidth=number * _PREFIX[found[2].lower()] * bits / 8, latency=parse_seconds(latency, "--latency"))
+    bandwidth = float(found[1]) * _PREFIX[found[2].lower()] / (1.0 if found[3] == "B" else 8.0)
+    return Link(bandwidth=bandwidth, latency=parse_seconds(latency, "--latency"))
 
 
 def parse_seconds(text: str, name: str) -> float:
@@ -73,11 +73,11 @@ def parse_seconds(text: str, name: str) -> float:
     Raises:
         ValueError: anything else, negative numbers included.
     """
-    found = re.fullmatch(r"([0-9.]+(?:e-?[0-9]+)?)\s*([^0-9.\s]*)", text.strip())
-    number, unit = (_number(found[1]), found[2] or "s") if found else (None, "s")
-    if number is None or unit not in _SECONDS:
+    found = re.fullmatch(rf"({_NUMBER})\s*([^0-9.\s]*)", text.strip())
+    unit = found[2] or "s" if found else "s"
+    if found is None or unit not in _SECONDS:
         raise ValueError(f"{name} {text}: expected a time such as 1ms, 50us or 0.2s{nearest(unit, _SECONDS)}")
-    return number * _SECONDS[unit]
+    return float(found[1]) * _SECONDS[unit]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -178,10 +178,3 @@ def _verdict(found: Outlook) -> list[str]:
         f"no {found.interval} makes it {LITTLE:.0%}, as {fixed} would remain: raise --method.rest_every, or use "
         "--method.rest local or freeze",
     ]
-
-
-def _number(text: str) -> float | None:
-    try:
-        return float(text)
-    except ValueError:
-        return None

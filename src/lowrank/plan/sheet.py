@@ -12,7 +12,7 @@ from __future__ import annotations
 import re
 import textwrap
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 from lowrank.plan.live_bytes import KINDS, STATIC, Counts, Peak, Place
 from lowrank.plan.speed import Rhythm
@@ -55,7 +55,7 @@ class Sheet:
     notes: Sequence[str] = ()
     rhythm: Rhythm | None = None
     size: int = 0
-    measured: Mapping[str, int] | None = field(default=None)
+    measured: Mapping[str, int] | None = None
 
     @property
     def place(self) -> Place:
@@ -66,11 +66,6 @@ class Sheet:
     @property
     def peak(self) -> Peak:
         return self.counts.peaks[self.place]
-
-    @property
-    def torch_bytes(self) -> int:
-        """The peak of what torch holds."""
-        return self.peak.total
 
     @property
     def total(self) -> int:
@@ -139,7 +134,8 @@ class Sheet:
             cells = [gib(row[c]).rjust(11) if c in row else " " * 11 for c in ("forward", "backward", "step")]
             if measured:
                 cells.append(gib(measured[step]).rjust(11) if step in measured else " " * 11)
-            lines.append(f"{_step_name(step).ljust(21)} {' '.join(cells)}".rstrip())
+            name = step if step in ("merge", "evaluation") else f"{step} step"
+            lines.append(f"{name.ljust(21)} {' '.join(cells)}".rstrip())
         return lines
 
     def _closing(self) -> list[str]:
@@ -162,7 +158,7 @@ class Sheet:
         """For a run's records."""
         step, where = self.place
         return {
-            "peak_bytes": self.torch_bytes,
+            "peak_bytes": self.peak.total,
             "total_bytes": self.total,
             "place": f"{step}: {where}",
             "static": {kind: self.static.get(kind, 0) for kind in STATIC},
@@ -179,10 +175,6 @@ def _where(where: str, blocks: int) -> str:
         part = named.get(rest, f"the {rest}")
         return f"in the {direction} pass of {part}" if blocks else f"in the {direction} pass"
     return f"in {where}"
-
-
-def _step_name(step: str) -> str:
-    return step if step in ("merge", "evaluation") else f"{step} step"
 
 
 def gib(count: int) -> str:

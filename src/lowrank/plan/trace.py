@@ -125,10 +125,7 @@ class Watched:
 
     def _inside(self, module: nn.Module, args: object, out: Any) -> None:
         if not self.going_back and isinstance(out, Tensor) and out.requires_grad:
-            out.register_hook(self._no_longer_again)
-
-    def _no_longer_again(self, gradient: Tensor) -> None:
-        self.live.kind = WORKSPACE
+            out.register_hook(lambda gradient: setattr(self.live, "kind", WORKSPACE))
 
     def _gradient(self, p: Tensor) -> None:
         if p.grad is not None:
