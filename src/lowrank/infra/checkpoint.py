@@ -49,7 +49,7 @@ from lowrank.infra.checkpoint_files import (
     written_by,
 )
 from lowrank.infra.checkpoint_tensors import PyTree, flatten, pack, unflatten, unpack
-from lowrank.infra.files import sync, user_mode_, write_json
+from lowrank.infra.files import read_facts, sync, user_mode_, write_json
 
 Kind = Literal["model", "optimizer"]
 BEST = "best.json"
@@ -179,7 +179,11 @@ def publish_(temporary: Path, root: Path, step: int, *, keep: int, best: bool) -
 def not_saved(root: Path, step: int, error: Exception) -> CheckpointError:
     """The error for a checkpoint that could not be written, of which nothing is left."""
     shutil.rmtree(writing(root, step), ignore_errors=True)
-    return CheckpointError(_why_not_saved(root, step, error))
+    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
+    cause, remedy = ("the disk is full", "make room and resume") if full else (str(error), "resume once that is mended")
+    earlier = saved(root)
+    remains = f"the earlier checkpoint {earlier[-1]} is untouched" if earlier else "no earlier one exists"
+    return CheckpointError(f"could not save the checkpoint of step {step} in {root}: {cause}; {remains}; {remedy}")
 
 
 def load(folder: Path, *, device: torch.device | str = "cpu") -> Checkpoint:
@@ -283,10 +287,7 @@ def best(root: Path) -> Path | None:
 
 def _recorded_best(root: Path) -> Path | None:
     """What `best.json` names: the only mark in runs that were written before 0.2."""
-    try:
-        folder = root / json.loads((root / BEST).read_text())["folder"]
-    except (OSError, ValueError, KeyError, TypeError):
-        return None
+    folder = root / str(read_facts(root / BEST).get("folder"))
     return folder if _is_named_like_ours(folder) else None
 
 
@@ -371,15 +372,6 @@ def _remedy(folder: Path) -> str:
     if folders[-1] == folder:
         return f"; the previous good one is {good}: delete the damaged folder to go on from there"
     return f"; a good one is {good}"
-
-
-def _why_not_saved(root: Path, step: int, error: Exception) -> str:
-    full = getattr(error, "errno", None) == errno.ENOSPC or "os error 28" in str(error)
-    cause = "the disk is full" if full else str(error)
-    earlier = saved(root)
-    remains = f"the earlier checkpoint {earlier[-1]} is untouched" if earlier else "no earlier one exists"
-    remedy = "make room and resume" if full else "resume once that is mended"
-    return f"could not save the checkpoint of step {step} in {root}: {cause}; {remains}; {remedy}"
 
 
 def _age(folder: Path) -> tuple[int, int]:

@@ -6,14 +6,13 @@ import json
 import warnings
 import zlib
 from collections.abc import Mapping
-from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from lowrank.infra.files import sync, write_json
+from lowrank.infra.files import read_facts, sync, write_json
 
 MANIFEST, STATE = "manifest.json", "state.json"
 FORMAT = 1
@@ -53,7 +52,7 @@ def manifest(folder: Path) -> dict[str, dict[str, int]]:
 
 def was_best(folder: Path) -> bool | None:
     """Whether a checkpoint was the best by validation when it was saved; None where its manifest is damaged."""
-    described = _described(folder)
+    described = read_facts(folder / MANIFEST)
     return bool(described.get("best")) if described else None
 
 
@@ -63,7 +62,7 @@ def refuse_newer(folder: Path, description: Mapping[str, Any] | None = None) -> 
     Raises:
         CheckpointError: naming the version that wrote it.
     """
-    described = _described(folder) if description is None else description
+    described = read_facts(folder / MANIFEST) if description is None else description
     written = described.get("format", FORMAT)
     if not isinstance(written, int):
         raise CheckpointError(f"checkpoint {folder} is damaged: it says that its format is {written!r}")
@@ -73,14 +72,6 @@ def refuse_newer(folder: Path, description: Mapping[str, Any] | None = None) -> 
             f"{described.get('version', 'of a later version')}; this is lowrank {written_by()['version']}, which reads "
             f"up to format {FORMAT}: use the version that wrote it, or a newer one"
         )
-
-
-def _described(folder: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found = json.loads((folder / MANIFEST).read_text())
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def damage(folder: Path) -> str:

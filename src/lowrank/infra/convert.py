@@ -15,6 +15,7 @@ import operator
 import types
 from collections.abc import Collection, Iterable, Sequence
 from collections.abc import Set as AbstractSet
+from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, TypeAlias, Union, get_args, get_origin
 
@@ -109,11 +110,13 @@ def _boolean(value: object, members: list[Any]) -> Fit:
 
 
 def _integer(value: object, members: list[Any]) -> Fit:
-    """Whole numbers; "5e4" and "10_000" are two."""
+    """Whole numbers; "5e4" and "10_000" are two. Written out it keeps every digit; a float has only 53 bits of them."""
     number = _finite(value)
     if int not in members or number is None or not number.is_integer():
         return _NO
-    return True, int(value) if isinstance(value, int) else _exact(value, number)
+    with suppress(ValueError):
+        return True, int(value)  # type: ignore[call-overload]
+    return True, int(number)
 
 
 def _number(value: object, members: list[Any]) -> Fit:
@@ -163,14 +166,6 @@ def _finite(value: object) -> float | None:
     except (ValueError, OverflowError):
         return None
     return number if math.isfinite(number) else None
-
-
-def _exact(value: object, number: float) -> int:
-    """An integer written out keeps every digit; a float has only 53 bits of them."""
-    try:
-        return int(value) if isinstance(value, str) else int(number)
-    except ValueError:
-        return int(number)
 
 
 def _members(annotation: Any) -> list[Any]:

@@ -6,12 +6,14 @@ up, leaves what was there before.
 
 from __future__ import annotations
 
+import csv
 import errno
+import io
 import json
 import math
 import os
 import socket
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from datetime import datetime, timezone
 from pathlib import Path
@@ -61,6 +63,13 @@ def write_text_atomically(path: Path, text: str) -> None:
         raise NotWrittenError(path, error) from error
 
 
+def write_csv(path: Path, header: Sequence[object], rows: Iterable[Sequence[object]]) -> None:
+    """Write a table as CSV, whole or not at all."""
+    text = io.StringIO(newline="")
+    csv.writer(text).writerows([header, *rows])
+    write_text_atomically(path, text.getvalue())
+
+
 def write_json(path: Path, content: Any, *, indent: int | None = 2) -> None:
     """Write ``content`` as JSON, whole or not at all; numbers that are not finite become null."""
     text = json.dumps(finite(content), indent=indent, allow_nan=False)
@@ -77,6 +86,15 @@ def read_json(path: Path) -> Any:
         return json.loads(path.read_text(encoding="utf-8"))
     except ValueError as error:
         raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
+
+
+def read_facts(path: Path) -> dict[str, Any]:
+    """The JSON object in a file; an empty one where there is none, or it is damaged."""
+    with suppress(OSError, ValueError):
+        content = json.loads(path.read_text(encoding="utf-8"))
+        if isinstance(content, dict):
+            return content
+    return {}
 
 
 def finite(content: Any) -> Any:
@@ -153,7 +171,7 @@ def _take(path: Path) -> int:
         descriptor = os.open(path, os.O_RDWR | os.O_CREAT, 0o666)
         try:
             held = _is_held(descriptor)
-            owner = _owner(path)
+            owner = read_facts(path)
             if held and _is_alive(owner):
                 raise FolderInUseError(
                     f"{path.parent} is being written by process {owner.get('pid', '?')} on {owner.get('host', '?')}, "
@@ -183,14 +201,6 @@ def _is_held(descriptor: int) -> bool:
     except OSError:  # a file system without locks
         return os.fstat(descriptor).st_size > 0
     return False
-
-
-def _owner(path: Path) -> dict[str, Any]:
-    with suppress(OSError, ValueError):
-        found = json.loads(path.read_text())
-        if isinstance(found, dict):
-            return found
-    return {}
 
 
 def _is_alive(owner: dict[str, Any]) -> bool:

@@ -13,9 +13,9 @@ import textwrap
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, TypeAlias
+from typing import TypeAlias
 
-from lowrank.infra.files import read_json
+from lowrank.infra.files import read_facts
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.text import one_line
 from lowrank.report.memory import MEMORY
@@ -235,7 +235,10 @@ def _of_group(group: Group, whys: Mapping[Path, str]) -> Comparison:
         unit=next((u for u in _UNITS if any(f"{u}_per_second" in each.summary for each in group.results)), "tokens"),
         table=(header, body),
         best=ranks.index(min(ranks)) if ranks and min(ranks) < math.inf else None,
-        entries=[_entry(row, name) for row in {row.label: row for row in (*begun, *chosen)}.values()],
+        entries=[
+            Entry(label=row.label, seeds=[_seen(each, name) for each in row.results])
+            for row in {row.label: row for row in (*begun, *chosen)}.values()
+        ],
         rates=[Tried(label=r.label, lr=r.lr, value=v) for r in every if several and (v := r.mean(name)) is not None],
         tried=cells(every) if several else None,
         about=_about(group.results),
@@ -265,10 +268,6 @@ _COSTS: Mapping[str, Callable[[Row], str]] = {
 _UNITS = ("images", "sequences", "tokens")  # what throughput is counted in
 
 
-def _entry(row: Row, name: str) -> Entry:
-    return Entry(label=row.label, seeds=[_seen(each, name) for each in row.results])
-
-
 def _seen(result: Result, name: str) -> Seen:
     timed = [r for r in result.log if isinstance(r.get("step_seconds"), (int, float))]
     sizes = [r["step_seconds"] * r[rate] for r in timed for unit in _UNITS if (rate := f"{unit}_per_second") in r]
@@ -283,7 +282,7 @@ def _seen(result: Result, name: str) -> Seen:
         train=_series(result, "loss"),
         val=_series(result, "val_loss"),
         refreshed={each: series for each in REFRESHED if (series := _series(result, each))},
-        layers=_json(result.folder / SPECTRA).get("layers", {}),
+        layers=read_facts(result.folder / SPECTRA).get("layers", {}),
     )
 
 
@@ -294,17 +293,8 @@ def _repeated(result: Result) -> str:
 
 def _peak(result: Result) -> float | None:
     """What was measured by kind of step; else the highest that the log has."""
-    measured = _json(result.folder / MEMORY).get("measured_peak_bytes", {})
+    measured = read_facts(result.folder / MEMORY).get("measured_peak_bytes", {})
     return max(measured.values(), default=result.summary.get("peak_bytes"))
-
-
-def _json(file: Path) -> dict[str, Any]:
-    """Of a file beside a run; nothing where there is none, or it is damaged."""
-    try:
-        content = read_json(file) if file.is_file() else {}
-    except ValueError:
-        return {}
-    return content if isinstance(content, dict) else {}
 
 
 def _series(result: Result, name: str) -> Series:
@@ -315,7 +305,7 @@ def _about(results: Sequence[Result]) -> dict[str, str]:
     """Where the runs ran, each answer that occurs once."""
     found: dict[str, list[str]] = {"hardware": [], "date": [], "versions": [], "commit": [], "command": []}
     for each in results:
-        env = _json(each.folder / "env.json")
+        env = read_facts(each.folder / "env.json")
         devices = [str(d.get("name")) for d in env.get("devices") or []]
         cores = f"{env['cores']} cores of {env.get('processor')}" if env.get("cores") else ""
         versions = {"python": env.get("python"), **env.get("packages", {})}

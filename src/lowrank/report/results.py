@@ -40,7 +40,6 @@ Rows of the longest horizon are the main table; the shorter ones show whether a 
 
 from __future__ import annotations
 
-import json
 import math
 import statistics
 from collections.abc import Iterable, Mapping, Sequence
@@ -48,7 +47,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, TypeVar
 
-from lowrank.infra.files import write_json
+from lowrank.infra.files import read_json, write_json
 from lowrank.report.statistics import Difference, compare
 
 FILE = "results.json"
@@ -168,10 +167,7 @@ def read_results(file: Path) -> Results:
         ValueError: it is damaged, of another schema or of something else; the message names the file and the fault.
         OSError: it cannot be read.
     """
-    try:
-        content = json.loads(file.read_text(encoding="utf-8"))
-    except ValueError as error:
-        raise ValueError(f"{file} is damaged, or no JSON: {error}") from error
+    content = read_json(file)
     if not isinstance(content, dict) or content.get("schema") != SCHEMA:
         raise ValueError(f"{file} holds no results of an experiment (schema {SCHEMA})")
     try:

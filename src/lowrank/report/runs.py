@@ -140,16 +140,9 @@ def _folders(path: Path) -> list[Path]:
 
 
 def _log(folder: Path) -> list[dict[str, Any]]:
-    """The records of a run, none where it has not begun.
-
-    Raises:
-        ValueError: the file is damaged.
-    """
+    """The records of a run, none where it has not begun."""
     file = folder / "log.jsonl"
-    log = read_log(file) if file.is_file() else []
-    if not all(isinstance(record, dict) and "step" in record for record in log):
-        raise ValueError(f"{file} is damaged: a record has no step")
-    return log
+    return read_log(file) if file.is_file() else []
 
 
 def _settings(file: Path) -> dict[str, Any]:
