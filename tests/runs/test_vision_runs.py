@@ -71,7 +71,7 @@ def test_a_run_killed_in_its_report_is_finished_by_resuming(
         (tmp_path / "x" / "summary.json").unlink(missing_ok=True)
         written.clear()
         with monkeypatch.context() as patched:
-            for module in ("infra.files", "evaluate.image_report", "evaluate.image_page"):
+            for module in ("infra.files", "evaluate.image_page"):
                 name = f"lowrank.{module}.write_text_atomically"
                 patched.setattr(name, lambda path, text, killed=killed: (killed(path), write(path, text)))
             patched.setattr(

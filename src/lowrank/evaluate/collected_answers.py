@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -40,6 +41,15 @@ class Collected:
         answers = torch.cat(self._answers)
         check_finite(answers, of)
         return answers.numpy()
+
+
+def defined_mean(figures: np.ndarray | Sequence[np.ndarray]) -> np.ndarray:
+    """The mean over the first dimension of what is defined (finite); NaN where nothing is."""
+    figures = np.asarray(figures)
+    there = np.isfinite(figures)
+    with np.errstate(invalid="ignore"):
+        means: np.ndarray = np.where(there, figures, 0.0).sum(axis=0) / there.sum(axis=0)
+    return means
 
 
 def check_finite(answers: Tensor, of: str) -> None:

@@ -14,7 +14,8 @@ import numpy as np
 from matplotlib.figure import Figure
 
 from lowrank.evaluate.image_metrics import answers_given, one_hot, predicted
-from lowrank.evaluate.image_report import Judged, figure_text, label_text, worst_mistakes
+from lowrank.evaluate.image_page import figure_text
+from lowrank.evaluate.image_report import Judged, label_text, worst_mistakes
 
 MISTAKES, COLUMNS = 24, 6
 MOST_CURVES = 14

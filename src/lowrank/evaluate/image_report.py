@@ -24,10 +24,8 @@ Shapes: positive and answer (n,) bool, score (n,), counts (resamples, n).
 
 from __future__ import annotations
 
-import csv
-import io
 import math
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
@@ -36,10 +34,11 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from lowrank.data.images.set import Kind
+from lowrank.evaluate.collected_answers import defined_mean
 from lowrank.evaluate.image_findings import findings
 from lowrank.evaluate.image_metrics import calibration_error, image_metrics, one_hot, predicted
-from lowrank.evaluate.image_page import write_page
-from lowrank.infra.files import write_json, write_text_atomically
+from lowrank.evaluate.image_page import class_table, figure_text, write_markdown, write_page
+from lowrank.infra.files import write_csv, write_json
 
 if TYPE_CHECKING:
     from lowrank.data.images.source import ImageData
@@ -100,14 +99,21 @@ def write_report(
     folder.mkdir(parents=True, exist_ok=True)
     figures = report_figures(judged, resampled=resampled, specificity=specificity, seed=seed)
     write_json(folder / "metrics.json", figures)
-    write_text_atomically(folder / "report.md", _markdown(figures))
+    overall = {name.replace("_", " "): figure_text(figure) for name, figure in figures["overall"].items()}
+    shown = {
+        **{"auc": "AUC", "auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity"},
+        **{"precision": "precision", "npv": "NPV", "f1": "F1"},
+        "sensitivity_at_specificity": f"sensitivity at {specificity:.0%} specificity",
+    }
+    table = class_table(figures, shown)
+    write_markdown(folder, figures, overall, table)
     _write_predictions(folder / "predictions.csv", judged)
     try:
         from lowrank.evaluate import image_pictures
     except ImportError:
         return figures  # the pictures need matplotlib, the figures do not
     image_pictures.write(folder, judged, figures)
-    write_page(folder, figures, overall_texts(figures), class_table(figures))
+    write_page(folder, figures, overall, table)
     return figures
 
 
@@ -127,10 +133,11 @@ def report_figures(judged: Judged, *, resampled: int, specificity: float, seed: 
             ranked = ranked_figures(wanted[:, i], scores[:, i], counts, specificity)
             part.append(ranked | answer_figures(wanted[:, i], answers[:, i], counts))
     classes = [{name: np.concatenate([each[name] for each in part]) for name in part[0]} for part in parts]
+    halves = ("sensitivity", "specificity") if kind == "multi-label" else ("sensitivity",)
     overall = {
-        "auc": _mean([figures["auc"] for figures in (classes[1:2] if kind == "binary" else classes)]),
+        "auc": defined_mean([figures["auc"] for figures in (classes[1:2] if kind == "binary" else classes)]),
         "acc": np.concatenate(accuracies),
-        "balanced_accuracy": _mean([_balanced(figures, kind) for figures in classes]),
+        "balanced_accuracy": defined_mean([defined_mean([each[name] for name in halves]) for each in classes]),
     }
     exact = image_metrics(labels, scores, kind) | {"calibration_error": calibration_error(labels, scores, kind)}
     return {
@@ -141,11 +148,11 @@ def report_figures(judged: Judged, *, resampled: int, specificity: float, seed: 
         "resamples": resampled,
         "resampled": "patients" if len(judged.patients) else "images",
         "specificity": specificity,
-        "overall": {name: _figure(value, overall.get(name, np.empty(0))[1:]) for name, value in exact.items()},
+        "overall": {name: figure_of(value, overall.get(name, np.empty(0))[1:]) for name, value in exact.items()},
         "classes": {
             name: {
                 "images": int(wanted[:, i].sum()),
-                **{key: _figure(float(values[0]), values[1:]) for key, values in classes[i].items()},
+                **{key: figure_of(values[0], values[1:]) for key, values in classes[i].items()},
             }
             for i, name in enumerate(judged.classes)
         },
@@ -220,40 +227,23 @@ def worst_mistakes(judged: Judged, count: int) -> list[int]:
     return [int(i) for i in order[:count] if sureness[i] >= 0]
 
 
-def _balanced(figures: Mapping[str, np.ndarray], kind: Kind) -> np.ndarray:
-    """What a class adds to balanced accuracy: its sensitivity; of several labels, with its specificity."""
-    names = ("sensitivity", "specificity") if kind == "multi-label" else ("sensitivity",)
-    return _mean([figures[name] for name in names])
-
-
-def _mean(parts: Sequence[np.ndarray]) -> np.ndarray:
-    """The mean over the values that are defined (not NaN)."""
-    stacked = np.stack(list(parts))
-    defined = np.isfinite(stacked)
-    with np.errstate(invalid="ignore"):
-        mean: np.ndarray = np.where(defined, stacked, 0.0).sum(axis=0) / defined.sum(axis=0)
-    return mean
-
-
-def _figure(value: float, drawn: np.ndarray) -> Figure:
+def figure_of(value: float, drawn: np.ndarray) -> Figure:
+    """A figure with the interval of its resampled values."""
     low, high = interval(drawn) or (None, None)
-    return {"value": value if math.isfinite(value) else None, "low": low, "high": high}
+    return {"value": float(value) if math.isfinite(value) else None, "low": low, "high": high}
 
 
 # --- files -----------------------------------------------------------------------------------------------------------
 
 
 def _write_predictions(path: Path, judged: Judged) -> None:
-    answers = predicted(judged.scores, judged.kind)
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(["image", "patient", "true", "answer", *judged.classes])
+    answers, rows = predicted(judged.scores, judged.kind), []
     for i, row in enumerate(judged.scores):
         name = judged.names[i] if len(judged.names) else i
         patient = judged.patients[i] if len(judged.patients) else ""
         texts = label_text(judged, judged.labels[i]), label_text(judged, answers[i])
-        writer.writerow([name, patient, *texts, *(f"{score:.6g}" for score in row)])
-    write_text_atomically(path, file.getvalue())
+        rows.append([name, patient, *texts, *(f"{score:.6g}" for score in row)])
+    write_csv(path, ["image", "patient", "true", "answer", *judged.classes], rows)
 
 
 def label_text(judged: Judged, label: Any) -> str:
@@ -261,45 +251,3 @@ def label_text(judged: Judged, label: Any) -> str:
     if judged.kind != "multi-label":
         return judged.classes[int(label)]
     return "|".join(name for name, has in zip(judged.classes, label, strict=True) if has)
-
-
-def figure_text(figure: Figure) -> str:
-    """A figure and its interval to three digits; a dash where it is undefined."""
-    if figure["value"] is None:
-        return "–"
-    between = "" if figure["low"] is None else f" ({figure['low']:.3f}–{figure['high']:.3f})"
-    return f"{figure['value']:.3f}{between}"
-
-
-def overall_texts(figures: Mapping[str, Any]) -> dict[str, str]:
-    """The figures over all classes, as text."""
-    return {name.replace("_", " "): figure_text(figure) for name, figure in figures["overall"].items()}
-
-
-def class_table(figures: Mapping[str, Any]) -> list[list[str]]:
-    """A header, and a row a class."""
-    shown = {
-        **{"auc": "AUC", "auprc": "AUPRC", "sensitivity": "sensitivity", "specificity": "specificity"},
-        **{"precision": "precision", "npv": "NPV", "f1": "F1"},
-        "sensitivity_at_specificity": f"sensitivity at {figures['specificity']:.0%} specificity",
-    }
-    rows = [
-        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in shown)]
-        for name, row in figures["classes"].items()
-    ]
-    return [["class", "images", *shown.values()], *rows]
-
-
-def _markdown(figures: Mapping[str, Any]) -> str:
-    header, *rows = class_table(figures)
-    lines = [f"# {figures['images']:,} images, {figures['kind']}", ""]
-    lines += [line for sentence in figures["findings"] for line in (f"**{sentence}**", "")]
-    lines += [f"* {name}: {text}" for name, text in overall_texts(figures).items()]
-    lines += ["", f"| {' | '.join(header)} |", "|" + "---|" * len(header)]
-    for name, *texts in rows:
-        cell = " ".join(name.replace("\\", "\\\\").replace("|", "\\|").split())
-        lines.append(f"| {cell} | {' | '.join(texts)} |")
-    if figures["resamples"]:
-        of = figures["resampled"]
-        lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]
-    return "\n".join(lines) + "\n"

@@ -52,8 +52,6 @@ class ImageTask(Task):
     def stand_in(self, run: Run) -> tuple[ImageData, list[str]]:
         args = run.data.args
         source, size = str(args.get("source")), int(str(args.get("size") or 28))
-        if source in NAMES:
-            return ImageData.without_images(medmnist_facts(source, size)), []
         stem = re.sub(r"(_\d+)?\.npz$", "", Path(source).name)
         if stem in NAMES:
             return ImageData.without_images(medmnist_facts(stem, size)), []

@@ -6,8 +6,6 @@ normalisation.
 
 from __future__ import annotations
 
-import csv
-import io
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -26,7 +24,7 @@ from lowrank.evaluate.collected_answers import check_finite
 from lowrank.evaluate.image_metrics import predicted
 from lowrank.evaluate.image_task import probabilities
 from lowrank.infra import checkpoint
-from lowrank.infra.files import write_text_atomically
+from lowrank.infra.files import write_csv
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
 from lowrank.models.vision import logits_of
@@ -127,11 +125,7 @@ def classify(model: nn.Module, images: Sequence[tuple[str, np.ndarray]], data: I
     answers = predicted(scores, data.kind)
     made = []
     for (name, _), row, answer in zip(images, scores, answers, strict=True):
-        chosen = (
-            tuple(c for c, has in zip(data.classes, answer, strict=True) if has)
-            if several
-            else (data.classes[int(answer)],)
-        )
+        chosen = tuple(data.classes[c] for c in (np.flatnonzero(answer) if several else [int(answer)]))
         made.append(Prediction(path=name, answer=chosen, scores=dict(zip(data.classes, map(float, row), strict=True))))
     return made
 
@@ -220,9 +214,6 @@ def _batches(
 
 
 def _write(path: Path, predictions: Sequence[Prediction]) -> None:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(["image", "answer", *(predictions[0].scores if predictions else [])])
-    for each in predictions:
-        writer.writerow([each.path, "|".join(each.answer), *(f"{score:.6g}" for score in each.scores.values())])
-    write_text_atomically(path, file.getvalue())
+    header = ["image", "answer", *(predictions[0].scores if predictions else [])]
+    rows = [[each.path, "|".join(each.answer), *(f"{s:.6g}" for s in each.scores.values())] for each in predictions]
+    write_csv(path, header, rows)

@@ -11,11 +11,8 @@ otherwise in pixels as stored; it is defined where mask and answer both have the
 
 from __future__ import annotations
 
-import csv
-import io
-import math
 import warnings
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,11 +21,12 @@ import torch
 
 from lowrank.data.images.masks import MaskData
 from lowrank.data.images.set import Split
-from lowrank.evaluate.image_page import write_page
-from lowrank.evaluate.image_report import RESAMPLES, Figure, figure_text, interval
-from lowrank.evaluate.segmentation_task import MaskTally, class_means, one_hot
+from lowrank.evaluate.collected_answers import defined_mean
+from lowrank.evaluate.image_page import class_table, figure_text, write_markdown, write_page
+from lowrank.evaluate.image_report import RESAMPLES, figure_of
+from lowrank.evaluate.segmentation_task import MaskTally, one_hot
 from lowrank.infra.extras import import_extra
-from lowrank.infra.files import write_json, write_text_atomically
+from lowrank.infra.files import write_csv, write_json
 
 KEYS = ("dice", "iou", "hausdorff_95")
 COLOURS = ((213, 94, 0), (0, 114, 178), (0, 158, 115), (230, 159, 0), (204, 121, 167), (86, 180, 233))
@@ -43,18 +41,13 @@ def report(data: MaskData, tally: MaskTally, folder: Path, split: str) -> list[s
     _write_each(place / "predictions.csv", part, each, classes)
     overlays(part, tally, each[0], data.classes).savefig(place / "overlays.png", dpi=150)
     write_json(place / "metrics.json", figures)
-    table = _table(figures)
-    names = _names(figures["hausdorff_unit"])
+    names = dict(zip(KEYS, ("Dice", "IoU", f"Hausdorff 95 % ({figures['hausdorff_unit']})"), strict=True))
     overall = {names[name]: figure_text(figure) for name, figure in figures["overall"].items()}
+    table = class_table(figures, names)
     write_page(place, figures, overall, table)
-    write_text_atomically(place / "report.md", _markdown(figures, overall, table))
+    write_markdown(place, figures, overall, table)
     told = ", ".join(f"{name} {_short(row['dice']['value'])}" for name, row in figures["classes"].items())
     return [f"report: {place / 'report.html'}", f"Dice by class: {told}", *figures["findings"]]
-
-
-def _names(unit: str) -> dict[str, str]:
-    """The figures in the words of a reader."""
-    return dict(zip(KEYS, ("Dice", "IoU", f"Hausdorff 95 % ({unit})"), strict=True))
 
 
 def _short(value: float | None) -> str:
@@ -87,9 +80,8 @@ def _figures(each: np.ndarray, classes: Sequence[str], part: Split) -> dict[str,
     of, units = "images", each
     if len(part.patients):
         patients = np.array(part.patients)
-        units = np.stack(
-            [np.stack([class_means(f[patients == who]) for who in sorted(set(part.patients))]) for f in each]
-        )
+        whose = [patients == who for who in sorted(set(part.patients))]
+        units = np.array([[defined_mean(f[own]) for own in whose] for f in each])
         of = "patients"
     count = units.shape[1]
     weights = np.random.default_rng(0).multinomial(count, np.full(count, 1 / count), size=RESAMPLES).astype(np.float64)
@@ -97,12 +89,12 @@ def _figures(each: np.ndarray, classes: Sequence[str], part: Split) -> dict[str,
     values = np.where(there, units, 0.0)
     with np.errstate(invalid="ignore"):
         drawn = np.einsum("rn,fnc->frc", weights, values) / np.einsum("rn,fnc->frc", weights, there.astype(np.float64))
-    means = np.stack([class_means(f) for f in units])
+    means = np.array([defined_mean(f) for f in units])
     overall, rows = {}, {}
     for k, name in enumerate(KEYS):
-        overall[name] = _figure(_mean(means[k][None])[0], _mean(drawn[k]))
+        overall[name] = figure_of(float(defined_mean(means[k])), defined_mean(drawn[k].T))
     for c, name in enumerate(classes):
-        own = {key: _figure(means[k, c], drawn[k, :, c]) for k, key in enumerate(KEYS)}
+        own = {key: figure_of(means[k, c], drawn[k, :, c]) for k, key in enumerate(KEYS)}
         rows[name] = {"images": int(np.isfinite(each[0, :, c]).sum()), **own}
     held, found = _held(part, len(classes) + 1), (each[0] > 0).any(axis=0)
     findings = [
@@ -125,44 +117,13 @@ def _held(part: Split, classes: int) -> np.ndarray:
     return counts[1:] > 0
 
 
-def _mean(values: np.ndarray) -> np.ndarray:
-    """The mean over the classes (the last dimension) that are defined."""
-    return class_means(values.T)
-
-
-def _figure(value: float, drawn: np.ndarray) -> Figure:
-    low, high = interval(drawn) or (None, None)
-    return {"value": float(value) if math.isfinite(value) else None, "low": low, "high": high}
-
-
-def _table(figures: Mapping[str, Any]) -> list[list[str]]:
-    rows = [
-        [name, f"{row['images']:,}", *(figure_text(row[key]) for key in KEYS)]
-        for name, row in figures["classes"].items()
-    ]
-    return [["class", "images", *_names(figures["hausdorff_unit"]).values()], *rows]
-
-
-def _markdown(figures: Mapping[str, Any], overall: Mapping[str, str], table: Sequence[Sequence[str]]) -> str:
-    lines = [f"# {figures['images']:,} images, segmentation", ""]
-    lines += [line for sentence in figures["findings"] for line in (f"**{sentence}**", "")]
-    lines += [f"* {name}: {text}" for name, text in overall.items()]
-    lines += ["", f"| {' | '.join(table[0])} |", "|" + "---|" * len(table[0])]
-    lines += [f"| {' | '.join(cell.replace('|', chr(92) + '|') for cell in row)} |" for row in table[1:]]
-    of = figures["resampled"]
-    lines += ["", f"In brackets the 95 % bootstrap interval over {figures['resamples']:,} resamples of the {of}."]
-    return "\n".join(lines) + "\n"
-
-
 def _write_each(path: Path, part: Split, each: np.ndarray, classes: Sequence[str]) -> None:
-    file = io.StringIO(newline="")
-    writer = csv.writer(file)
-    writer.writerow(["image", "patient", *(f"{key} {name}" for key in KEYS for name in classes)])
+    rows = []
     for i in range(len(part)):
         name = part.names[i] if len(part.names) else i
         patient = part.patients[i] if len(part.patients) else ""
-        writer.writerow([name, patient, *("" if np.isnan(v) else f"{v:.6g}" for v in each[:, i].reshape(-1))])
-    write_text_atomically(path, file.getvalue())
+        rows.append([name, patient, *("" if np.isnan(v) else f"{v:.6g}" for v in each[:, i].reshape(-1))])
+    write_csv(path, ["image", "patient", *(f"{key} {name}" for key in KEYS for name in classes)], rows)
 
 
 def overlays(part: Split, tally: MaskTally, dice: np.ndarray, classes: Sequence[str]) -> Any:
@@ -170,7 +131,7 @@ def overlays(part: Split, tally: MaskTally, dice: np.ndarray, classes: Sequence[
     from matplotlib.figure import Figure as Drawing
     from matplotlib.patches import Patch
 
-    score = class_means(dice.T)
+    score = defined_mean(dice.T)
     order = [int(i) for i in np.argsort(-score, kind="stable") if np.isfinite(score[i])] or [0]
     shown = {"best": order[0], "median": order[len(order) // 2], "worst": order[-1]}
     figure = Drawing(figsize=(7.2, 7.7), layout="constrained")

@@ -20,7 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from lowrank.data.images.masks import TISSUES, MaskData
-from lowrank.evaluate.collected_answers import check_finite
+from lowrank.evaluate.collected_answers import check_finite, defined_mean
 from lowrank.infra.extras import import_extra
 from lowrank.infra.registry import register
 from lowrank.models.vision import logits_of
@@ -110,16 +110,8 @@ class MaskTally:
 
     def result(self) -> dict[str, float]:
         """``loss`` of an image, ``dice`` and ``iou`` (the mean over classes of the mean over images), ``images``."""
-        dice, iou = (float(class_means(class_means(each)[:, None])[0]) for each in self.overlap)
+        dice, iou = (float(defined_mean(defined_mean(each))) for each in self.overlap)
         return {"loss": self.total / len(self.packed), "dice": dice, "iou": iou, "images": len(self.packed)}
-
-
-def class_means(figures: np.ndarray) -> np.ndarray:
-    """(images, classes) → the mean of each class over the images that count; NaN where none does."""
-    there = np.isfinite(figures)
-    with np.errstate(invalid="ignore"):
-        means: np.ndarray = np.where(there, figures, 0.0).sum(axis=0) / there.sum(axis=0)
-    return means
 
 
 def mask_loss(logits: Tensor, masks: Tensor) -> Tensor:
