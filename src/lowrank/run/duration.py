@@ -2,12 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.plan.sheet import Sheet
 from lowrank.plan.speed import Machine, Pace, Speed, pace, parts_of
-from lowrank.plan.work import Amount, Kind
 from lowrank.run.run import Run
 from lowrank.run.session import pick_device, task_of
 
@@ -33,7 +30,10 @@ def duration(run: Run, sheet: Sheet, *, ranks: int = 1) -> list[str]:
     if sheet.rhythm is None:
         return []
     work, rhythm = sheet.counts.work, sheet.rhythm
-    flops, moved = parts_of(work, rhythm, _flops), parts_of(work, rhythm, _bytes)
+    flops, moved = (
+        parts_of(work, rhythm, lambda kinds, part, what=what: sum(getattr(amount, what) for amount in kinds.values()))
+        for what in ("flops", "bytes")
+    )
     again = f", {_count(flops['again'])} computed again" if flops["again"] else ""
     lines = [
         f"FLOP a step: {_count(flops['forward'])} forward, {_count(flops['backward'])} backward{again}, "
@@ -69,14 +69,6 @@ def _seconds(run: Run, sheet: Sheet, found: Pace, machine: Machine, ranks: int) 
         lines.append(f"{run.steps:,} steps take {hours:.3g} hours, {hours / 24:.2g} days, evaluations apart")
     lines.append(f"a batch of an evaluation takes {found.evaluation:.3g} s; all as {machine} is calibrated")
     return lines
-
-
-def _flops(kinds: Mapping[Kind, Amount], part: str) -> float:
-    return sum(amount.flops for amount in kinds.values())
-
-
-def _bytes(kinds: Mapping[Kind, Amount], part: str) -> float:
-    return sum(amount.bytes for amount in kinds.values())
 
 
 def _count(number: float) -> str:

@@ -172,8 +172,7 @@ _CONCESSIONS: tuple[Concession, ...] = (
 
 def _fewest(run: Run) -> int:
     """Rows that a micro-batch must have: one, or one a head where heads split it."""
-    heads = run.method.args.get("heads")
-    return heads if isinstance(heads, int) and "merge_every" in run.method.args else 1
+    return run.split_heads or 1
 
 
 def _of_rows(run: Run, rows: int) -> Run:

@@ -58,7 +58,7 @@ def estimate(run: Run, *, on_card: bool = True, ranks: int = 1, works: bool = Fa
     if run.workers == "nodes":
         raise ValueError("--workers nodes: a plan cannot see the nodes; give their number, --workers N")
     sheets = []
-    uneven = any(size % ranks for size in (run.batch_size, *_heads(run)))
+    uneven = run.batch_size % ranks or (run.split_heads or 0) % ranks
     for rank in (0, ranks - 1) if uneven else (0,):  # the first has the largest shards, the last most rows and heads
         with simulated(ranks, rank) as group:
             sheets.append(_possible(run, group, on_card=on_card, works=works))
@@ -265,12 +265,8 @@ def _title(session: Session) -> str:
     run, context = session.run, getattr(session.data, "context", None)
     size = f"{run.batch_size} {session.task.unit}" if context is None else f"{run.batch_size} × {context} tokens"
     base = run.model.args.get("quantise")
-    how = (
-        [run.precision]
-        + ([f"{base} base"] if base else [])
-        + ["per layer"] * run.per_layer
-        + ["checkpointed"] * run.checkpoint_activations
-    )
+    how = [run.precision, *[f"{base} base"] * bool(base), *["per layer"] * run.per_layer]
+    how += ["checkpointed"] * run.checkpoint_activations
     times = f", {run.grad_accum} micro-batches a step" if run.grad_accum > 1 else ""
     return f"{run.recipe}, {run.method.name}: {size}{times} ({', '.join(how)})"
 
@@ -298,9 +294,3 @@ def _notes_on_ranks(session: Session) -> list[str]:
     sent = forecast(plan, count, whole=whole, micro_batches=run.grad_accum)
     sending = f"a step sends {short_bytes(sent.per_step)} on average; DDP would send {short_bytes(sent.ddp)}"
     return [f"this is rank {plan.ranks.rank} of {count}, {apart}; it computes {rows}", sending, *plan.notes]
-
-
-def _heads(run: Run) -> list[int]:
-    """How many heads are divided between workers, if any."""
-    heads = run.method.args.get("heads")
-    return [heads] if isinstance(heads, int) and "merge_every" in run.method.args else []

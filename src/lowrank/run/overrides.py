@@ -168,7 +168,8 @@ def fingerprint(run: Run, offer: Catalogue | None = None) -> str:
 
 def identified(run: Run) -> Run:
     """The run with the digests of its own files in their names' place."""
-    named: dict[str, Any] = {kind: replace(getattr(run, kind), name=_identity(run, kind)) for kind in _CALLS}
+    calls = {kind: getattr(run, kind) for kind in _CALLS}
+    named: dict[str, Any] = {k: replace(c, name=own_files.identity(c.name, run.files)) for k, c in calls.items()}
     return replace(run, task=own_files.identity(run.task, run.files), **named)
 
 
@@ -250,10 +251,6 @@ def _tokenizer_of(run: Run, offer: Catalogue) -> Setting:
 def _named(run: Run, kind: str) -> str:
     called: Call | str = getattr(run, kind)
     return called if isinstance(called, str) else called.name
-
-
-def _identity(run: Run, kind: str) -> str:
-    return own_files.identity(getattr(run, kind).name, run.files)
 
 
 def _set(run: Run, name: str, value: object, offer: Catalogue) -> Run:

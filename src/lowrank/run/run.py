@@ -7,7 +7,6 @@ JSON and back without loss, and that JSON, `run.json`, is all that is needed to 
 
 from __future__ import annotations
 
-import json
 import math
 import os
 from collections.abc import Mapping
@@ -17,7 +16,7 @@ from types import MappingProxyType
 from typing import Any, Literal, TypeAlias, get_type_hints
 
 from lowrank.infra.convert import Setting, convert, nearest
-from lowrank.infra.files import write_json
+from lowrank.infra.files import read_json, write_json
 from lowrank.run.own_files import short
 
 Settings: TypeAlias = Mapping[str, Setting]
@@ -181,6 +180,12 @@ class Run:
     def __reduce__(self) -> Any:
         return Run.from_json, (self.to_json(),)
 
+    @property
+    def split_heads(self) -> int | None:
+        """Heads of its method that split a batch, and are divided between workers; None where there are none."""
+        heads = self.method.args.get("heads")
+        return heads if isinstance(heads, int) and "merge_every" in self.method.args else None
+
     def horizon(self, batches_per_epoch: int) -> int:
         """Optimizer steps of the whole schedule, where an epoch has so many micro-batches."""
         if self.steps is not None:
@@ -232,11 +237,9 @@ class Run:
             FileNotFoundError, ValueError: there is none, or it does not hold a run; the message says what is wrong.
         """
         try:
-            content = json.loads(path.read_text(encoding="utf-8"))
+            content = read_json(path)
         except FileNotFoundError as error:
             raise FileNotFoundError(f"there is no run at {path}") from error
-        except ValueError as error:
-            raise ValueError(f"{path} is damaged, or no JSON: {error}") from error
         try:
             return Run.from_json(content)
         except (ValueError, TypeError) as error:

@@ -122,7 +122,10 @@ def open_session(
         load_plain_(model, init_from)
     if run.precision == "bf16-weights" and make is None:
         to_bfloat16_(model)
-    base = _base(model, init_from) if with_base else None
+    base = None
+    if with_base:
+        place = "" if init_from is None else str(init_from.expanduser().resolve())
+        base = Base(init_from=place, parameters={name: digest_of(p) for name, p in model.named_parameters()})
     if make is None:
         nn.Module.to(model, device)  # transformers' own refuses where a model is quantised
     method = offer.make("method", run)
@@ -145,11 +148,6 @@ def to_bfloat16_(model: nn.Module) -> None:
     for tensor in (*model.parameters(), *model.buffers()):
         if tensor.is_floating_point():
             tensor.data = tensor.data.to(torch.bfloat16)
-
-
-def _base(model: nn.Module, init_from: Path | None) -> Base:
-    place = "" if init_from is None else str(init_from.expanduser().resolve())
-    return Base(init_from=place, parameters={name: digest_of(p) for name, p in model.named_parameters()})
 
 
 def _workers(run: Run) -> int | None:

@@ -80,9 +80,9 @@ def refuse_few(run: Run, ranks: int) -> None:
         ValueError: naming what is too few.
     """
     workers = ranks if run.engine == "auto" else run.workers if isinstance(run.workers, int) else 1
-    heads, few = run.method.args.get("heads"), []
-    if isinstance(heads, int) and "merge_every" in run.method.args and heads < workers:
-        few.append((f"{heads} heads", f"--method.heads {workers}"))
+    few = []
+    if run.split_heads is not None and run.split_heads < workers:
+        few.append((f"{run.split_heads} heads", f"--method.heads {workers}"))
     if run.batch_size < ranks:
         few.append((f"a batch of {run.batch_size}", f"--batch-size {ranks}"))
     if few:
@@ -165,11 +165,10 @@ def _batches(run: Run) -> Iterator[str]:
             yield f"--{name.replace('_', '-')} {value}: at most {_MOST} can be meant"
     if not 0 <= run.seed < 2**63:
         yield f"--seed {run.seed} must be at least 0 and below 2^63"
-    heads = _number(run.method.args.get("heads"))
-    if heads is not None and heads > run.batch_size and "merge_every" in run.method.args:
+    if run.split_heads is not None and run.split_heads > run.batch_size:
         yield (
-            f"--method.heads {heads:g} split a batch of --batch-size {run.batch_size}: some would never see anything; "
-            f"use at most {run.batch_size} heads or a batch of at least {heads:g}"
+            f"--method.heads {run.split_heads} split a batch of --batch-size {run.batch_size}: some would never see "
+            f"anything; use at most {run.batch_size} heads or a batch of at least {run.split_heads}"
         )
 
 

@@ -28,8 +28,7 @@ from lowrank.run.overrides import override, resolve
 from lowrank.run.run import Run
 
 SECONDS = 45.0  # after which no other run is begun
-_GPT = {"model.n_layer": 2, "data.context": 128}
-_LLAMA = {"model.n_layer": 2, "data.context": 128}
+_GPT = _LLAMA = {"model.n_layer": 2, "data.context": 128}
 RUNS: tuple[tuple[str, dict[str, Any]], ...] = (
     ("gpt-mini", {**_GPT, "method": "full", "model.n_embd": 64, "batch_size": 4}),
     ("gpt-mini", {**_GPT, "method": "full", "model.n_embd": 256, "batch_size": 8}),

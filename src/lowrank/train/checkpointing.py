@@ -303,7 +303,7 @@ def _state_of_shards(plan: Plan, opt: Optimizer, role: SaveRole) -> dict[int, St
         mine = opt.state[p]
         specs = shard_specs(rule, shard, mine, to_local(p)) if role == "sharded" else None
         if specs is not None:
-            found[index] = mapped(mine, lambda path, t, specs=specs: _as_dtensor(t, specs.get(path)))  # type: ignore[misc]
+            found[index] = mapped(mine, lambda path, t, s=specs: s[path].as_dtensor(t.contiguous()) if path in s else t)  # type: ignore[misc]
             continue
         full = consolidated_state(rule, shard, mine, to_local(p))
         if role == "sharded" and shard.ranks.rank != index % shard.ranks.count:
@@ -359,7 +359,3 @@ def _at(tree: Any, path: str) -> Any:
     for key in path.split("."):
         tree = tree[key]
     return tree
-
-
-def _as_dtensor(mine: Tensor, spec: ShardSpec | None) -> Tensor:
-    return mine if spec is None else spec.as_dtensor(mine.contiguous())

@@ -12,16 +12,12 @@ others. Clipping uses that norm.
 
 from __future__ import annotations
 
-import hashlib
-import tempfile
 from collections.abc import Mapping, Sequence
-from pathlib import Path
 from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
 
-from lowrank.data.text.tokenizers import Tokenizer
 from lowrank.distributed.collectives import Traffic, largest_share
 from lowrank.distributed.process_group import ProcessGroup, RanksDisagree
 from lowrank.distributed.shards import is_sharded
@@ -153,7 +149,7 @@ class Coordinator:
         facts = {"code": code_version(version), "step": step, "weights": digest(same), **_settings(self.run)}
         if self.run.own_data:
             source = facts.pop("--data.source", None)
-            facts["tokenizer"] = tokenizer_digest(data.tokenizer)
+            facts["tokenizer"] = data.tokenizer.fingerprint
             if self.sharing is not None:
                 self._agree_within_workers(self.ranks, source)
         self.ranks.agree(facts)
@@ -213,10 +209,6 @@ class Coordinator:
             own = self.plan.workers.total(own)[0]
         norm = (square(sharded=False, own=False) + parts + own) ** 0.5
         return torch.tensor(norm, device=None if self.ranks is None else self.ranks.device)
-
-    def clip_(self, gradients: Mapping[nn.Parameter, Tensor], limit: float, norm: Tensor) -> None:
-        """Scale the gradients so that their ``norm`` is at most ``limit``."""
-        torch._foreach_mul_(list(gradients.values()), (limit / (norm + 1e-6)).clamp(max=1.0))
 
     def after_step(self, record: Mapping[str, Any], stop: bool, steps: int) -> tuple[Tensor, bool]:
         """(the loss to log, whether to stop): agreed between the ranks wherever they communicate anyway."""
@@ -284,15 +276,6 @@ def _check_own_data(run: Run, data: Any) -> None:
             raise ValueError(
                 f"--own-data: an epoch is not the same on every rank, so {option} must be given in steps: use {remedy}"
             )
-
-
-def tokenizer_digest(tokenizer: Tokenizer) -> str:
-    """A short fingerprint of all that a tokenizer knows."""
-    with tempfile.TemporaryDirectory() as folder:
-        tokenizer.save(Path(folder))
-        files = sorted(path for path in Path(folder).rglob("*") if path.is_file())
-        content = b"".join(path.name.encode() + path.read_bytes() for path in files)
-    return hashlib.blake2b(content, digest_size=8).hexdigest()
 
 
 def _refuse_batch_statistics(model: nn.Module) -> None:

@@ -30,7 +30,7 @@ from lowrank.evaluate.export import export
 from lowrank.evaluate.score import score
 from lowrank.infra import checkpoint
 from lowrank.infra.environment import environment
-from lowrank.infra.files import read_json, write_json
+from lowrank.infra.files import read_facts, read_json, write_json
 from lowrank.infra.log import read_log
 from lowrank.report.comparison import REFRESHED, SPECTRA
 from lowrank.report.results import Results, Row, Trial
@@ -223,7 +223,8 @@ def _one(
                 raise KeyboardInterrupt
             write_json(place / "wall.json", {"seconds": time.perf_counter() - began})
         if test_batches is not False and not (place / TEST).is_file():
-            write_json(place / TEST, _score(run, place, test_batches))
+            last: dict[str, Any] = {"checkpoint": "latest", "batch_size": max(run.batch_size, 32)}
+            write_json(place / TEST, score(str(place), split="test", batches=test_batches, **last))
     except ChangedDataError:
         raise
     except (ArithmeticError, ValueError) as error:
@@ -234,12 +235,6 @@ def _one(
     except Exception as error:
         return f"{type(error).__name__}: {error}"
     return None
-
-
-def _score(run: Run, place: Path, batches: int | None) -> dict[str, float]:
-    """The reported figures: of the last checkpoint, on the split that nothing was chosen by."""
-    how: dict[str, Any] = {"batch_size": max(run.batch_size, 32), "batches": batches}
-    return score(str(place), split="test", checkpoint="latest", **how)
 
 
 def _started(start: Run, root: Path, quiet: bool) -> None:
@@ -386,7 +381,7 @@ def _row(each: Attempt, edge: Sequence[str], experiment: Experiment, root: Path,
     summary, test, log = read_json(place / "summary.json"), read_json(place / TEST), read_log(place / "log.jsonl")
     unit, context = task_of(run).unit, run.data.args.get("context")
     size = run.batch_size * run.grad_accum * (context if unit == "tokens" and isinstance(context, int) else 1)
-    peaks = read_json(place / MEMORY).get("measured_peak_bytes", {}) if (place / MEMORY).is_file() else {}
+    peaks = read_facts(place / MEMORY).get("measured_peak_bytes", {})
     sent = summary.get("bytes_sent_per_step")
     return Row(
         **about,
@@ -401,7 +396,7 @@ def _row(each: Attempt, edge: Sequence[str], experiment: Experiment, root: Path,
         total=summary.get("parameters_total"),
         curve={"train": _thin(log, "loss"), "val": _thin(log, experiment.judged_by)}
         | {name: series for name in REFRESHED if (series := _thin(log, name))},
-        layers=read_json(place / SPECTRA)["layers"] if (place / SPECTRA).is_file() else {},
+        layers=read_facts(place / SPECTRA).get("layers", {}),
     )
 
 

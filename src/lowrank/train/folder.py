@@ -20,7 +20,7 @@ from typing import Any, Literal
 
 from lowrank.distributed.process_group import ProcessGroup, first_on_node
 from lowrank.infra.environment import environment
-from lowrank.infra.files import FolderInUseError, locked, read_json, write_json
+from lowrank.infra.files import FolderInUseError, locked, read_facts, write_json
 from lowrank.infra.step_clock import seconds_of
 from lowrank.plan.plan import Plan
 from lowrank.run.session import Session
@@ -135,8 +135,5 @@ def summarised(session: Session, found: Mapping[str, Any], records: Sequence[Map
 
 def is_complete(out: Path, end: int) -> bool:
     """Whether the folder has the summary of a run that came to the step ``end`` by itself."""
-    try:
-        summary = read_json(out / SUMMARY)
-        return bool(summary["steps"] == end and not summary["interrupted"])
-    except (OSError, ValueError, KeyError, TypeError):
-        return False
+    summary = read_facts(out / SUMMARY)
+    return summary.get("steps") == end and not summary.get("interrupted", True)

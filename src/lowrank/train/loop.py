@@ -297,7 +297,7 @@ class _Loop:
         gradients = self.optimizer.gradients()
         norm = self.coordinator.norm(self.optimizer, gradients)
         if run.max_grad_norm is not None and norm is not None:
-            self.coordinator.clip_(gradients, run.max_grad_norm, norm)
+            torch._foreach_mul_(list(gradients.values()), (run.max_grad_norm / (norm + 1e-6)).clamp(max=1.0))
         return norm
 
     # --- log, evaluation, checkpoints ----------------------------------------------------------------------------
@@ -327,8 +327,10 @@ class _Loop:
             return
         loss = float(made["loss"])  # waits for the device: the clock then shows whole steps
         seconds, waited = self.clock.read()
+        # a rank that steps alone is left out of the next merge, and begins anew
         if not math.isfinite(loss) and (self.coordinator.ranks is None or self.coordinator.together):
-            self._stop_not_finite(loss)  # a rank that steps alone is left out of the next merge, and begins anew
+            self._write({"step": self.step, "loss": loss})
+            raise not_finite(f"the loss became {loss}", self.step, self.saver.root)
         rate, peak = made["size"] / seconds, peak_bytes(self.session.device)
         record = {
             "step": self.step,
@@ -352,10 +354,6 @@ class _Loop:
     def _write(self, record: dict[str, Any]) -> None:
         for writer in self.writers:
             writer.write(record)
-
-    def _stop_not_finite(self, loss: float) -> None:
-        self._write({"step": self.step, "loss": loss})
-        raise not_finite(f"the loss became {loss}", self.step, self.saver.root)
 
     def _evaluate(self) -> bool:
         """Evaluate on the validation split; whether it is the best so far."""

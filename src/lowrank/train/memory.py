@@ -14,7 +14,7 @@ from pathlib import Path
 
 import torch
 
-from lowrank.infra.files import read_json, write_json
+from lowrank.infra.files import read_facts, write_json
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.refresh_clock import is_due
 from lowrank.optim.rules import State
@@ -95,7 +95,7 @@ class RunMemory:
         """``memory.json``: by kind of step what was measured, the kinds of earlier starts of the run included, and what
         was predicted."""
         file = folder / MEMORY
-        before = read_json(file).get("measured_peak_bytes", {}) if file.is_file() else {}
+        before = read_facts(file).get("measured_peak_bytes", {})
         predicted = None if self.predicted is None else self.predicted.to_json()
         write_json(file, {"measured_peak_bytes": {**before, **self.measured}, "predicted": predicted})
 

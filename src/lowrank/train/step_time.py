@@ -56,8 +56,8 @@ def rank_of(run: Run, ranks: int) -> Run:
     """
     _check(run, ranks)
     args = dict(run.method.args)
-    if isinstance(heads := args.get("heads"), int) and "merge_every" in args:
-        args["heads"] = math.ceil(heads / ranks)
+    if run.split_heads is not None:
+        args["heads"] = math.ceil(run.split_heads / ranks)
     return replace(run, batch_size=math.ceil(run.batch_size / ranks), method=Call(name=run.method.name, args=args))
 
 
