@@ -2,14 +2,14 @@
 
     python -m benchmarks.traffic_loss --data ../shared/data/cnn_dailymail_sample.csv
     python -m benchmarks.traffic_loss --data ../shared/data/cnn_dailymail_sample.csv --table exchange
-    python -m benchmarks.traffic_loss --data ../shared/data/cnn_dailymail_sample.csv --table local
+    python -m benchmarks.traffic_loss --data ../shared/data/cnn_dailymail_sample.csv --table diloco
 
 `gpt-mini`, 200 steps on two ranks of this machine (gloo, loopback, a core each), several seeds, every method at its
 recipe's learning rate. Runs that exist in the folder are not repeated. Bytes are those that a rank has sent in training
 (counted, evaluation and checkpoints included), beside what DDP's gradients would have been; in the table ``exchange``,
 where only what travels differs, those of the steps alone, which merges and averages are, and the most at one step; its
 model has two layers 64 wide, an outer optimizer at MuLoCo's rates, and a rest that is averaged every 20 steps. In the
-table ``local`` the same model is trained as whole local copies with an outer step (DiLoCo, MuLoCo), a worker a rank.
+table ``diloco`` the same model is trained as whole local copies with an outer step (DiLoCo, MuLoCo), a worker a rank.
 """
 
 from __future__ import annotations
@@ -47,14 +47,14 @@ EXCHANGES: dict[str, dict[str, object]] = {
 }
 DILOCO = {**TINY, "method": "diloco", "method.heads": 2, "method.merge_every": 20}
 MULOCO = {**DILOCO, "method.inner": "muon", "lr": 3e-2}
-LOCAL: dict[str, dict[str, object]] = {
+DILOCOS: dict[str, dict[str, object]] = {
     "DDP": {**TINY, "method": "full"},
     "DDP, Muon": {**TINY, "method": "muon", "lr": 3e-2},
     "DiLoCo": DILOCO,
     "DiLoCo, Muon inside": MULOCO,
     **{f"DiLoCo, Muon inside, {each}": {**MULOCO, "method.exchange": each} for each in ("int8", "2bit", "topk3")},
 }
-TABLES = {"traffic-loss": VARIANTS, "exchange": EXCHANGES, "local": LOCAL}
+TABLES = {"traffic-loss": VARIANTS, "exchange": EXCHANGES, "diloco": DILOCOS}
 
 
 def run(table: str, name: str, seed: int, data: str, out: Path) -> dict[str, Any]:
@@ -92,7 +92,7 @@ def main() -> None:
     parser.add_argument("--out", type=Path, default=Path("runs/traffic-loss"))
     parser.add_argument("--table", choices=TABLES, default="traffic-loss")
     parser.add_argument(
-        "--only", choices={**VARIANTS, **EXCHANGES, **LOCAL}, help="train this one, and write no result"
+        "--only", choices={**VARIANTS, **EXCHANGES, **DILOCOS}, help="train this one, and write no result"
     )
     given = parser.parse_args()
     table, where = given.table, (given.data, given.out)
