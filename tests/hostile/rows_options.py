@@ -224,7 +224,7 @@ MODELS = [
     row("generate {text} --prompt ''", "--prompt is empty"),
     row("generate {text} --tokens 0", "tokens=0"),
     row("generate {text} --tokens 99999999999", "tokens=99999999999"),
-    row("generate {text} --temperature -1", "temperature=-1"),
+    row("generate {text} --temperature -0.5", "temperature=-0.5"),
     row("generate {text} --temperature nan", "--temperature nan"),
     row("generate {text} --temperature 1e-300", "temperature=1e-300", "at least 1e-6"),
     row("generate {text} --temperature 1e300 --tokens 3", status=0),

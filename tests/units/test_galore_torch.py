@@ -66,7 +66,7 @@ def train(cls, shape, steps=50, schedule=None, make=groups, proj_type="std", **o
 
 
 OPTIONS = {
-    GaLoreAdamW: [{"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.01, "betas": (0.8, 0.95), "correct_bias": False}],
+    GaLoreAdamW: [{"lr": 0.02, "weight_decay": 0.1}, {"lr": 0.01, "betas": (0.4, 0.3), "correct_bias": False}],
     GaLoreAdafactor: [
         {"weight_decay": 0.1},
         {"beta1": 0.9, "warmup_init": True},

@@ -1,8 +1,13 @@
 """AdamW and SGD are torch's; update and apply_ agree; options are checked."""
 
+from typing import Any
+
 import pytest
 import torch
 
+import lowrank
+from lowrank.adapters.lora import LoRA
+from lowrank.adapters.merge import Merge
 from lowrank.optim.rules import SGD, AdamW, Rule, wide
 
 SHAPES = [(5, 7), (3,), (2, 3, 4), ()]
@@ -87,6 +92,43 @@ def test_sgd_is_torchs(momentum: float, nesterov: bool) -> None:
 def test_options(make: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
         make()  # type: ignore[operator]
+
+
+DEFAULTS: dict[str, dict[str, Any]] = {  # those of the papers, where these name them
+    "AdamW": {"betas": (0.9, 0.999), "eps": 1e-8, "storage": "float32"},
+    "SGD": {"momentum": 0.0, "nesterov": False},
+    "Adafactor": {"eps": (1e-30, 1e-3), "clip_threshold": 1.0, "decay_rate": -0.8, "beta1": None},
+    "Muon": {"momentum": 0.95, "nesterov": True, "iterations": 5, "coefficients": (3.4445, -4.775, 2.0315)},
+    "ColumnNormalised": {"momentum": 0.0, "nesterov": False},
+    "Soap": {"betas": (0.95, 0.95), "eps": 1e-8, "refresh_every": 10, "largest": 10000},
+    "Dion": {"rank": 128, "momentum": 0.95, "scale": "spectral"},
+    "LoraMuon": {"momentum": 0.95, "scale": "rms"},
+    "LoraRite": {"betas": (0.9, 0.999)},
+    "Projected": {
+        "rank": 128,
+        "refresh_every": 200,
+        "scale": 0.25,
+        "side": "short",
+        "transport": "keep",
+        "follow": 0.0,
+    },
+    "PowerIteration": {"iterations": 2, "sample": 4, "align": True},
+    "Rescale": {"scope": "channel", "limiter": 1.01},
+    "Residual": {"scope": "channel", "limiter": 1.01},
+    "Signed": {"outside": 1.0},
+    "Lazy": {"threshold": 0.4, "factor": 2.0, "window": 5},
+    "ErrorFeedback": {"share": 1.0, "moments": False},
+}
+
+
+def test_defaults() -> None:
+    for name, values in DEFAULTS.items():
+        rule = getattr(lowrank.optim, name)()
+        assert {option: getattr(rule, option) for option in values} == values, name
+    assert LoRA() == LoRA(rank=8, alpha=None, heads=1, split=False, rank_stabilised=False, init="kaiming", dropout=0.0)
+    merge = Merge(3)
+    assert (merge.keep, merge.forget, merge.outer_lr, merge.outer_momentum, merge.fragments) == (True, 0.0, 1.0, 0.0, 1)
+    assert (merge.exchange, merge.weigh, merge.overlap) == ("float32", "equal", False)
 
 
 def test_wide() -> None:
