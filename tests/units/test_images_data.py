@@ -510,6 +510,18 @@ def test_the_models_own_size_and_normalisation() -> None:
     assert torch.equal(grey[:, 0], grey[:, 2])
 
 
+def test_a_model_says_what_images_it_wants(tmp_path: Path) -> None:
+    data, model = images(str(medmnist_file(tmp_path / "x.npz"))), torch.nn.Module()
+    assert data.for_model(model) is data
+    assert data.notes == []
+    for size, done in ((56, "enlarged to 56, which adds nothing to them"), (14, "shrunk to 14")):
+        model.image_spec = ImageSpec(size=size)  # type: ignore[assignment]
+        wanted = data.for_model(model)
+        assert (wanted.spec, wanted.reading, wanted.set) == (model.image_spec, data.reading, data.set)
+        assert [done in note for note in wanted.notes] == [True]
+        assert wanted.train(2, seed=0).batch(0)["images"].shape[-1] == size
+
+
 def test_part_of_a_split_is_a_fixed_sample_of_every_class() -> None:
     labels = np.array([0] * 90 + [1] * 9 + [2])  # sorted by class, as folders are
     split = Split(images=np.zeros((100, 2, 2), np.uint8), labels=labels)
