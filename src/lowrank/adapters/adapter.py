@@ -136,10 +136,6 @@ class Adapter(nn.Module, ABC):
         """Rows ``ids`` (batch, ...) of the changed W → (batch, ..., in): the adapter on an embedding with table W."""
         return F.embedding(ids, self.merged(W))
 
-    def kept_bytes(self) -> int:
-        """Bytes held beside the trainable parameters."""
-        return sum(b.numel() * b.element_size() for b in self.buffers())
-
 
 class Additive(Adapter):
     """An adapter whose change is added to the layer's own output, so that it can join a product already made."""

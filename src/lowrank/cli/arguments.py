@@ -12,7 +12,7 @@ from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args, get_origin
 
-from lowrank.infra.convert import convert, nearest
+from lowrank.infra.convert import as_option, convert, nearest
 from lowrank.infra.signatures import Signature, module_file, read
 
 WIDTH = 80  # of everything that explains
@@ -112,7 +112,7 @@ def parse(words: Sequence[str], command: Command) -> Parsed:
         flag, equals, value = word.partition("=")
         name = _same(flag[2:].replace("-", "_"), known, command.prefixes)
         if name not in known and not name.startswith(tuple(command.prefixes)):
-            near = nearest(flag, [_flag(option.name) for option in command.options])
+            near = nearest(flag, [as_option(option.name) for option in command.options])
             raise UsageError(f"{command.name} has no option {flag}{near}; see: lowrank {command.name} --help")
         if not equals:
             value = _value(flag, known.get(name), rest)
@@ -187,7 +187,7 @@ def signature(function: str) -> Signature:
 def arguments(function: str, options: Mapping[str, str]) -> dict[str, Any]:
     """Options converted for the function whose signature they were made from."""
     known = signature(function).kinds
-    return {name: convert(value, known[name], f"--{name.replace('_', '-')}") for name, value in options.items()}
+    return {name: convert(value, known[name], as_option(name)) for name, value in options.items()}
 
 
 def options_of(function: Signature) -> tuple[Option, ...]:
@@ -238,12 +238,8 @@ def _value(flag: str, option: Option | None, rest: list[str]) -> str:
     return rest.pop(0)
 
 
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
-
-
 def _row(option: Option) -> str:
-    return row(f"  {_flag(option.name)} {option.value}".rstrip(), option.help)
+    return row(f"  {as_option(option.name)} {option.value}".rstrip(), option.help)
 
 
 def row(left: str, text: str) -> str:

@@ -12,7 +12,7 @@ from typing import Any
 from lowrank.cli.arguments import Option, Parsed, UsageError, command, number, several, switch, whole
 from lowrank.cli.reporting import show
 from lowrank.cli.run_options import CHANGED, DOTTED, QUIET, RUN
-from lowrank.infra.convert import nearest
+from lowrank.infra.convert import as_option, nearest
 from lowrank.infra.progress import short_bytes, short_count
 from lowrank.infra.text import printable
 from lowrank.recipes import RECIPES, find
@@ -226,7 +226,7 @@ def _experiment(parsed: Parsed, experiment: Experiment) -> int:
     )
     out = Path(parsed.options.get("out", f"runs/{experiment.name}"))
     words = {name: value for name, value in parsed.options.items() if name not in ("out", "quiet", "jobs")}
-    told = [f"--{name.replace('_', '-')} {shlex.quote(str(value))}" for name, value in words.items()]
+    told = [f"{as_option(name)} {shlex.quote(str(value))}" for name, value in words.items()]
     command = " ".join(["lowrank compare", parsed.positions[0], *told])
     results = run_experiment(experiment, out, command=command, jobs=numbers.get("jobs", 1), say=_say)
     show([of_results(results)], out)

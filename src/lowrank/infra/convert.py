@@ -36,6 +36,15 @@ def nearest(name: str, names: Iterable[str]) -> str:
     return f" (did you mean {found[0]!r}?)" if found else ""
 
 
+def as_option(name: str) -> str:
+    """A setting as it is typed.
+
+    >>> as_option("batch_size"), as_option("model.image_size")
+    ('--batch-size', '--model.image_size')
+    """
+    return f"--{name if '.' in name else name.replace('_', '-')}"
+
+
 def convert(value: object, annotation: Any, name: str) -> Setting:
     """`value` as the annotation wants it.
 

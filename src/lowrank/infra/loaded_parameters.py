@@ -10,9 +10,12 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
+from typing import TypeVar
 
 import torch
 from torch import nn
+
+M = TypeVar("M", bound=nn.Module)
 
 
 @dataclass(frozen=True)
@@ -28,6 +31,13 @@ def mark_loaded_(model: nn.Module, names: Iterable[str] | None = None) -> None:
     chosen = None if names is None else set(names)
     for name, p in model.named_parameters(remove_duplicate=False):
         p._lowrank_loaded = chosen is None or name in chosen or getattr(p, "_lowrank_loaded", False)  # type: ignore[attr-defined]
+
+
+def mark_all_but_(model: M, *fresh: str) -> M:
+    """Mark as loaded every parameter whose name begins with none of ``fresh``, and return the model."""
+    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
+    mark_loaded_(model, [name for name in names if not name.startswith(fresh)])
+    return model
 
 
 def origin(model: nn.Module, output_layers: Iterable[nn.Module] = ()) -> Origin:

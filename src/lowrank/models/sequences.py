@@ -5,7 +5,7 @@ from __future__ import annotations
 from torch import nn
 
 from lowrank.data.text.glue import Glue
-from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_all_but_
 from lowrank.infra.registry import register
 from lowrank.models.new_head import with_new_head
 from lowrank.models.text import weights_dtype
@@ -21,5 +21,4 @@ def sequence_classifier(data: Glue, *, path: str = "", dtype: str = "float32") -
     """
     model, new = with_new_head("AutoModelForSequenceClassification", path, data.outputs, weights_dtype(dtype))
     model.config.pad_token_id = data.padding
-    mark_loaded_(model, [name for name, _ in model.named_parameters(remove_duplicate=False) if name not in new])
-    return model
+    return mark_all_but_(model, *new)

@@ -21,7 +21,7 @@ from lowrank.data.text.corpora import Corpus
 from lowrank.data.text.fits_model import positions_of
 from lowrank.infra.checks import check_choice
 from lowrank.infra.hub import located
-from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_all_but_, mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.linalg.quantised_linear import Quantised
 from lowrank.models.nanogpt import is_nanogpt, read_nanogpt
@@ -192,9 +192,7 @@ def load_pretrained(path: str, *, dtype: str = "float32", quantise: Quantised | 
             "architecture that transformers has"
         ) from error
     settle_quantised_(model)
-    missing = set(info["missing_keys"])
-    mark_loaded_(model, [n for n, _ in model.named_parameters(remove_duplicate=False) if n not in missing])
-    return model
+    return mark_all_but_(model, *info["missing_keys"])
 
 
 def _is_needed(record: logging.LogRecord) -> bool:

@@ -20,7 +20,7 @@ from lowrank.data.images.set import ImageSpec, some
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.hub import ask_hub
-from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_all_but_, mark_loaded_
 from lowrank.infra.registry import register
 from lowrank.models.new_head import with_new_head
 
@@ -124,7 +124,7 @@ def vit(
     mode = "bicubic" if config.get("interpolation") == "bicubic" else "bilinear"
     mean, std = (tuple(map(float, config.get(key, (0.5,) * 3))) for key in ("mean", "std"))
     if weights == "hub":
-        _mark_all_but_head_(model, _timm_heads(model))
+        mark_all_but_(model, *_timm_heads(model))
     elif weights is not None:
         load_timm_(model, weights)
     model.made_by_timm_as = {"architecture": base, "model_args": given}
@@ -144,7 +144,7 @@ def hf_vit(data: ImageData, *, path: str = "", image_size: int | None = None) ->
     if new - set(head):
         raise ValueError(f"the weights of {path} do not fit the model: {some(sorted(new - set(head)))}")
     _fresh_(model, head)
-    _mark_all_but_head_(model, head)
+    mark_all_but_(model, *head)
     if image_size is not None and image_size != model.config.image_size:
         _resize_positions_(model, image_size)
     return _wanting(model, _spec_of_folder(Path(path).expanduser(), _side(model.config.image_size)))
@@ -197,14 +197,14 @@ def load_timm_(model: nn.Module, source: str) -> None:
     if file.suffix == ".npz":
         model.load_pretrained(str(file))  # type: ignore[operator]
         _fresh_(model, heads)
-        _mark_all_but_head_(model, heads)
+        mark_all_but_(model, *heads)
         return
     state = read_weights(file)
     if "patch_embed.depth" in state:
         raise ValueError(f"the weights of {file} are of vit-3d by cubes, and no model of images: give --model vit-3d")
     within = {name.removeprefix("encoder."): t for name, t in state.items() if name.startswith("encoder.")}
     fill_(model, _converted(within or state, model), heads, file)  # of ours with a decoder, or over slices: its ViT
-    _mark_all_but_head_(model, heads)
+    mark_all_but_(model, *heads)
 
 
 def fill_(model: nn.Module, state: Mapping[str, Tensor], heads: Sequence[str], file: Path) -> None:
@@ -270,10 +270,6 @@ def _timm_heads(model: nn.Module) -> list[str]:
     told = (getattr(model, "pretrained_cfg", None) or {}).get("classifier") or "head"
     layers = tuple(f"{layer}." for layer in ([told] if isinstance(told, str) else told))
     return [n for n, _ in model.named_parameters() if n.startswith(layers)]
-
-
-def _mark_all_but_head_(model: nn.Module, heads: list[str]) -> None:
-    mark_loaded_(model, [n for n, _ in model.named_parameters() if n not in heads])
 
 
 @torch.no_grad()

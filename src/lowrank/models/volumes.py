@@ -25,7 +25,7 @@ from torch import Tensor, nn
 
 from lowrank.data.images.source import ImageData
 from lowrank.infra.checks import check_choice
-from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_all_but_
 from lowrank.infra.registry import register
 from lowrank.models.vision import check_outputs, fill_, read_weights, vit, vit_mini, weights_file
 
@@ -77,7 +77,7 @@ def vit_3d(
     if own is not None:
         file, state = own
         fill_(model, state, [name for name in model.state_dict() if name.startswith("head.")], file)
-        mark_loaded_(model, [name for name, _ in model.named_parameters() if not name.startswith(model.drawn)])
+        mark_all_but_(model, *model.drawn)
     return model
 
 

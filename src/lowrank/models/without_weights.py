@@ -12,7 +12,7 @@ import torch
 from torch import nn
 
 from lowrank.infra.hub import located
-from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.loaded_parameters import mark_all_but_
 from lowrank.infra.registry import Registry, register
 from lowrank.linalg.quantised_linear import Quantised
 from lowrank.models.quantised import quantise_, quantised_as
@@ -49,13 +49,6 @@ def hf_vit(data: Any, *, path: str = "", image_size: int | None = None) -> nn.Mo
     made: Any = _of_transformers("AutoModelForImageClassification", config, "float32")
     made.image_spec = ImageSpec(size=config.image_size)
     return mark_all_but_(made, "classifier")
-
-
-def mark_all_but_(model: nn.Module, *fresh: str) -> nn.Module:
-    """Mark as loaded every parameter of ``model`` whose name begins with none of ``fresh``."""
-    names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    mark_loaded_(model, [name for name in names if not name.startswith(fresh)])
-    return model
 
 
 def _of_transformers(auto: str, config: Any, dtype: str) -> nn.Module:

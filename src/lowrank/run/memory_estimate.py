@@ -18,9 +18,10 @@ from torch import Tensor, nn
 from lowrank.distributed.collectives import share
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.simulated import simulated
+from lowrank.infra.loaded_parameters import mark_all_but_
 from lowrank.infra.progress import short_bytes
 from lowrank.models.blocks import blocks_of
-from lowrank.models.without_weights import UNLOADED, mark_all_but_
+from lowrank.models.without_weights import UNLOADED
 from lowrank.optim.projected import Projected
 from lowrank.plan.communication import forecast
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed

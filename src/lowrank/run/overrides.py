@@ -18,7 +18,7 @@ from dataclasses import dataclass, field, fields, replace
 from pathlib import Path
 from typing import Any, get_type_hints
 
-from lowrank.infra.convert import Setting, convert, nearest
+from lowrank.infra.convert import Setting, as_option, convert, nearest
 from lowrank.infra.registry import Registry, signature_in
 from lowrank.infra.signatures import Signature
 from lowrank.run import own_files
@@ -269,11 +269,11 @@ def _set(run: Run, name: str, value: object, offer: Catalogue) -> Run:
         return run
     known = options()
     if name not in known:
-        known_names = [*(_flag(each) for each in known), *map(_flag, _CALLS)]
-        raise ValueError(f"there is no option {_flag(name)}{nearest(_flag(name), known_names)}")
+        known_names = [*(as_option(each) for each in known), *map(as_option, _CALLS)]
+        raise ValueError(f"there is no option {as_option(name)}{nearest(as_option(name), known_names)}")
     if name in ("steps", "epochs"):
         run = replace(run, steps=None, epochs=None)  # whichever is set, it is the only length
-    return _with(run, name, convert(value, known[name], _flag(name)))
+    return _with(run, name, convert(value, known[name], as_option(name)))
 
 
 def _with(run: Run, name: str, value: Any) -> Run:
@@ -288,10 +288,6 @@ def _checked(kind: str, call: str, argument: str, value: object, offer: Catalogu
         takes = f"it takes {', '.join(known)}" if known else "it takes no options"
         raise ValueError(f"--{kind}.{argument}: {kind} {call} has no {argument!r}{nearest(argument, known)}; {takes}")
     return convert(value, known[argument], f"--{kind}.{argument}")
-
-
-def _flag(name: str) -> str:
-    return "--" + name.replace("_", "-")
 
 
 def _is_data(default: object) -> bool:

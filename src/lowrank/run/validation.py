@@ -11,7 +11,7 @@ from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
-from lowrank.infra.convert import describe
+from lowrank.infra.convert import as_option, describe
 from lowrank.run.overrides import Catalogue, catalogue, identified, resolve, with_whole_paths
 from lowrank.run.own_files import is_own
 from lowrank.run.run import Run, flat, names_that
@@ -101,7 +101,7 @@ def refuse_changed(old: Run, new: Run) -> None:
     free = names_that("may_change") | ({"data.source"} if new.own_data else set())
     before, after = _compared(old), _compared(new)
     changed = [
-        f"--{name.replace('_', '-') if '.' not in name else name} ({before.get(name)} -> {after.get(name)})"
+        f"{as_option(name)} ({before.get(name)} -> {after.get(name)})"
         for name in {**before, **after}
         if before.get(name) != after.get(name) and name not in free and not _of_another(name, before, after)
     ]
@@ -133,7 +133,7 @@ def _lengths(run: Run) -> Iterator[str]:
         yield f"--epochs {run.epochs:g} must be above 0"
     for name in ("steps", "epochs", "stop_at"):
         if (getattr(run, name) or 0) > _MOST:
-            yield f"--{name.replace('_', '-')} {getattr(run, name):g}: at most {_MOST} can be meant"
+            yield f"{as_option(name)} {getattr(run, name):g}: at most {_MOST} can be meant"
     if run.stop_at is not None and not 1 <= run.stop_at <= (run.steps or run.stop_at):
         beyond = f" and at most --steps {run.steps}" if run.steps else ""
         yield f"--stop-at {run.stop_at} must be at least 1{beyond}"
@@ -160,9 +160,9 @@ def _batches(run: Run) -> Iterator[str]:
         if value == "never":
             continue
         if value is not None and value < 1:
-            yield f"--{name.replace('_', '-')} {value}: at least 1 is needed"
+            yield f"{as_option(name)} {value}: at least 1 is needed"
         if value is not None and value > _MOST:
-            yield f"--{name.replace('_', '-')} {value}: at most {_MOST} can be meant"
+            yield f"{as_option(name)} {value}: at most {_MOST} can be meant"
     if not 0 <= run.seed < 2**63:
         yield f"--seed {run.seed} must be at least 0 and below 2^63"
     if run.split_heads is not None and run.split_heads > run.batch_size:
@@ -176,7 +176,7 @@ def _clipping(run: Run) -> Iterator[str]:
     for name in ("max_grad_norm", "clip_per_layer"):
         value = getattr(run, name)
         if value is not None and value <= 0:
-            yield f"--{name.replace('_', '-')} {value:g} must be above 0, or none"
+            yield f"{as_option(name)} {value:g} must be above 0, or none"
     if run.per_layer and run.max_grad_norm is not None:
         yield (
             f"--per-layer steps before all gradients are known, so --max-grad-norm {run.max_grad_norm:g} cannot "

@@ -21,6 +21,7 @@ from torch import Tensor, nn
 from lowrank.distributed.collectives import Traffic, largest_share
 from lowrank.distributed.process_group import ProcessGroup, RanksDisagree
 from lowrank.distributed.shards import is_sharded
+from lowrank.infra.convert import as_option
 from lowrank.infra.fingerprints import code_version, digest
 from lowrank.infra.progress import short_bytes
 from lowrank.infra.seeds import stable_seed
@@ -263,9 +264,7 @@ class Coordinator:
 def _settings(run: Run) -> dict[str, object]:
     """Every setting as it is typed; where a rank computes, and where a file of one's own lies, is its own business."""
     settings = flat(identified(run).to_json())
-    return {
-        f"--{name if '.' in name else name.replace('_', '-')}": settings[name] for name in settings.keys() - {"device"}
-    }
+    return {as_option(name): settings[name] for name in settings.keys() - {"device"}}
 
 
 def _check_own_data(run: Run, data: Any) -> None:
