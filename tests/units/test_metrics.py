@@ -84,6 +84,10 @@ def test_calibration_error_of_what_is_known() -> None:
     assert calibration_error(np.array([1] * 7 + [0] * 3), sure, "binary") == pytest.approx(0.3)
     assert calibration_error(np.ones(10, int), sure, "binary") == 0.0
     assert calibration_error(np.tile([[0], [1]], (5, 2)), flat, "multi-label") == pytest.approx(0.0)
+    given = np.array([0.55, 0.55, 0.9, 0.9, 0.9, 0.95, 1.0])  # in three of fifteen bins
+    right = np.array([1, 0, 1, 1, 1, 0, 1])
+    expected = (2 * abs(0.5 - 0.55) + 3 * abs(1 - 0.9) + 2 * abs(0.5 - 0.975)) / 7
+    assert calibration_error(right, np.stack([1 - given, given], axis=1), "binary") == pytest.approx(expected)
 
 
 def test_the_tally_gives_the_metrics_of_the_whole_split() -> None:

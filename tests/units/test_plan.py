@@ -371,15 +371,15 @@ class TestAdaptersThatAreNeverCalled:
 
     def test_encoder_layer(self) -> None:
         model = nn.TransformerEncoder(
-            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 2, enable_nested_tensor=False
+            nn.TransformerEncoderLayer(8, 2, 12, batch_first=True), 3, enable_nested_tensor=False
         )
-        with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj and 1 more cannot be adapted"):
+        with pytest.raises(ValueError, match=r"layers.0.self_attn.out_proj and 2 more cannot be adapted"):
             lowrank.apply_(model, lowrank.methods.lora("all-linear", rank=2))
         plan = lowrank.apply_(model, lowrank.methods.lora("linear1,linear2", rank=2, rest="train"))
         opt = plan.optimizer(lr=1e-2)
         model(torch.ones(2, 3, 8)).square().sum().backward()
         opt.step()
-        assert len(plan.adapters) == 4
+        assert len(plan.adapters) == 6
 
 
 class TestTable:

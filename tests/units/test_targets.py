@@ -144,6 +144,9 @@ def test_parts_are_thirds_in_order() -> None:
     assert [layer.rows(part) for part in "qkv"] == [slice(0, 8), slice(8, 16), slice(16, 24)]
     assert layer.rows(WHOLE) == slice(0, 24)
     assert not next(layer for layer in targets.linear_layers(llama()) if "q_proj" in layer.name).parts
+    for outputs, parts in ((8, 0), (12, 3), (16, 0)):  # with fewer keys than queries, say, there are no thirds
+        (layer,) = targets.linear_layers(nn.ModuleDict({"qkv": nn.Linear(4, outputs)}))
+        assert len(layer.parts) == parts
 
 
 def test_a_part_is_that_matrix() -> None:
