@@ -230,7 +230,11 @@ def test_a_step_saved_again_replaces_the_first(tmp_path):
 def test_discard_after_leaves_earlier_ones(tmp_path):
     for step in (1, 2, 3):
         save_some(tmp_path, step, keep=5, best=step == 3)
+    discard_after(tmp_path, 3)
+    assert best(tmp_path).name == "step-00000003"
+    assert (tmp_path / "best.json").is_file()
     discard_after(tmp_path, 2)
+    assert not (tmp_path / "best.json").exists()
     assert [folder.name for folder in saved(tmp_path)] == ["step-00000001", "step-00000002"]
     assert best(tmp_path) is None
 
