@@ -36,7 +36,7 @@ ROOMS = {
         tests/units/test_capture.py tests/units/test_galore_torch.py tests/units/test_kernels.py
         tests/contract/test_rules.py tests/runs/test_golden.py tests/laws/test_law9_bytes.py
         tests/laws/test_law6_per_layer.py tests/laws/test_no_hidden_synchronisation.py
-        tests/laws/test_law7_resume.py tests/ranks/test_ranks.py tests/ranks/test_sharded.py""",
+        tests/laws/test_law7_resume.py tests/ranks/test_ranks.py tests/ranks/test_courses.py""",
     ),
     "adapters": (
         "src/lowrank/adapters/*.py",
@@ -62,7 +62,7 @@ ROOMS = {
         "src/lowrank/infra/checkpoint*.py",
         """tests/units/test_checkpoint.py tests/units/test_messages.py tests/compat/test_version_0_1.py
         tests/units/test_quantised.py tests/laws/test_law7_resume.py tests/runs/test_train.py
-        tests/hostile/test_table.py tests/ranks/test_sharded.py""",
+        tests/hostile/test_table.py tests/ranks/test_courses.py""",
     ),
     "data": (
         "src/lowrank/data/**/*.py",

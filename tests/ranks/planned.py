@@ -3,10 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from pathlib import Path
 from typing import Any
 
 import pytest
-from tests.ranks.worker import tiny_run
+from tests.ranks.claims import Case
+from tests.ranks.courses import of_gpt
 
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.simulated import simulated
@@ -23,7 +25,7 @@ RUNS: dict[str, dict[str, Any]] = {
 }
 
 
-def counted(ranks: ProcessGroup, names: Sequence[str], *, real: bool = True) -> dict[str, Any]:
+def counted(ranks: ProcessGroup, folder: Path | None, *, names: Sequence[str], real: bool = True) -> dict[str, Any]:
     """For each of ``RUNS`` the bytes of its static parts, the peak of each kind of step, and what its steps sent.
 
     Real ranks let go of what they have sent sooner or later, as the other happens to be: of several times the least.
@@ -38,7 +40,7 @@ def counted(ranks: ProcessGroup, names: Sequence[str], *, real: bool = True) -> 
 
 def _once(ranks: ProcessGroup, name: str, *, real: bool) -> dict[str, Any]:
     changes = {"model.n_layer": 3, "max-grad-norm": "none", "batch-size": 8, **RUNS[name]}
-    run = resolve(override(tiny_run(), {**changes, "device": "cpu"}))
+    run = resolve(override(of_gpt(), changes))
     with undisturbed():
         live, _, _, setup = _made(run, LiveBytes if real else FakeLiveBytes, ranks=ranks)
         static, before = {kind: live.counts.parts[kind] for kind in STATIC}, ranks.traffic.sent
@@ -51,15 +53,13 @@ def _once(ranks: ProcessGroup, name: str, *, real: bool) -> dict[str, Any]:
     return {"static": static, "peaks": peaks, "sent": ranks.traffic.sent - before}
 
 
-def check_planned(theirs: dict[str, Any], count: int, rank: int) -> None:
-    """Static parts and what is sent are exact; peaks but for what real ranks let go of a little later."""
-    for name, mine in planned(count, rank, tuple(theirs)).items():
-        assert mine["static"] == theirs[name]["static"]
-        assert mine["sent"] == theirs[name]["sent"]
-        assert mine["peaks"] == pytest.approx(theirs[name]["peaks"], rel=0.01)
-
-
-def planned(count: int, rank: int, names: Sequence[str]) -> dict[str, Any]:
-    """The same for a rank of several that are not there."""
-    with simulated(count, rank) as ranks:
-        return counted(ranks, names, real=False)
+def is_planned_by_one_process(case: Case) -> None:
+    """Which sees no other rank. Static parts and what is sent are exact; peaks but for what real ranks let go of a
+    little later."""
+    rank = len(case.ranks) // 2
+    with simulated(len(case.ranks), rank) as ranks:
+        for name, mine in counted(ranks, None, names=tuple(case.ranks[rank]), real=False).items():
+            theirs = case.ranks[rank][name]
+            assert mine["static"] == theirs["static"]
+            assert mine["sent"] == theirs["sent"]
+            assert mine["peaks"] == pytest.approx(theirs["peaks"], rel=0.01)

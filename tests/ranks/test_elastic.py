@@ -1,103 +1,53 @@
-"""Runs that go on by themselves: killed in a step, a merge and a save under torchrun, and with a disk lost."""
+"""Runs that go on by themselves: killed in a step, a merge and a save, and with a disk lost."""
 
 from __future__ import annotations
 
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import pytest
-from tests.ranks.launch import ROOT, assert_same_checkpoint
-from tests.ranks.worker import tiny_run
+from tests.ranks.claims import assert_same_checkpoint
+from tests.ranks.courses import of_gpt, train
+from tests.ranks.start import ROOT, free_port, started
 
 from lowrank.cli import app as cli
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint import CheckpointError
 from lowrank.infra.log import read_log
-from lowrank.run.overrides import override, resolve
 from lowrank.train.elastic import newest
-from lowrank.train.loop import train
 
-RUN = [
-    *["train", "gpt-mini", "--elastic", "--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8", "--batch-size=4"],
-    *[
-        "--model.context=16",
-        "--data.context=16",
-        "--grad-accum=2",
-        "--eval-every=6",
-        "--eval-batches=3",
-        "--device=cpu",
-    ],
-    *["--checkpoint-every=2", "--method=lte", "--method.merge_every=3", "--method.rank=2"],
-]
-TOGETHER = [*RUN, "--steps=9", "--method.rest=train"]  # ``worker.tiny_run``, saved more often
-LAUNCHER = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1"]
+SIZE = ["--model.n_layer=1", "--model.n_head=1", "--model.n_embd=8", "--model.context=16", "--data.context=16"]
+OFTEN = ["--grad-accum=2", "--eval-every=6", "--eval-batches=3", "--checkpoint-every=2", "--device=cpu"]
+LTE = ["--method=lte", "--method.merge_every=3", "--method.rank=2"]
+RUN = ["train", "gpt-mini", "--elastic", *SIZE, *OFTEN, *LTE]
+TOGETHER = [*RUN, "--steps=9", "--method.rest=train"]  # ``courses.of_gpt``, saved more often
+ALONE = ["--batch-size=4"]
+MESH = ["--engine=fsdp", "--workers=2", "--method.heads=2", "--batch-size=8"]
+TORCHRUN = [sys.executable, "-m", "torch.distributed.run", "--monitor-interval=0.1"]
 
 
-@pytest.mark.slow
-def test_killed_in_a_step_a_merge_and_a_save_it_goes_on_as_if_it_never_had_been(
-    found: list[dict[str, Any]], folder: Path, tmp_path: Path
-) -> None:
-    """Rank 1 dies twice, then rank 0, which writes; log and last checkpoint are those of a run left alone."""
-    out = tmp_path / "killed"
-    stderr = torchrun(2, TOGETHER, out, killed="step@4,merge@5,save@7")
-    told = [line.partition(" was waiting")[0] for line in stderr.splitlines() if line.startswith("lowrank: rank")]
-    expected = iter(
-        [
-            "lowrank: rank 1 (127.0.0.1) is gone; rank 0",
-            "lowrank: rank 1 (127.0.0.1) is gone; rank 0",
-            "lowrank: rank 0 (127.0.0.1) is gone; rank 1",
-        ]
-    )
-    assert told, stderr
-    assert all(line in expected for line in told), (
-        told
-    )  # in this order; a launcher may stop the survivor before it tells
-    assert gone_on_from(stderr) == ["00000004", "00000004", "00000006"]
-    assert_same_course(out, folder / "run")
-
-
-@pytest.mark.slow
-def test_a_mesh_killed_in_a_step_and_in_a_save_goes_on_as_if_it_never_had_been(tmp_path: Path) -> None:
-    """Two workers of two ranks that hold their model in parts: rank 1 dies twice, the second time while it writes its
-    part of a checkpoint."""
-    words = [word for word in TOGETHER if not word.startswith("--batch-size")]
-    mesh = [*words, "--engine=fsdp", "--workers=2", "--method.heads=2", "--batch-size=8"]
-    stderr = torchrun(4, mesh, tmp_path / "killed", killed="step@4,part@7")
-    assert "rank 1 (127.0.0.1) is gone; rank 0 was waiting for" in stderr
-    assert gone_on_from(stderr) == ["00000004", "00000006"]
-    torchrun(4, mesh, tmp_path / "straight")
-    assert_same_course(tmp_path / "killed", tmp_path / "straight")
-
-
-def torchrun(ranks: int, words: list[str], out: Path, killed: str = "") -> str:
-    """Run the command under torchrun until it ends well, killed on the way as told; returns what it printed."""
-    born, lives = out.with_suffix(".born"), 1 + len(killed.split(",")) * bool(killed)
-    how = [f"--nproc-per-node={ranks}", "--max-restarts=3", "-m", "tests.ranks.killed", *words, "--out", str(out)]
-    settings = {"LOWRANK_KILLED": killed, "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60", "OMP_NUM_THREADS": "1"}
-    environment = {**os.environ, **settings}
-    done = subprocess.run(
-        [*LAUNCHER, *how], cwd=ROOT, env=environment, capture_output=True, text=True, timeout=300, check=False
-    )
-    assert done.returncode == 0, done.stderr
+def killed(ranks: int, words: list[str], out: Path, straight: Path, *deaths: tuple[str, int, int]) -> None:
+    """Started again after each of ``deaths`` (how and at which step, the rank that dies, the checkpoint that it goes on
+    from), its log and last checkpoint are bitwise those of a run left alone, and nothing is left unfinished."""
+    born, how = out.with_suffix(".born"), ",".join(death for death, _, _ in deaths)
+    settings = {"LOWRANK_KILLED": how, "LOWRANK_BORN": str(born), "LOWRANK_TIMEOUT": "60"}
+    lines = started("elastic", str(ranks), *TOGETHER, *words, "--out", str(out), **settings).splitlines()
     lived = sorted(line.split()[0] for line in born.read_text().splitlines())
-    assert lived == [str(life) for life in range(lives) for _ in range(ranks)]
-    return done.stderr
-
-
-def gone_on_from(stderr: str) -> list[str]:
-    return [line.rpartition("step-")[2] for line in stderr.splitlines() if line.startswith("going on from")]
-
-
-def assert_same_course(out: Path, straight: Path) -> None:
-    """Log and last checkpoint of two runs are bitwise the same, and nothing is left unfinished."""
+    assert lived == [str(life) for life in range(len(deaths) + 1) for _ in range(ranks)]
+    gone = [f"lowrank: rank {rank} (127.0.0.1) is gone; rank {1 - rank}" for _, rank, _ in deaths]
+    told = [line.partition(" was waiting")[0] for line in lines if line.startswith("lowrank: rank")]
+    told = [line for line in told if line in gone or ranks == 2]  # of more, one sees another survivor end
+    expected = iter(gone)  # in this order; a launcher may stop a survivor before it tells
+    assert told
+    assert all(line in expected for line in told), told
+    went_on = [int(line.rpartition("step-")[2]) for line in lines if line.startswith("going on from")]
+    assert went_on == [step for _, _, step in deaths]
     assert not list((out / "checkpoints").glob(".writing-*"))
     logs = [read_log(at / "log.jsonl") for at in (out, straight)]
     one, other = ([(r["step"], r["loss"], r["grad_norm"]) for r in log if "loss" in r] for log in logs)
@@ -106,12 +56,21 @@ def assert_same_course(out: Path, straight: Path) -> None:
 
 
 @pytest.mark.slow
+def test_killed_in_a_step_a_merge_and_a_save_it_goes_on(two: Path, tmp_path: Path) -> None:
+    killed(2, ALONE, tmp_path / "run", two / "run", ("step@4", 1, 4), ("merge@5", 1, 4), ("save@7", 0, 6))
+
+
+@pytest.mark.slow
+def test_a_mesh_killed_in_a_step_and_in_its_part_of_a_save_goes_on(mesh: Path, tmp_path: Path) -> None:
+    killed(4, MESH, tmp_path / "run", mesh / "unkilled", ("step@4", 1, 4), ("part@7", 1, 6))
+
+
+@pytest.mark.slow
 def test_when_the_host_of_the_rendezvous_dies_any_node_can_start_again(tmp_path: Path) -> None:
     """Two nodes, each with a launcher and a disk of its own. The first, which hosts, vanishes; the other's launcher
     fails, and the same command goes on from the disk that is left."""
-    with socket.create_server(("127.0.0.1", 0)) as free:
-        endpoint = f"localhost:{free.getsockname()[1]}"
-    words = [*RUN, "--steps=1000"]
+    endpoint = f"localhost:{free_port()}"
+    words = [*RUN, *ALONE, "--steps=1000"]
     nodes = [tmp_path / "first", tmp_path / "second"]
     started = [a_node(node, endpoint, words, host=node == nodes[0]) for node in nodes]
     saved = nodes[1] / "run" / "checkpoints"
@@ -136,7 +95,7 @@ def test_when_the_host_of_the_rendezvous_dies_any_node_can_start_again(tmp_path:
 def a_node(node: Path, endpoint: str, words: list[str], *, host: bool) -> subprocess.Popen[str]:
     """A launcher with one slow rank; two make a group, and one is enough."""
     node.mkdir()
-    how = [*LAUNCHER, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run"]
+    how = [*TORCHRUN, "--nnodes=1:2", "--nproc-per-node=1", "--max-restarts=3", "--rdzv-backend=c10d", "--rdzv-id=run"]
     meeting = [f"--rdzv-endpoint={endpoint}", f"--rdzv-conf=last_call_timeout=5,is_host={int(host)}"]
     settings = {"LOWRANK_KILLED": "wait@0.1", "LOWRANK_BORN": str(node / "born"), "LOWRANK_TIMEOUT": "60"}
     return subprocess.Popen(
@@ -159,7 +118,7 @@ def until(true: Callable[[], bool], alive: list[subprocess.Popen[str]], seconds:
 
 def test_elastic_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     """Starts, goes on after each stop, passes over a damaged checkpoint by name, and has nothing to do at the end."""
-    out, words = tmp_path / "run", [*TOGETHER, "--quiet", "--out", str(tmp_path / "run")]
+    out, words = tmp_path / "run", [*TOGETHER, *ALONE, "--quiet", "--out", str(tmp_path / "run")]
     assert cli.main([*words, "--stop-at=4"]) == 0
     (checkpoint.latest(out / "checkpoints") / "model.safetensors").write_bytes(b"spoilt")
     found, told = newest(out, None, writer=True)
@@ -171,25 +130,25 @@ def test_elastic_in_one_process(tmp_path: Path, capsys: pytest.CaptureFixture[st
     assert cli.main(words) == 0
     assert capsys.readouterr().out.count("step 9:") == 2
     assert [r["step"] for r in read_log(out / "log.jsonl") if "loss" in r] == list(range(1, 10))
-    straight = train(resolve(override(tiny_run(), {"checkpoint-every": 2})), tmp_path / "b", quiet=True)
+    straight = train(of_gpt(**{"checkpoint-every": 2}), tmp_path / "b")
     assert straight["val_loss"] == checkpoint.load(checkpoint.latest(out / "checkpoints")).meta["metrics"]["val_loss"]
 
 
 def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path: Path) -> None:
-    run = resolve(override(tiny_run(), {"steps": 3}))
-    train(run, tmp_path / "run", quiet=True)
+    run = of_gpt(steps=3)
+    train(run, tmp_path / "run")
     for folder in checkpoint.saved(tmp_path / "run" / "checkpoints"):
         shutil.rmtree(folder)
-    train(run, tmp_path / "run", elastic=True, quiet=True)
+    train(run, tmp_path / "run", elastic=True)
     assert [r["step"] for r in read_log(tmp_path / "run" / "log.jsonl") if "loss" in r] == [1, 2, 3]
 
 
 def test_what_elastic_refuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     out = tmp_path / "run"
-    assert cli.main(RUN) == 2
+    assert cli.main([*RUN, *ALONE]) == 2
     assert "give --out DIR" in capsys.readouterr().err
-    train(resolve(override(tiny_run(), {"steps": 3})), out, quiet=True)
-    assert cli.main([*TOGETHER, "--lr=1", "--out", str(out)]) == 2
+    train(of_gpt(steps=3), out)
+    assert cli.main([*TOGETHER, *ALONE, "--lr=1", "--out", str(out)]) == 2
     assert "this would change" in capsys.readouterr().err
     for folder in checkpoint.saved(out / "checkpoints"):
         (folder / "state.json").unlink()
