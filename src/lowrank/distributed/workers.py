@@ -116,7 +116,7 @@ class ProcessLayout:
 
     @property
     def ranks_per_worker(self) -> int:
-        """ProcessGroup in this worker."""
+        """Ranks in this worker."""
         return 1 if self.intra_worker is None else self.intra_worker.count
 
 

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from lowrank.adapters.targets import linear_layers
 from lowrank.doctor.watch import LOW_PRECISION, Watch, Watched
 from lowrank.infra.loaded_parameters import looks_new
+from lowrank.infra.text import some
 
 Kind = Literal[
     "zero scale",
@@ -279,13 +280,13 @@ def not_stepped(watch: Watch) -> Iterator[Fault]:
 
 
 def untied(watch: Watch) -> Iterator[Fault]:
-    places: dict[tuple[int, torch.Size], list[str]] = {}
+    places: dict[tuple[int, torch.Size], dict[str, nn.Parameter]] = {}
     for name, p in watch.named().items():
         if p.numel():
-            places.setdefault((p.data_ptr(), p.shape), []).append(name)
-    parameters = watch.named()
-    for names in places.values():
-        if len({id(parameters[name]) for name in names}) > 1:
+            places.setdefault((p.data_ptr(), p.shape), {})[name] = p
+    for found in places.values():
+        if len(set(map(id, found.values()))) > 1:
+            names = list(found)
             yield Fault(
                 "weights tied no more",
                 f"{_listed(names)} share memory and are two parameters: each is stepped or merged as if it were alone",
@@ -326,6 +327,7 @@ EXAMINATIONS: tuple[Callable[[Watch], Iterable[Fault]], ...] = (
 )
 
 
+_CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 _FACTOR = re.compile(r"lora|vera|(^|[._])(linear_[ab]_|w_[ab]_|[ABm]$)", re.I)
 
 
@@ -387,17 +389,13 @@ def _uncalled_adapters(watch: Watch) -> Iterator[tuple[str, nn.Module]]:
         layers |= {name: modules[name] for name in holds[:1]}
     for name, layer in layers.items():
         parent = modules[name.rpartition(".")[0]]
-        if id(layer) not in watch.called and (id(parent) in watch.called or _is_container(parent)):
+        if id(layer) not in watch.called and (id(parent) in watch.called or isinstance(parent, _CONTAINERS)):
             yield name, layer
-
-
-def _is_container(module: nn.Module) -> bool:
-    return isinstance(module, (nn.ModuleList, nn.ModuleDict))
 
 
 def _moved_by_an_optimizer(watch: Watch) -> list[Watched]:
     """The parameters that should have moved: with a gradient, and stepped at a rate above zero."""
-    return [w for w in watch.parameters.values() if w.gradient and watch.rate_of(w.parameter)]
+    return [w for w in watch.parameters.values() if w.gradient and watch.rates.get(id(w.parameter))]
 
 
 def _master(watch: Watch, watched: Watched) -> bool:
@@ -437,6 +435,5 @@ def _count(watched: list[Watched]) -> str:
     return "1 parameter" if len(watched) == 1 else f"{len(watched)} parameters"
 
 
-def _listed(names: Iterable[str], most: int = 3) -> str:
-    names = list(names)
-    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")
+def _listed(names: Iterable[str]) -> str:
+    return some(list(names), most=3)

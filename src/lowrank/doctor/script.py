@@ -64,31 +64,25 @@ def examine_script(script: Path, arguments: Sequence[str] = (), *, seconds: floa
     with tempfile.TemporaryDirectory() as folder:
         found, printed = Path(folder) / "found.json", Path(folder) / "printed.txt"
         command = [sys.executable, "-m", "lowrank.doctor.script", str(found), str(script), *arguments]
-        environment = {**os.environ, "PYTHONPATH": os.pathsep.join([str(Path(lowrank.__file__).parents[1]), *_path()])}
-        late, killed = False, False
+        paths = [str(Path(lowrank.__file__).parents[1]), *filter(None, [os.environ.get("PYTHONPATH")])]
+        environment = {**os.environ, "PYTHONPATH": os.pathsep.join(paths)}
+        why = "it ended before the first step of an optimizer of torch's kind after a backward pass"
         with printed.open("wb") as output:
             try:
                 ended = subprocess.run(
                     command, stdout=output, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment,
                     timeout=seconds, check=False,
                 )  # fmt: skip
-                killed = ended.returncode == -signal.SIGKILL
+                if ended.returncode == -signal.SIGKILL:
+                    why = (
+                        "it was killed from outside, by the system if memory ran out: give it a smaller model or batch"
+                    )
             except subprocess.TimeoutExpired:
-                late = True
+                why = f"its first step was not over after {seconds:g} seconds: give it more (--seconds), or less to do"
         said = printable(printed.read_text(encoding="utf-8", errors="replace").strip())[-2000:]
         if found.is_file():
             return Examination([Fault(**each) for each in json.loads(found.read_text(encoding="utf-8"))])
-    if late:
-        why = f"its first step was not over after {seconds:g} seconds: give it more (--seconds), or less to do"
-    elif killed:
-        why = "it was killed from outside, by the system if memory ran out: give it a smaller model or batch"
-    else:
-        why = "it ended before the first step of an optimizer of torch's kind after a backward pass"
     return Examination([], why, said)
-
-
-def _path() -> list[str]:
-    return [each for each in os.environ.get("PYTHONPATH", "").split(os.pathsep) if each]
 
 
 def _main(found: Path, script: str, arguments: list[str]) -> None:
@@ -126,10 +120,10 @@ class _Session:
 
     def here(self, event: str) -> str | None:
         """Note the line of the script that is running under ``event``."""
-        for frame in _frames(sys._getframe()):
-            self.watch.lines[event] = line = _line(frame.f_code.co_filename, frame.f_lineno)
-            return line
-        return None
+        if (frame := next(_frames(sys._getframe()), None)) is None:
+            return None
+        self.watch.lines[event] = _line(frame.f_code.co_filename, frame.f_lineno)
+        return self.watch.lines[event]
 
     def end(self) -> None:
         """Write what was found, and stop: nothing of the script runs any further."""
@@ -143,15 +137,12 @@ class _Session:
     def _find_lines(self) -> None:
         """Lines that no call leads to: where scales are set, and where parameters are frozen."""
         for module in {type(m): m for _, m in self.watch.modules()}.values():
-            file = getattr(sys.modules.get(type(module).__module__), "__file__", None) or ""
-            places = [self.script] if type(module).__module__ == "__main__" else [file]
-            for place in places:
-                line = _matching(place, r"scal\w*\s*=|scal\w*\[.*\]\s*=")
-                if line:
-                    self.watch.lines[f"scale of {type(module).__name__}"] = line
-        frozen = _matching(self.script, r"requires_grad(_\(\s*|\s*=\s*)False")
-        if frozen:
-            self.watch.lines["freezing"] = frozen
+            home = type(module).__module__
+            file = self.script if home == "__main__" else getattr(sys.modules.get(home), "__file__", None) or ""
+            if line := _matching(file, r"scal\w*\s*=|scal\w*\[.*\]\s*="):
+                self.watch.lines[f"scale of {type(module).__name__}"] = line
+        if line := _matching(self.script, r"requires_grad(_\(\s*|\s*=\s*)False"):
+            self.watch.lines["freezing"] = line
 
 
 def _wrap(session: _Session) -> None:

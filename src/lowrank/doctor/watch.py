@@ -61,8 +61,9 @@ class Clip:
 class Watch:
     """What one step showed.
 
-    ``origins`` tells by root whether it was loaded before the step; ``settings`` are the numbers of the script's
-    variables by name, where there is a script; ``lines`` the script's lines at which something was made or called.
+    By id, ``origins`` tells of a root whether it was loaded before the step, ``rates`` at what rate a parameter was
+    stepped; ``settings`` are the numbers of the script's variables by name, where there is a script; ``lines`` the
+    script's lines at which something was made or called.
     """
 
     roots: list[nn.Module] = field(default_factory=list)
@@ -121,10 +122,6 @@ class Watch:
 
     def groups(self) -> Iterable[dict[str, Any]]:
         return (group for optimizer in self.optimizers for group in optimizer.param_groups)
-
-    def rate_of(self, p: nn.Parameter) -> float | None:
-        """The learning rate at which it was stepped; None if no optimizer that stepped holds it."""
-        return self.rates.get(id(p))
 
     def _entering(self, module: nn.Module, inputs: object) -> None:
         self._depth += 1

@@ -18,13 +18,13 @@ from torch import nn
 from lowrank.data.images.batches import to_model
 from lowrank.data.images.decode import Damaged, Reading, image_files, read_image
 from lowrank.data.images.medical import volumes_of
-from lowrank.data.images.set import some
 from lowrank.data.images.source import ImageData
 from lowrank.evaluate.collected_answers import check_finite
 from lowrank.evaluate.image_metrics import predicted
 from lowrank.evaluate.image_task import probabilities
 from lowrank.infra import checkpoint
 from lowrank.infra.files import write_csv
+from lowrank.infra.text import some
 from lowrank.interop.adapter_bank import AdapterBank, AdapterInfo, read_adapter
 from lowrank.models import MODELS
 from lowrank.models.vision import logits_of

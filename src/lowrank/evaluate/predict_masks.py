@@ -25,11 +25,11 @@ from lowrank.data.images.batches import to_model
 from lowrank.data.images.decode import Damaged, Planes, Reading, coloured, fitted, fitted_part, read_planes
 from lowrank.data.images.masks import MaskData
 from lowrank.data.images.medical import DICOM, is_nifti, is_series, is_volume, series_files, write_labels
-from lowrank.data.images.set import some
 from lowrank.evaluate.collected_answers import check_finite
 from lowrank.evaluate.segmentation_task import resized
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import refuse_filled
+from lowrank.infra.text import some
 from lowrank.models.vision import logits_of
 from lowrank.run.task import Asked
 

@@ -1,8 +1,9 @@
-"""Text as people see it: names that come from files must not steer a terminal."""
+"""Text as people see it: names that come from files must not steer a terminal, and lists of them end."""
 
 from __future__ import annotations
 
 import unicodedata
+from collections.abc import Sequence
 
 
 def printable(text: str, keep: str = "\n\t") -> str:
@@ -26,3 +27,8 @@ def one_line(text: str) -> str:
 
 def _escaped(character: str) -> str:
     return character.encode("unicode_escape").decode("ascii")
+
+
+def some(names: Sequence[str], most: int = 5) -> str:
+    """The first ``most`` names, and how many more there are."""
+    return ", ".join(names[:most]) + (f" and {len(names) - most} more" if len(names) > most else "")

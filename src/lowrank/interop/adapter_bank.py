@@ -27,12 +27,12 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from lowrank.adapters.layers import AdaptedLayer, adapted_layers, replace
-from lowrank.data.images.set import some
 from lowrank.infra import checkpoint
 from lowrank.infra.checkpoint_files import written_by
 from lowrank.infra.convert import nearest
 from lowrank.infra.files import read_json, refuse_filled, user_mode_, write_json
 from lowrank.infra.fingerprints import digest_of as digest
+from lowrank.infra.text import some
 from lowrank.methods import METHODS
 from lowrank.plan.plan import Plan, apply_
 from lowrank.run.overrides import TASKS

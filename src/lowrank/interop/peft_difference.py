@@ -23,7 +23,7 @@ from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.adapters.layers import dequantise_, is_conv1d, is_linear
-from lowrank.data.images.set import some
+from lowrank.infra.text import some
 from lowrank.interop.adapter_bank import ADAPTER, restored_for
 from lowrank.interop.peft import Change, base_place, write_changes
 from lowrank.run.session import Base, Session, open_session, run_folder

@@ -16,12 +16,13 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from lowrank.data.images.set import ImageSpec, some
+from lowrank.data.images.set import ImageSpec
 from lowrank.data.images.source import ImageData
 from lowrank.infra.convert import nearest
 from lowrank.infra.hub import ask_hub
 from lowrank.infra.loaded_parameters import mark_all_but_, mark_loaded_
 from lowrank.infra.registry import register
+from lowrank.infra.text import some
 from lowrank.models.new_head import with_new_head
 
 

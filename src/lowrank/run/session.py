@@ -21,7 +21,6 @@ from torch import Tensor, nn
 
 from lowrank.adapters import merge_and_unload
 from lowrank.data.catalogue import Data
-from lowrank.data.images.set import some
 from lowrank.data.images.source import FACTS
 from lowrank.distributed.process_group import ProcessGroup
 from lowrank.distributed.workers import nodes
@@ -30,6 +29,7 @@ from lowrank.infra.convert import nearest
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.fingerprints import digest_of
 from lowrank.infra.loaded_parameters import mark_loaded_
+from lowrank.infra.text import some
 from lowrank.models.blocks import checkpoint_activations_
 from lowrank.models.quantised import is_quantised_model
 from lowrank.plan.fsdp import shard_

@@ -25,10 +25,11 @@ import numpy as np
 
 from lowrank.data.images.decode import SUFFIXES, Damaged, Reading, image_files, is_grey, is_stray, read_image
 from lowrank.data.images.medical import series_files, volumes_of
-from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, some, stored
+from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, Kind, Options, Split, stored
 from lowrank.data.images.splits import split_by_patient
 from lowrank.data.split_names import SPLITS, split_of
 from lowrank.infra.files import write_json
+from lowrank.infra.text import some
 
 
 @dataclass(frozen=True, kw_only=True)

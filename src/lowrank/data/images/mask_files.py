@@ -34,9 +34,10 @@ from lowrank.data.images.decode import (
 )
 from lowrank.data.images.folder import patients_by, rows_of, table_row_split
 from lowrank.data.images.medical import NIFTI, Damaged, count_slices, is_nifti, is_volume, read_nifti, series_files
-from lowrank.data.images.set import some, stored
+from lowrank.data.images.set import stored
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.files import read_json, write_json
+from lowrank.infra.text import some
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -22,13 +22,14 @@ from lowrank.data.images.decode import MaskFit, Reading
 from lowrank.data.images.folder import Rows, places_of
 from lowrank.data.images.mask_files import Pair, pairs_of, read_pairs
 from lowrank.data.images.medical import read_nifti
-from lowrank.data.images.set import ImageSet, ImageSpec, Split, some, stored
+from lowrank.data.images.set import ImageSet, ImageSpec, Split, stored
 from lowrank.data.images.source import ImageData
 from lowrank.data.images.splits import check_folds, places_of_fold
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import read_json, write_json
 from lowrank.infra.registry import register
+from lowrank.infra.text import some
 
 TISSUES = ("background", "grey matter", "white matter")
 MNI152 = "mni_icbm152_{}_tal_nlin_sym_09a_converted.nii.gz"

@@ -24,13 +24,14 @@ from lowrank.data.images import medmnist as _medmnist  # noqa: F401
 from lowrank.data.images.augment import check_augment
 from lowrank.data.images.batches import BALANCES, Batch, ImageBatches, evaluation_batches, label_weights
 from lowrank.data.images.decode import Fit, Reading
-from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split, some
+from lowrank.data.images.set import SOURCES, ImageSet, ImageSource, ImageSpec, Kind, Options, Split
 from lowrank.data.images.splits import check_folds, places_of_fold, split_by_patient
 from lowrank.data.split_names import SPLITS
 from lowrank.infra.checks import check_choice
 from lowrank.infra.convert import nearest
 from lowrank.infra.files import write_json
 from lowrank.infra.registry import register
+from lowrank.infra.text import some
 
 FACTS = "images.json"  # beside run.json: classes, and how images are read
 
