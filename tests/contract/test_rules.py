@@ -38,7 +38,7 @@ from lowrank.optim import (
     Signed,
     Soap,
 )
-from lowrank.optim.sharded import on_shard
+from lowrank.optim.sharded import consolidated_state, local_state, on_shard, shard_specs
 from lowrank.optim.state import leaves
 from lowrank.plan.ledger import state_bytes as bytes_told
 
@@ -291,6 +291,17 @@ def test_sharded_is_whole(name: str, dim: int, shape: tuple[int, int]) -> None:
             g = task.gradient(whole, step)
             rule.apply_([whole], [g], [of_whole], lr=0.02, decay=0.1)
             here.apply_([p], [shard.narrow(g).clone()], [state], lr=0.02, decay=0.1)
+        told, gathered = dict(leaves(of_whole)), consolidated_state(rule, shard, state, p)
+        assert {path: t.shape for path, t in leaves(gathered)} == {path: t.shape for path, t in told.items()}
+        cut = shard_specs(rule, shard, state, p)
+        codes = any(path.endswith(".codes") for path in told) and not getattr(here, "crosses", False)
+        assert codes == (cut is None)
+        back = dict(leaves(local_state(rule, shard, gathered, p)))
+        for path, own in leaves(state) if cut is not None else ():
+            theirs = shard.narrow(told[path], cut[path].dim) if path in cut else told[path]
+            close(name, own, theirs, atol=1e-4, rtol=1e-3, code=2e-2)
+            assert torch.equal(back[path], own)
+            assert path not in cut or (cut[path].shape, cut[path].local_shape) == (told[path].shape, own.shape)
         return shard.gather(p)
 
     if name in REFUSES_SHARDS:
