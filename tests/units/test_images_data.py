@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 import shutil
 import threading
+import time
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -541,6 +542,7 @@ def test_pixels_in_flight_are_bounded_and_a_huge_image_is_alone() -> None:
 
     def decode(pixels: int) -> None:
         with budget.held(pixels):
+            time.sleep(0.002)  # the others come meanwhile
             seen.append((pixels, budget.used))
 
     threads = [threading.Thread(target=decode, args=(pixels,)) for pixels in [60, 30, 500] * 8]
@@ -550,6 +552,19 @@ def test_pixels_in_flight_are_bounded_and_a_huge_image_is_alone() -> None:
         thread.join()
     assert len(seen) == 24
     assert all(used <= 100 or used == pixels == 500 for pixels, used in seen)
+    both, met = threading.Barrier(2, timeout=60), []
+
+    def meet(pixels: int) -> None:
+        with budget.held(pixels):
+            met.append(both.wait())
+
+    threads = [threading.Thread(target=meet, args=(pixels,)) for pixels in (60, 40)]  # which fit together
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(met) == [0, 1]
+    assert budget.used == 0
 
 
 def test_a_run_s_classes_stay_whatever_the_folder_is_called_now(tmp_path: Path) -> None:
