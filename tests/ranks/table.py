@@ -110,6 +110,11 @@ def explorers(**options: Any) -> lowrank.Method:
     return small_method("lte_galore", kind="explorers", alpha=None, target_modules="fc1,fc2", **options)
 
 
+def diloco(rest: str = "local", **options: Any) -> lowrank.Method:
+    options |= {"rest_every": 6} if rest == "local" else {}
+    return small_method("diloco", target_modules="fc1,fc2", heads=2, merge_every=3, rest=rest, **options)
+
+
 def averaged(**options: Any) -> lowrank.Method:
     """LTE whose rest trains apart, and is averaged at every second merge."""
     return lte(rest="local", rest_every=6, **options)
@@ -220,6 +225,12 @@ ROWS = [
     train("explorers-int8", "two", explorers(exchange="int8"), *ROUNDED),
     train("explorers-topk3", "two", explorers(exchange="topk3"), *FED_BACK),
     train("explorers-nan", "two mesh", explorers(freeze="*"), begins_anew, is_silent_between_merges, poison=True),
+    # whole local copies
+    train("diloco", "two mesh", diloco("freeze"), *EQUAL, is_silent_between_merges, as_forecast, sends_sums),
+    train("diloco-muon", "two mesh", diloco("train", inner="muon"), is_one_process),
+    train("diloco-local", "two mesh", diloco(), is_silent_between_merges, as_forecast, averages_the_rest),
+    train("diloco-int8", "two mesh", diloco(exchange="int8"), *ROUNDED),
+    train("diloco-fragments-local", "two", diloco(fragments=2, exchange="2bit"), fragments_as_forecast),
     # all ranks in step, and sums under way during the backward pass
     train("full", "two mesh", full(), is_one_process, as_forecast),
     train("full-local", "two mesh", full(rest="local"), is_silent),
