@@ -75,8 +75,10 @@ def test_an_unknown_character_is_named_with_the_remedy() -> None:
 @pytest.mark.parametrize("spec", ["bytes", "chars", "bpe:300"])
 def test_saved_tokenizers_load_the_same(spec: str, tmp_path: Path) -> None:
     tokenizer = opened(spec)
+    assert tokenizer.spec == spec
     tokenizer.save(tmp_path)
     again = load_tokenizer(tmp_path)
+    assert again.spec == spec
     assert again.described() == tokenizer.described()
     assert again.encode(LINES[3]) == tokenizer.encode(LINES[3])
     assert again.decode(again.encode(LINES[3])) == LINES[3]
