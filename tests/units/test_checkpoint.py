@@ -271,6 +271,17 @@ def test_damage_is_found_and_the_previous_good_one_named(tmp_path, name, harm):
     assert load(tmp_path / "step-00000001").step == 1
 
 
+def test_damage_to_an_older_one_names_the_newest_good_one(tmp_path):
+    for step in (1, 2, 3, 4):
+        save_some(tmp_path, step, keep=4)
+    truncate(tmp_path / "step-00000004" / "state.json")
+    truncate(tmp_path / "step-00000001" / "state.json")
+    with pytest.raises(CheckpointError, match=r"step-00000001 is damaged: .*; a good one is .*step-00000003$"):
+        load(tmp_path / "step-00000001")
+    with pytest.raises(CheckpointError, match=r"the previous good one is .*step-00000003: delete the damaged folder"):
+        load(tmp_path / "step-00000004")
+
+
 def test_damage_to_all_is_said(tmp_path):
     for step in (1, 2):
         truncate(save_some(tmp_path, step) / "state.json")

@@ -9,6 +9,7 @@ import lowrank
 from lowrank.adapters.lora import LoRA
 from lowrank.adapters.merge import Merge
 from lowrank.optim.rules import SGD, AdamW, Rule, wide
+from lowrank.optim.stacks import add_one_
 
 SHAPES = [(5, 7), (3,), (2, 3, 4), ()]
 PAIRS = [
@@ -129,6 +130,21 @@ def test_defaults() -> None:
     merge = Merge(3)
     assert (merge.keep, merge.forget, merge.outer_lr, merge.outer_momentum, merge.fragments) == (True, 0.0, 1.0, 0.0, 1)
     assert (merge.exchange, merge.weigh, merge.overlap) == ("float32", "equal", False)
+
+
+class Elsewhere(torch.Tensor):
+    """A tensor that says that it is on no CPU."""
+
+    is_cpu = False
+
+
+@pytest.mark.parametrize("kind", [torch.Tensor, Elsewhere])
+@pytest.mark.parametrize("dtype", [torch.int64, torch.float32])
+def test_steps_are_counted_one_by_one_wherever_they_lie(kind: type[torch.Tensor], dtype: torch.dtype) -> None:
+    numbers = [torch.full((), start, dtype=dtype).as_subclass(kind) for start in (0, 5)]
+    for _ in range(3):
+        add_one_(numbers)
+    assert [float(number) for number in numbers] == [3, 8]
 
 
 def test_wide() -> None:
