@@ -14,7 +14,7 @@ from pathlib import Path
 import numpy as np
 
 from lowrank.infra.extras import import_extra
-from lowrank.plan.sheet import Sheet
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.recipes import find
 from lowrank.report.memory import draw
 from lowrank.report.results import FILE, Results, read_results

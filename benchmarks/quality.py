@@ -21,9 +21,9 @@ import torch
 
 from benchmarks.common import newest, save
 from lowrank.recipes import find
-from lowrank.report.compare import Variant, execute, parse_variant, planned
 from lowrank.report.runs import find_results
 from lowrank.report.table import text_table
+from lowrank.report.variants import Variant, execute, parse_variant, planned
 from lowrank.run.overrides import override, resolve
 from lowrank.run.session import open_session
 from lowrank.train.loop import train

@@ -23,7 +23,7 @@ from lowrank.cli.arguments import parse
 from lowrank.methods import METHODS
 from lowrank.recipes import RECIPES, find
 from lowrank.recipes.experiments import find_experiment
-from lowrank.report.compare import parse_variant
+from lowrank.report.variants import parse_variant
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run
 

@@ -35,7 +35,7 @@ from lowrank.infra import checkpoint, checkpoint_files
 from lowrank.infra.files import LOCK
 from lowrank.infra.log import read_log
 from lowrank.methods import METHODS
-from lowrank.report.compare import execute, parse_variant, planned
+from lowrank.report.variants import execute, parse_variant, planned
 from lowrank.train.loop import train
 
 _TIMED = {"seconds", "step_seconds", "wait_seconds", "tokens_per_second", "peak_bytes"}  # differ from run to run

@@ -17,9 +17,9 @@ from lowrank.evaluate.generate import generate
 from lowrank.evaluate.score import score
 from lowrank.infra import checkpoint
 from lowrank.recipes import RECIPES
-from lowrank.report.compare import Planned, execute
 from lowrank.report.runs import find_results
 from lowrank.report.table import groups
+from lowrank.report.variants import Planned, execute
 from lowrank.run import Run
 from lowrank.run.overrides import override, resolve
 from lowrank.train import train

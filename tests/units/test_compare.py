@@ -9,7 +9,7 @@ from tests.runs.tiny import TEXT, tiny
 from tests.units.fakes import OFFER, FakeTrain, a_run
 
 from lowrank.cli import main
-from lowrank.report.compare import Planned, Variant, execute, parse_variant, planned
+from lowrank.report.variants import Planned, Variant, execute, parse_variant, planned
 from lowrank.run.run import Call
 from lowrank.train.loop import train
 

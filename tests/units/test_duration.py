@@ -11,9 +11,9 @@ import torch
 from tests.units.test_ledger import small
 
 from lowrank.cli import main
-from lowrank.plan.sheet import Sheet
+from lowrank.plan.flops import JOINED, LARGEST, STEP, Amount, Kind, Work, of_blocks
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.plan.speed import Machine, Rhythm, Speed, Timing, fitted, pace, with_around
-from lowrank.plan.work import JOINED, LARGEST, STEP, Amount, Kind, Work, of_blocks
 from lowrank.run.duration import duration
 from lowrank.run.memory_estimate import estimate
 

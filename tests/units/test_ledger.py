@@ -14,7 +14,7 @@ from torch import Tensor
 import lowrank
 from lowrank.cli import main
 from lowrank.plan.live_bytes import Counts, LiveBytes, Peak
-from lowrank.plan.sheet import Sheet, gib, parse_size
+from lowrank.plan.memory_sheet import Sheet, gib, parse_size
 from lowrank.recipes import find
 from lowrank.run import fit
 from lowrank.run import memory_estimate as estimating

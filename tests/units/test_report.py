@@ -19,11 +19,11 @@ from lowrank.cli import reporting
 from lowrank.infra.text import one_line
 from lowrank.report import comparison as compared
 from lowrank.report import html
-from lowrank.report.compare import execute, parse_variant, planned
 from lowrank.report.comparison import find_comparisons, of_runs
 from lowrank.report.pictures import draw_curves
 from lowrank.report.runs import find_results, find_unfinished, is_finished
 from lowrank.report.table import apart, best_rates, cells, differences, groups, latex_table, rows, text_table
+from lowrank.report.variants import execute, parse_variant, planned
 from lowrank.run.run import Call
 
 RESULTS = Path(__file__).parents[2] / "results"

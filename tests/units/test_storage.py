@@ -5,7 +5,7 @@ import torch
 from benchmarks.projected import Live
 from torch import nn
 
-from lowrank.linalg import parts
+from lowrank.linalg import chunks
 from lowrank.optim import AdamW, Optimizer
 from lowrank.optim.state import leaves
 
@@ -64,7 +64,7 @@ def test_a_large_parameter_in_parts_steps_as_the_whole_in_bounded_space(
     """Bitwise, its rounding included; a step needs a part's tensors and not the parameter's."""
     found = []
     for at_once in (1 << 16, 1 << 11):
-        monkeypatch.setattr(parts, "CPU", at_once)
+        monkeypatch.setattr(chunks, "CPU", at_once)
         p = nn.Parameter(torch.randn(96, 128, generator=torch.Generator().manual_seed(0)).to(dtype))
         optimizer = Optimizer([{"params": [p], "rule": AdamW(storage="int8"), "lr": 0.1}], per_layer=per_layer)
         for n in range(3):

@@ -118,10 +118,10 @@ def _side_by_side(parsed: Parsed, changes: Mapping[str, str]) -> int:
     names = several(parsed, "methods")
     for name in names:
         offer.check("method", name.partition(":")[0])
-    from lowrank.plan.sheet import CARDS, gib
+    from lowrank.plan.memory_sheet import CARDS, gib
     from lowrank.plan.speed import Speed
-    from lowrank.report.compare import parse_variant, planned
     from lowrank.report.table import text_table
+    from lowrank.report.variants import parse_variant, planned
     from lowrank.run.duration import CALIBRATE, here, pace_of
     from lowrank.run.fit import largest_batches
 
@@ -164,7 +164,7 @@ def _per_layer_allowed(changes: Mapping[str, str]) -> dict[str, str]:
 
 def _fit(parsed: Parsed, changes: Mapping[str, str]) -> int:
     """The run with the least changes that fits a budget, said and written."""
-    from lowrank.plan.sheet import parse_size
+    from lowrank.plan.memory_sheet import parse_size
     from lowrank.run.fit import fitted
 
     if parsed.only(("layers", *_LINK)):

@@ -154,10 +154,10 @@ def compare(parsed: Parsed) -> int:
         if own_files.is_own(name) and "methods" in parsed.options:
             own_files.given(name)
     from lowrank.distributed.process_group import world_size
-    from lowrank.report.compare import execute, parse_variant, planned
     from lowrank.report.comparison import of_runs
     from lowrank.report.runs import find_results, find_unfinished
     from lowrank.report.table import apart, groups
+    from lowrank.report.variants import execute, parse_variant, planned
     from lowrank.train.loop import train as train_run
 
     if world_size() > 1:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 from lowrank.infra.files import write_text_atomically
-from lowrank.infra.pages import filled
+from lowrank.infra.html_page import filled
 from lowrank.report.table import Table, markdown_table
 
 PICTURES = {

@@ -23,7 +23,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.linalg.parts import parts
+from lowrank.linalg.chunks import parts
 from lowrank.linalg.quantise import BLOCK, split
 
 MEANS_BYTES = 4  # two bfloat16 a block

@@ -28,7 +28,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from lowrank.linalg.parts import parts
+from lowrank.linalg.chunks import parts
 
 BLOCK = 256
 GOLDEN, SILVER = (math.sqrt(5) - 1) / 2, math.sqrt(2) - 1

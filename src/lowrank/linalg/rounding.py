@@ -9,7 +9,7 @@ to the bits, then clear the lower half.
 import torch
 from torch import Tensor
 
-from lowrank.linalg.parts import parts
+from lowrank.linalg.chunks import parts
 
 
 def wide(dtype: torch.dtype) -> torch.dtype:

@@ -16,9 +16,9 @@ from torch import Tensor
 from lowrank.linalg.basis import Basis, JointBasis, Side, captured_energy, random_basis
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.moment_transport import carry_moments_, first_moment
+from lowrank.optim.projected_sides import sides_of
 from lowrank.optim.refresh_clock import advance_, count, schedule_next_, stream
 from lowrank.optim.rules import Refresh, State
-from lowrank.optim.sides import sides_of
 from lowrank.optim.storage import basis_code, write_
 
 if TYPE_CHECKING:

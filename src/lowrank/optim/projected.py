@@ -52,9 +52,9 @@ from lowrank.linalg.subspace import Subspace, Subspaces, residual
 from lowrank.optim.basis_fit import refreshing, together
 from lowrank.optim.lifts import GaLore, Lift
 from lowrank.optim.moment_transport import ErrorFeedback, Transport, check_turning
+from lowrank.optim.projected_sides import ProjectedSide, basis_shapes, inside_shape, matrices_of
 from lowrank.optim.refresh_clock import Lazy, advance_, advance_all_, are_due, is_due, new_clock, streams
 from lowrank.optim.rules import AdamW, Refresh, Rule, State, check_rule
-from lowrank.optim.sides import ProjectedSide, basis_shapes, inside_shape, matrices_of
 from lowrank.optim.stacks import alike, joined
 from lowrank.optim.storage import BasisStorage, allocate, basis_code, read, wide
 

@@ -24,9 +24,9 @@ import torch
 from torch import Tensor
 
 from lowrank.infra.checks import check_choice
+from lowrank.linalg.chunks import parts
 from lowrank.linalg.kernels import chosen, rate
 from lowrank.linalg.kernels import takes as kernels_take
-from lowrank.linalg.parts import parts
 from lowrank.linalg.quantise import split
 from lowrank.linalg.subspace import Subspace
 from lowrank.optim.stacks import add_one_, alike, joined, joined_states
@@ -87,7 +87,7 @@ class Rule(ABC):
             p.mul_(1 - lr * decay).sub_(direction * (lr * gain))
 
     def pieces(self, param: Tensor, grad: Tensor, state: State) -> Iterator[tuple[Tensor, Tensor, State]]:
-        """A large parameter in parts, views of all three, which step one by one as the whole would (``linalg.parts``):
+        """A large parameter in parts, views of all three, which step one by one as the whole would (``linalg.chunks``):
         so that what a step needs for itself is bounded. By default one part."""
         yield param, grad, state
 

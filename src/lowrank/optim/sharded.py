@@ -31,8 +31,8 @@ from lowrank.linalg.subspace import Subspace, Subspaces
 from lowrank.optim.normalised import NormalisedMomentum
 from lowrank.optim.pairs import OneFactor
 from lowrank.optim.projected import Projected
+from lowrank.optim.projected_sides import inside_shape, sides_of
 from lowrank.optim.rules import Move, Rule, State
-from lowrank.optim.sides import inside_shape, sides_of
 from lowrank.optim.state import leaves
 
 

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from lowrank.distributed.shards import Shard, to_local
 from lowrank.infra.seeds import generator, stable_seed
 from lowrank.linalg import kernels
-from lowrank.linalg.parts import at_once
+from lowrank.linalg.chunks import at_once
 from lowrank.linalg.rounding import round_into_
 from lowrank.optim.gradient_sync import clipped, dense
 from lowrank.optim.pairs import PairRule

@@ -28,7 +28,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_map_only
 
 from lowrank.distributed.shards import is_sharded, to_local
-from lowrank.plan.work import AGAIN, BACKWARD, FORWARD, STEP, Amount, Kind, Work, described
+from lowrank.plan.flops import AGAIN, BACKWARD, FORWARD, STEP, Amount, Kind, Work, described
 
 WEIGHTS, FACTORS, KEPT = "weights", "factors", "kept copies"
 MOMENTS, BASIS, OTHER_STATE = "moments", "basis", "other state"

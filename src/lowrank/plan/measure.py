@@ -25,15 +25,15 @@ from torch.utils._pytree import tree_iter, tree_map_only
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, FakeLiveBytes, LiveBytes, Peak, undisturbed
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.plan.plan import Plan
-from lowrank.plan.sheet import Sheet
 from lowrank.plan.trace import Setup, Steps, hold_static
 
 Loss = Callable[[nn.Module, Any], Tensor]
 
 
 class Ledgered:
-    """A prediction, and as a context what was measured in it. ``predicted`` is the ``lowrank.plan.sheet.Sheet``,
+    """A prediction, and as a context what was measured in it. ``predicted`` is the ``lowrank.plan.memory_sheet.Sheet``,
     ``measured`` the peak of torch's bytes in the context, None before."""
 
     def __init__(self, predicted: Sheet, model: nn.Module, optimizer: torch.optim.Optimizer | None):

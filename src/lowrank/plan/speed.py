@@ -26,7 +26,7 @@ from numpy.typing import NDArray
 from lowrank.data.cache import cache_root
 from lowrank.infra.environment import processor
 from lowrank.infra.files import read_json, write_json
-from lowrank.plan.work import JOINED, LARGEST, PARTS, SMALL, Amount, Kind, Work, kinds_of, size_class
+from lowrank.plan.flops import JOINED, LARGEST, PARTS, SMALL, Amount, Kind, Work, kinds_of, size_class
 
 Array = NDArray[np.float64]
 

@@ -25,6 +25,7 @@ from lowrank.linalg.quantised_linear import held
 from lowrank.models.blocks import blocks_of
 from lowrank.optim.optimizer import Optimizer
 from lowrank.optim.state import leaves
+from lowrank.plan.flops import of_blocks
 from lowrank.plan.live_bytes import (
     ACTIVATIONS,
     BASIS,
@@ -42,7 +43,6 @@ from lowrank.plan.live_bytes import (
 )
 from lowrank.plan.plan import Plan
 from lowrank.plan.synchronisation import Synchroniser, consolidated_model
-from lowrank.plan.work import of_blocks
 
 
 class Watched:

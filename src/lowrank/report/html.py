@@ -10,9 +10,9 @@ from typing import Any
 from lowrank import __version__
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import write_text_atomically
-from lowrank.infra.pages import filled
+from lowrank.infra.html_page import filled
 from lowrank.infra.text import one_line
-from lowrank.plan.sheet import Sheet
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.report.comparison import Comparison
 from lowrank.report.memory import draw, peaks
 from lowrank.report.pictures import DASHES, Picture, draw_curves, looks_of, memory_picture, pictures

@@ -9,7 +9,7 @@ from typing import Any
 from lowrank.infra.extras import import_extra
 from lowrank.infra.files import read_json
 from lowrank.plan.live_bytes import KINDS
-from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet, gib
+from lowrank.plan.memory_sheet import CARDS, CUDA_CONTEXT, Sheet, gib
 from lowrank.report.table import Row, Table
 from lowrank.run.memory_estimate import estimate, on_card
 from lowrank.run.own_files import is_own

@@ -21,7 +21,7 @@ from typing import Any, TypeAlias
 from lowrank.infra.extras import import_extra
 from lowrank.infra.progress import short_count
 from lowrank.infra.text import one_line
-from lowrank.plan.sheet import Sheet
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.report.comparison import REFRESHED, Comparison, Entry, Seen, Series
 from lowrank.report.memory import bars
 from lowrank.report.table import table_csv

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from lowrank.infra.progress import short_bytes, short_count
-from lowrank.plan.sheet import Sheet
+from lowrank.plan.memory_sheet import Sheet
 from lowrank.plan.speed import Machine, Pace, Speed, pace, parts_of
 from lowrank.run.run import Run
 from lowrank.run.session import pick_device, task_of

@@ -14,7 +14,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 
-from lowrank.plan.sheet import CARDS, CUDA_CONTEXT, Sheet, gib
+from lowrank.plan.memory_sheet import CARDS, CUDA_CONTEXT, Sheet, gib
 from lowrank.run.memory_estimate import estimate
 from lowrank.run.overrides import catalogue, override, resolve
 from lowrank.run.run import Run

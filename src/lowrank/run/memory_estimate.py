@@ -1,6 +1,6 @@
 """What a run would take, without its weights: the run's own session, made of tensors that have shapes and no numbers.
 
-    estimate(run)      the ledger of a run (``plan.sheet.Sheet``), or of one of its ranks
+    estimate(run)      the ledger of a run (``plan.memory_sheet.Sheet``), or of one of its ranks
     fake_session(run)  its session, inside a ``FakeLiveBytes``
 
 Data is not opened: what a model takes from it (a vocabulary, classes) is read off the run, and where it is not there
@@ -25,8 +25,8 @@ from lowrank.models.without_weights import UNLOADED
 from lowrank.optim.projected import Projected
 from lowrank.plan.communication import forecast
 from lowrank.plan.live_bytes import ACTIVATIONS, STATIC, WEIGHTS, Counts, FakeLiveBytes, LiveBytes, undisturbed
+from lowrank.plan.memory_sheet import STARTING, Sheet
 from lowrank.plan.plan import Plan
-from lowrank.plan.sheet import STARTING, Sheet
 from lowrank.plan.speed import Rhythm
 from lowrank.plan.trace import Setup, Steps, extrapolated, hold_static
 from lowrank.run.overrides import catalogue

@@ -18,10 +18,10 @@ from typing import Any
 
 import torch
 
+from lowrank.plan.flops import BACKWARD, FORWARD, FRESH, LARGEST, SMALL, STEP, Amount, Kind, Work
 from lowrank.plan.live_bytes import LiveBytes, undisturbed
 from lowrank.plan.speed import Machine, Speed, Timing, fitted, with_around
 from lowrank.plan.trace import Setup, Steps
-from lowrank.plan.work import BACKWARD, FORWARD, FRESH, LARGEST, SMALL, STEP, Amount, Kind, Work
 from lowrank.recipes import find
 from lowrank.run.memory_estimate import real_setup
 from lowrank.run.overrides import override, resolve

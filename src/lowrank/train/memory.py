@@ -20,7 +20,7 @@ from lowrank.optim.refresh_clock import is_due
 from lowrank.optim.rules import State
 from lowrank.optim.state import leaves
 from lowrank.plan.live_bytes import LiveBytes
-from lowrank.plan.sheet import Sheet, gib
+from lowrank.plan.memory_sheet import Sheet, gib
 from lowrank.plan.trace import hold_static
 from lowrank.report.memory import MEMORY
 from lowrank.run.memory_estimate import estimate
