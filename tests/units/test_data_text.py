@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from lowrank.data import list_sources, open_source, text_source
 from lowrank.data.text.files import PIECE_BYTES, read_text
 from lowrank.data.text.source import SOURCES, Piece, Source, encodable
+from lowrank.data.text.tables import kind_of
 
 Write = Callable[[str, str | bytes], Path]
 
@@ -203,6 +204,28 @@ def test_damaged_files_name_the_place(name: str, content: str | bytes, message: 
         list(open_source(write(name, content)).documents())
 
 
+@pytest.mark.parametrize(
+    ("name", "kind"),
+    [
+        ("a.txt", ".txt"),
+        ("a.TXT.GZ", ".txt"),
+        ("v1.2.Jsonl", ".jsonl"),
+        ("v1.2.csv.gz", ".csv"),
+        ("a.gz", ".gz"),
+        ("a", ""),
+    ],
+)
+def test_the_kind_of_a_file_is_its_suffix_before_gz(name: str, kind: str) -> None:
+    assert kind_of(Path(name)) == kind
+
+
+def test_sizes_are_of_the_text_roughly(write: Write) -> None:
+    write("set/a.txt", "x" * 1000)
+    whole = gzip.compress(b"y" * 1000, mtime=0)
+    folder = write("set/b.txt.gz", whole).parent
+    assert open_source(folder).size_bytes == 1000 + 3 * len(whole)
+
+
 def test_what_is_not_there_or_not_text(write: Write, tmp_path: Path) -> None:
     write("corpus.txt", "a")
     with pytest.raises(FileNotFoundError, match=r"corpos\.txt.*has corpus\.txt .*sources: builtin, tiny-shakespeare"):
@@ -213,7 +236,8 @@ def test_what_is_not_there_or_not_text(write: Write, tmp_path: Path) -> None:
         open_source("openwebtxt")
     with pytest.raises(ValueError, match="is empty"):
         open_source(write("empty.txt", ""))
-    with pytest.raises(ValueError, match=r"none of the files that can be read: \.txt"):
+    readable = r"\.txt \.md \.csv \.tsv \.jsonl \.ndjson \.json \.parquet \(also \.gz\), or a folder of them$"
+    with pytest.raises(ValueError, match=rf"a\.pdf is none of the files that can be read: {readable}"):
         open_source(write("a.pdf", "a"))
     (tmp_path / "nothing").mkdir()
     with pytest.raises(ValueError, match="no text files: found nothing"):
