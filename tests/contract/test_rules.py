@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import io
+import sys
 from collections.abc import Callable
 from dataclasses import fields
 from threading import Barrier, Thread
+from types import SimpleNamespace
 from typing import Any
 
 import examples.new_optimizer
@@ -128,6 +130,55 @@ def test_a_rule_is_a_value(name: str) -> None:
 def test_in_place_is_the_definition(name: str, shape: tuple[int, ...]) -> None:
     task, rule = Quadratic(shape), RULES[name]
     close(name, task.run(rule, 10)[0], task.run(rule, 10, in_place=False)[0])
+
+
+def projected_adam_(
+    p: Tensor, g: Tensor, basis: Tensor, moments: tuple[Tensor, Tensor], step: Tensor, *, left: bool, **numbers: Any
+) -> None:
+    """What the kernel of this name computes, in ordinary operations."""
+    step += 1
+    (m, v), (beta1, beta2) = moments, numbers["betas"]
+    r = basis.mT @ g if left else g @ basis
+    m.lerp_(r, 1 - beta1)
+    v.lerp_(r.square(), 1 - beta2)
+    s = m / (1 - beta1**step) / ((v / (1 - beta2**step)).sqrt() + numbers["eps"])
+    p.mul_(1 - numbers["lr"] * numbers["decay"]).sub_(
+        (basis @ s if left else s @ basis.mT) * numbers["lr"] * numbers["scale"]
+    )
+
+
+def adamw_int8_(p: Tensor, g: Tensor, m: Any, v: Any, step: Tensor, *, lr: Tensor, decay: float, **own: Any) -> None:
+    rule = AdamW(storage="int8", betas=own["betas"], eps=own["eps"])
+    rule.apply_([p], [g], [{"exp_avg": m, "exp_avg_sq": v, "step": step}], lr=float(lr), decay=decay)
+
+
+FUSED = ("galore", "galore-svd-rotate", "galore-long-reset", "galore-left", "galore-right")
+
+
+@every_rule
+@pytest.mark.parametrize("shape", [(8, 13), (13, 8), (2, 8, 13), (7,)], ids=str)
+def test_a_kernel_is_taken_where_it_computes_the_rule(
+    name: str, shape: tuple[int, ...], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """By kernels of ordinary operations, chosen wherever they may be; where none is taken, nothing was done."""
+    for module in (lowrank.optim.rules, lowrank.optim.projected):
+        monkeypatch.setattr(module, "chosen", lambda name, like: True)
+    for kernel, function in (("projected", projected_adam_), ("int8", adamw_int8_)):
+        module = SimpleNamespace(**{function.__name__: function})
+        monkeypatch.setitem(sys.modules, f"lowrank.linalg.kernels.{kernel}", module)
+    task, rule, taken = Quadratic(shape), RULES[name], []
+    p = task.start.clone()
+    state = rule.init(p)
+    rule.place_(state, 0)
+    for step in range(9):
+        g, before = task.gradient(p, step), (p.clone(), cloned(state))
+        taken.append(rule.fused_(p, g, state, lr=0.02, decay=0.1, seed=0))
+        if not taken[-1]:
+            assert torch.equal(p, before[0])
+            assert all(torch.equal(dict(leaves(before[1]))[path], t) for path, t in leaves(state))
+            rule.apply_([p], [g], [state], lr=0.02, decay=0.1)
+    assert taken == [name == "adamw-int8" or (name in FUSED and len(shape) == 2)] * 9
+    close(name, p, task.run(rule, 9)[0])
 
 
 @every_rule
