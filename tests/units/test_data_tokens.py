@@ -102,6 +102,26 @@ def test_large_vocabularies_need_four_bytes(write: Write) -> None:
     assert (tokens.folder / "train.bin").stat().st_size == 4 * len(text)
 
 
+@pytest.mark.parametrize(("most", "every"), [(1 << 28, 1), (5000, 1), (1300, 4)])
+def test_a_bpe_learns_from_all_the_text_or_from_pieces_of_all_of_it(
+    most: int, every: int, write: Write, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Of a corpus that is too large every k-th document, and no more than can be held."""
+    path = write("a.jsonl", "".join(f'{{"text": "document {n:02} {"x" * 77}"}}\n' for n in range(40)))  # 101 bytes each
+    learnt: list[str] = []
+
+    def noted(spec: str, corpus: object, training: Callable[[], list[str]], several: bool) -> Bytes:
+        learnt.extend(training())
+        return Bytes()
+
+    module = sys.modules["lowrank.data.text.prepare"]
+    monkeypatch.setattr(module, "open_tokenizer", noted)
+    monkeypatch.setattr(module, "BPE_BYTES", most)
+    prepare(path, tokenizer="bpe:300", val_fraction=0, test_fraction=0)
+    assert [int(text.split()[1]) for text in learnt] == list(range(0, 40, every))
+    assert sum(map(len, learnt)) <= most
+
+
 def test_prepared_folders_are_sources(write: Write) -> None:
     tokens = prepare(write("a.txt", TEXT), tokenizer="chars")
     assert prepare(tokens.folder) == tokens
