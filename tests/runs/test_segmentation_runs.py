@@ -266,9 +266,8 @@ def test_a_report_in_numbers(tmp_path: Path) -> None:
         "in/3.png,p2,0.5,0,,0.333333,0,,1,,",
     ]
     page = (tmp_path / "clinic" / "report.md").read_text()
-    assert (
-        "| class | images | Dice | IoU | Hausdorff 95 % (pixels) |\n|---|---|---|---|---|\n| a\\|$ | 3 | 0.500" in page
-    )
+    assert "| class | images | Dice | IoU | Hausdorff 95 % (pixels) |" in page
+    assert r"| a\|\$ | 3 | 0.500" in page
     axes = overlays(part, tally, tally.overlap[0], data.classes).axes
     titles = [each.get_title() for each in axes]
     assert titles[::3] == ["best: 0.png", "median: 3.png", "worst: 2.png"]
