@@ -264,14 +264,23 @@ def test_packed_heads_make_the_whole(kind: str, keep: bool, count: int, size: tu
             assert int(worker.merges) == int(one.merges)
 
 
+@pytest.mark.parametrize(("rank", "most"), [(0, 2), (1, 2), (1, 3)])
+@pytest.mark.parametrize("keep", [False, True])
 @pytest.mark.parametrize("kind", SPLIT)
-def test_a_worker_that_restarts_has_contributed_nothing(kind: str) -> None:
+def test_a_worker_that_restarts_has_contributed_nothing(kind: str, keep: bool, rank: int, most: int) -> None:
+    """The heads that are named and no others; those of other workers are none of it."""
     W = torch.randn(6, 5)
-    for keep in (False, True):
-        adapter = SPLIT[kind](Site("layer", W, 3, keep, 0, 2))
-        perturb_(adapter)
-        adapter.restart_(range(adapter.all_heads))
-        assert torch.equal(adapter.merged(W), W)
+    adapter = SPLIT[kind](Site("layer", W, 3, keep, rank, min(most, SPLIT[kind].heads)))
+    perturb_(adapter)
+    before = {name: own.clone() for name, own in adapter.named_parameters()}
+    last, elsewhere = adapter.first_head + adapter.heads - 1, (adapter.first_head - 1) % adapter.all_heads
+    adapter.restart_([elsewhere])
+    assert all(torch.equal(own, before[name]) for name, own in adapter.named_parameters())
+    adapter.restart_([last])
+    assert all(torch.equal(own[:-1], before[name][:-1]) for name, own in adapter.named_parameters())
+    assert not any(torch.equal(own[-1], before[name][-1]) for name, own in adapter.named_parameters())
+    adapter.restart_(range(adapter.all_heads))
+    assert torch.equal(adapter.merged(W), W)
 
 
 # --- in a model ------------------------------------------------------------------------------------------------------
