@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 import math
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -18,7 +19,8 @@ from tests.ranks.threads import together
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.adapters import Dense, LoRA, Merge
+from lowrank.adapters import Dense, LoRA, Merge, merge_across_workers
+from lowrank.adapters.adapter import Site
 from lowrank.adapters.compression import FEEDBACK, Compression, decode, encode, rounded_bytes
 from lowrank.methods import Adapt, Method, Use
 from lowrank.optim.rules import SGD
@@ -244,3 +246,20 @@ def test_any_number_of_workers_goes_on_with_what_was_left_out(workers: int) -> N
 
 def frozen() -> Method:
     return lowrank.methods.lte("all-linear", rank=2, heads=HEADS, merge_every=EVERY, exchange="topk3", rest="freeze")
+
+
+@pytest.mark.parametrize("exchange", ["int8", "bfloat16"])
+def test_no_two_workers_and_no_two_merges_round_alike(exchange: Compression, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Noise that they shared would not average out."""
+    ticks: list[object] = []
+    monkeypatch.setattr(merge_across_workers, "encode", lambda x, compression, tick: (ticks.append(tick), [x])[1])
+    monkeypatch.setattr(merge_across_workers, "start_gather_heads", lambda *_: None)
+    for rank in range(3):
+        site = Site("layer", torch.randn(OUT, WIDE), 3, True, rank, 3, exchange)
+        adapter = LoRA(rank=2, heads=3, split=True)(site)
+        for merges in range(5):
+            adapter.merges.fill_(merges)
+            workers: Any = SimpleNamespace(rank=rank, count=3)
+            merge_across_workers._start_heads([adapter], workers, exchange, None)  # type: ignore[arg-type]
+    assert all(type(tick) is int for tick in ticks)
+    assert len(set(ticks)) == len(ticks) / 2 == 15  # A and B are rounded apart

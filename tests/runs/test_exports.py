@@ -7,6 +7,7 @@ import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from lowrank.cli import main
 from lowrank.data.text.tokenizers import train_bpe
+from lowrank.evaluate.export import _name_classes
 from lowrank.evaluate.score import score
 from lowrank.run.run import Call
 from lowrank.run.session import restore
@@ -237,3 +239,15 @@ def test_a_checkpoint_of_another_kind_is_refused(tmp_path: Path) -> None:
     torch.save({"model": Path("code")}, file)
     with pytest.raises(ValueError, match="cannot be read safely"):
         read_nanogpt(str(file))
+
+
+def test_a_model_of_images_has_its_classes_and_how_they_are_read(tmp_path: Path) -> None:
+    model = SimpleNamespace(config=SimpleNamespace())
+    for folder in ("base", "bare", "out"):
+        (tmp_path / folder).mkdir()
+    (tmp_path / "base" / "preprocessor_config.json").write_text('{"image_mean": [0.5]}')
+    _name_classes(model, ("ill", "well"), tmp_path / "bare", tmp_path / "out")
+    assert not any((tmp_path / "out").iterdir())
+    _name_classes(model, ("ill", "well"), tmp_path / "base", tmp_path / "out")
+    assert [file.read_text() for file in (tmp_path / "out").iterdir()] == ['{"image_mean": [0.5]}']
+    assert (model.config.id2label, model.config.label2id) == ({0: "ill", 1: "well"}, {"ill": 0, "well": 1})
