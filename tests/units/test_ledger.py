@@ -180,13 +180,13 @@ def test_the_answer_comes_first() -> None:
     [("24GB", 24 * 10**9), ("24GiB", 24 << 30), ("24", 24 << 30), ("1.5 gb", 1_500_000_000), ("500MiB", 500 << 20)],
 )
 def test_sizes_are_told_apart(text: str, size: int) -> None:
-    assert parse_size(text, "--fit") == size
+    assert parse_size(text) == size
 
 
 @pytest.mark.parametrize("text", ["", "much", "-3GB", "0", "24TBs"])
 def test_what_is_no_size(text: str) -> None:
     with pytest.raises(ValueError, match="is no size: give 24GB"):
-        parse_size(text, "--fit")
+        parse_size(text)
 
 
 def test_bytes_for_people_in_binary_units() -> None:

@@ -169,7 +169,7 @@ def _fit(parsed: Parsed, changes: Mapping[str, str]) -> int:
 
     if parsed.only(("layers", *_LINK)):
         raise UsageError("--fit looks for a run that fits: leave --layers, --ranks and --link out")
-    size = parse_size(parsed.options["fit"], "--fit")
+    size = parse_size(parsed.options["fit"])
     run = validated(override(find(parsed.positions[0]), changes))
     found = fitted(run, size)
     print(printable(str(found.sheet)))

@@ -65,9 +65,9 @@ def locked(final: Path) -> Iterator[bool]:
             yield _taken(file, final)
 
 
-def _taken(file: IO[str], final: Path, seconds: float = 1.0) -> bool:
+def _taken(file: IO[str], final: Path) -> bool:
     """Take the lock, and say so if that means to wait for longer than for somebody who only looks in."""
-    end = time.monotonic() + seconds
+    end = time.monotonic() + 1.0
     try:
         while True:
             try:

@@ -21,6 +21,8 @@ import numpy as np
 
 from lowrank.data.images.set import Kind
 
+BINS = 15  # of confidence
+
 
 def image_metrics(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> dict[str, float]:
     """``auc``, ``acc`` and ``balanced_accuracy`` (the mean of the classes' sensitivities)."""
@@ -76,14 +78,14 @@ def predicted(scores: np.ndarray, kind: Kind) -> np.ndarray:
     return scores.argmax(axis=1)
 
 
-def calibration_error(labels: np.ndarray, scores: np.ndarray, kind: Kind, bins: int = 15) -> float:
+def calibration_error(labels: np.ndarray, scores: np.ndarray, kind: Kind) -> float:
     """Expected calibration error (Guo et al., arXiv 1706.04599): the weighted mean of |accuracy − confidence|.
 
     The mean is over bins of confidence of equal width, weighted by their counts; for several labels, over all answers,
     confidence being the probability of the answer given.
     """
     confidence, right = answers_given(labels, scores, kind)
-    which = np.minimum((confidence * bins).astype(int), bins - 1)
+    which = np.minimum((confidence * BINS).astype(int), BINS - 1)
     gaps = [
         abs(right[which == b].mean() - confidence[which == b].mean()) * (which == b).mean() for b in np.unique(which)
     ]

@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from matplotlib.figure import Figure
 
-from lowrank.evaluate.image_metrics import answers_given, one_hot, predicted
+from lowrank.evaluate.image_metrics import BINS, answers_given, one_hot, predicted
 from lowrank.evaluate.image_page import figure_text
 from lowrank.evaluate.image_report import Judged, label_text, worst_mistakes
 
@@ -84,7 +84,7 @@ def roc(judged: Judged, figures: Mapping[str, Any]) -> Figure:
     return figure
 
 
-def calibration(judged: Judged, figures: Mapping[str, Any], bins: int = 15) -> Figure:
+def calibration(judged: Judged, figures: Mapping[str, Any]) -> Figure:
     """How often answers of a confidence are right, and how many there are."""
     from sklearn.calibration import CalibrationDisplay
 
@@ -94,13 +94,13 @@ def calibration(judged: Judged, figures: Mapping[str, Any], bins: int = 15) -> F
     above.plot([0, 1], [0, 1], color=GREY, linewidth=0.8, linestyle="--")
     look: dict[str, Any] = {"color": BLUE, "marker": "o", "markersize": 4}
     CalibrationDisplay.from_predictions(
-        right, confidence.clip(0, 1), n_bins=bins, pos_label=1, ref_line=False, ax=above, **look
+        right, confidence.clip(0, 1), n_bins=BINS, pos_label=1, ref_line=False, ax=above, **look
     )
     above.get_legend().remove()
     error = figures["overall"]["calibration_error"]["value"]
     above.set(xlabel="", ylabel="share of right answers", ylim=(-0.02, 1.02))
     above.set_title(f"calibration error {error:.3f}", fontsize=9)
-    below.hist(confidence, bins=bins, range=(0, 1), color=ORANGE)
+    below.hist(confidence, bins=BINS, range=(0, 1), color=ORANGE)
     below.set(xlabel="confidence of the answer", ylabel="answers", xlim=(0, 1))
     return figure
 

@@ -83,7 +83,7 @@ def report(data: ImageData, tally: ImageTally, folder: Path, split: str) -> list
 
 
 def write_report(
-    folder: Path, judged: Judged, *, resampled: int = RESAMPLES, specificity: float = SPECIFICITY, seed: int = 0
+    folder: Path, judged: Judged, *, resampled: int = RESAMPLES, specificity: float = SPECIFICITY
 ) -> dict[str, Any]:
     """Write the report into ``folder`` and return its figures (the content of ``metrics.json``).
 
@@ -92,12 +92,11 @@ def write_report(
         judged: labels and scores.
         resampled: bootstrap resamples; 0 leaves the intervals out.
         specificity: at which the sensitivity is given.
-        seed: of the resamples.
     """
     if not 0 < specificity < 1:
         raise ValueError(f"specificity={specificity} must lie between 0 and 1")
     folder.mkdir(parents=True, exist_ok=True)
-    figures = report_figures(judged, resampled=resampled, specificity=specificity, seed=seed)
+    figures = report_figures(judged, resampled=resampled, specificity=specificity, seed=0)
     write_json(folder / "metrics.json", figures)
     overall = {name.replace("_", " "): figure_text(figure) for name, figure in figures["overall"].items()}
     shown = {

@@ -14,8 +14,8 @@ def check_choice(name: str, value: object, allowed: Any) -> None:
         raise ValueError(f"{name}={value!r} is unknown; it is one of {', '.join(names)}{nearest(str(value), names)}")
 
 
-def check_integer(name: str, value: object, least: int = 1) -> int:
-    """``value`` as an int; ValueError, calling it ``name``, unless it is a whole number of at least ``least``."""
-    if isinstance(value, bool) or not isinstance(value, int) or value < least:
-        raise ValueError(f"{name}={value!r} must be a whole number of at least {least}")
+def check_integer(name: str, value: object) -> int:
+    """``value`` as an int; ValueError, calling it ``name``, unless it is a whole number of at least 1."""
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name}={value!r} must be a whole number of at least 1")
     return value

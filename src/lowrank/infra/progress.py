@@ -96,12 +96,12 @@ class Progress:
         return self._clock() - self._shown_at >= _LINE_SECONDS or step - self._shown_step >= max(1, self._total // 10)
 
 
-def bar_on_terminal(what: str = "tokenising", unit: str = "B", delay: float = 0.5) -> Callable[[int, int | None], None]:
+def bar_on_terminal(unit: str = "B", delay: float = 0.5) -> Callable[[int, int | None], None]:
     """For work before the run: a function of (done, total), which shows them on a line of standard error that renews
     itself, if that is a terminal; otherwise silence."""
     if not sys.stderr.isatty():
         return lambda done, total: None
-    bar = import_extra("tqdm", "text").tqdm(desc=what, unit=unit, unit_scale=True, delay=delay)
+    bar = import_extra("tqdm", "text").tqdm(desc="tokenising", unit=unit, unit_scale=True, delay=delay)
 
     def show(done: int, total: int | None) -> None:
         bar.total = None if total is None else max(done, total)

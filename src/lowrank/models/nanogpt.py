@@ -73,7 +73,7 @@ def read_nanogpt(path: str) -> nn.Module:
     return model
 
 
-def write_nanogpt(model: nn.Module, file: Path, *, step: int = 0, val_loss: float = float("inf")) -> str:
+def write_nanogpt(model: nn.Module, file: Path, *, step: int = 0) -> str:
     """Write a plain GPT-2 as nanoGPT's checkpoint; returns what the reader should know, or nothing.
 
     Raises:
@@ -92,7 +92,7 @@ def write_nanogpt(model: nn.Module, file: Path, *, step: int = 0, val_loss: floa
             "dropout": config.resid_pdrop,
         },
         "iter_num": step,
-        "best_val_loss": val_loss,
+        "best_val_loss": float("inf"),
         "config": {},
     }
     torch.save(content, file)

@@ -188,20 +188,20 @@ def gib(count: int) -> str:
     return f"{count / (1 << 20):.1f} MiB" if abs(count) < 1 << 30 else f"{count / (1 << 30):.2f} GiB"
 
 
-def parse_size(text: str, option: str) -> int:
-    """Bytes of a size: ``24GB`` is 24·10⁹, ``24GiB`` 24·2³⁰, and ``24`` a card sold as 24 GB, which holds 24 GiB.
+def parse_size(text: str) -> int:
+    """Bytes of ``--fit``: ``24GB`` is 24·10⁹, ``24GiB`` 24·2³⁰, and ``24`` a card sold as 24 GB, which holds 24 GiB.
 
     Raises:
         ValueError: no size.
 
-    >>> parse_size("24GB", "--fit"), parse_size("24GiB", "--fit"), parse_size("24", "--fit")
+    >>> parse_size("24GB"), parse_size("24GiB"), parse_size("24")
     (24000000000, 25769803776, 25769803776)
     """
     match = re.fullmatch(r"\s*(\d+(?:\.\d+)?)\s*([A-Za-z]*)\s*", text)
     unit = match[2].upper() if match else None
     if match is None or unit not in _UNITS or float(match[1]) <= 0:
         raise ValueError(
-            f"{option} {text!r} is no size: give 24GB (24·10⁹ bytes), 24GiB (24·1024³), 500MiB, or 24 for a card that "
+            f"--fit {text!r} is no size: give 24GB (24·10⁹ bytes), 24GiB (24·1024³), 500MiB, or 24 for a card that "
             "is sold as 24 GB and holds 24 GiB"
         )
     return int(float(match[1]) * _UNITS[unit])

@@ -11,10 +11,10 @@ from lowrank.report.statistics import plus_minus, sentence, within
 from lowrank.report.table import Table, said
 
 
-def results_cells(results: Results, horizon: int = -1, *, costs: bool = False) -> Table:
+def results_cells(results: Results, *, costs: bool = False) -> Table:
     """Best first; ± is the standard deviation over the seeds. A setting with * is best at the edge of its space. A
     method that failed has its reason. ``costs``: also state for each parameter, seconds and bytes on the wire."""
-    rows, figures = results.at(horizon), results.figures(horizon=horizon)
+    rows, figures = results.at(), results.figures()
     sign = 1 if results.lower else -1
     order = sorted(results.methods, key=lambda m: sign * statistics.fmean(figures[m].values()) if figures[m] else 1e9)
     header = ["method", results.metric.replace("_", " "), "steps", "trained", "state", "peak", "s/step"]

@@ -10,10 +10,11 @@ from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Generic, TypeVar
 
 T = TypeVar("T")
+AHEAD = 2
 
 
 class Prefetch(Generic[T]):
-    """``self(n)`` is ``make(n)``; meanwhile those after it are made, up to ``end``, at most ``ahead`` of them.
+    """``self(n)`` is ``make(n)``; meanwhile those after it are made, up to ``end``, at most two of them.
 
     What goes wrong in making one is raised where it is asked for.
 
@@ -23,15 +24,15 @@ class Prefetch(Generic[T]):
     >>> squares.close()
     """
 
-    def __init__(self, make: Callable[[int], T], *, end: int, ahead: int = 2):
-        self.make, self.end, self.ahead = make, end, ahead
+    def __init__(self, make: Callable[[int], T], *, end: int):
+        self.make, self.end = make, end
         self._made: dict[int, Future[T]] = {}
         self._thread = ThreadPoolExecutor(max_workers=1, thread_name_prefix="batches")
 
     def __call__(self, n: int) -> T:
         for old in [k for k in self._made if k < n]:
             self._made.pop(old).cancel()
-        for k in range(n, max(n + 1, min(n + 1 + self.ahead, self.end))):
+        for k in range(n, max(n + 1, min(n + 1 + AHEAD, self.end))):
             if k not in self._made:
                 self._made[k] = self._thread.submit(self.make, k)
         return self._made.pop(n).result()

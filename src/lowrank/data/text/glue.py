@@ -13,7 +13,7 @@ from __future__ import annotations
 import csv
 import hashlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal, get_args
 
@@ -122,7 +122,7 @@ class Glue(Tokenised):
         positions = min(positions_of(model) or most, most)
         if self.context is not None and self.context > positions:
             raise ValueError(f"--data.context {self.context} is beyond the {positions} positions of the model")
-        return Glue(**{**self.__dict__, "context": self.context or min(positions, 512)})
+        return replace(self, context=self.context or min(positions, 512))
 
     def rows(self, split: str) -> SequenceRows:
         """The sequences of a split, encoded.
