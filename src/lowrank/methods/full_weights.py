@@ -148,13 +148,16 @@ def diloco(
 ) -> Method:
     """DiLoCo (Douillard et al., arXiv 2311.08105): whole weights trained locally, an outer Nesterov step at merges.
 
-    A head is one of the paper's workers: a change of W of full rank, trained on its shard of the batch by the ``inner``
-    rule, AdamW or Muon (MuLoCo, arXiv 2505.23725). Every ``merge_every`` steps (500 in DiLoCo, 30 in MuLoCo and here)
-    the mean of the changes is minus the outer gradient, and every head starts again from the weights that the outer
-    step leaves; the inner rule's state goes on. Under ``torchrun`` ranks divide the heads between them; in one process
-    all heads are there, at heads · out · in numbers and their states. Everything else trains on each rank by itself and
-    is averaged, plainly, every ``rest_every`` steps (None: at every merge). The run's weight decay is not for the
-    matrices: it would decay the changes. ``exchange``, ``weigh``, ``fragments`` (Streaming DiLoCo): as in ``lte``.
+    A head is one of the paper's workers: a change of W of full rank, trained on its shard of the batch by the inner
+    rule, AdamW or Muon (MuLoCo, arXiv 2505.23725). At a merge the mean of the changes is minus the outer gradient, and
+    every head starts again from the weights that the outer step leaves; the inner rule's state goes on. Under
+    ``torchrun`` ranks divide the heads between them; in one process all are there, at heads · out · in numbers and
+    their states. Everything else trains on each rank by itself and is averaged, plainly, at every merge unless
+    ``rest_every`` says otherwise. The run's weight decay is not for the matrices: it would decay the changes.
+
+    Args:
+        heads: local copies of every matrix, each trained on its shard of the batch: the paper's workers.
+        merge_every: steps between two outer steps: 500 in DiLoCo, 30 in MuLoCo and here.
 
     Raises:
         ValueError: an unknown inner rule.
