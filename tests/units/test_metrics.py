@@ -247,6 +247,8 @@ def test_pictures_show_the_figures() -> None:
     cells = [text.get_text() for text in image_pictures.confusion(several).axes[0].texts]
     assert cells[:4] == ["1\n100%", "0\n0%", "1\n33%", "2\n67%"]  # found, missed, false alarm, rightly not
     assert cells[4:] == ["0\n0%", "1\n100%", "1\n33%", "2\n67%"]
+    alone = Judged(kind="multi-label", classes=("a",), labels=several.labels[:, :1], scores=answered[:, :1])
+    assert [text.get_text() for text in image_pictures.confusion(alone).axes[0].texts] == cells[:4], "one label alone"
 
 
 def test_a_class_that_does_not_occur_has_no_figures() -> None:

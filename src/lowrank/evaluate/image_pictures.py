@@ -36,11 +36,12 @@ def write(folder: Path, judged: Judged, figures: Mapping[str, Any]) -> None:
 
 def confusion(judged: Judged) -> Figure:
     """Rows are the truth, columns the answers; for several labels, right and wrong answers of each label."""
-    from sklearn.metrics import confusion_matrix, multilabel_confusion_matrix
+    from sklearn.metrics import confusion_matrix
 
     answers, rows = predicted(judged.scores, judged.kind), [_short(name) for name in judged.classes]
     if judged.kind == "multi-label":
-        counts = multilabel_confusion_matrix(judged.labels, answers)[:, [1, 1, 0, 0], [1, 0, 1, 0]]
+        has, said = judged.labels.astype(bool), answers.astype(bool)  # scikit-learn takes one label for two classes
+        counts = np.stack([(each & other).sum(axis=0) for each in (has, ~has) for other in (said, ~said)], axis=1)
         totals = np.repeat(counts.reshape(-1, 2, 2).sum(axis=2), 2, axis=1)
         columns = ["found", "missed", "false alarm", "rightly not"]
     else:
