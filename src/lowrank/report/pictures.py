@@ -28,7 +28,8 @@ from lowrank.report.table import table_csv
 
 # Okabe and Ito's colours, which people with colour blindness tell apart; beyond eight methods the dashes change.
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#7A7A7A", "#8C6D1F")
-DASHES = ("-", "--", ":", "-.")
+_HATCHES = {"-": "", "--": "////", ":": "....", "-.": "xxxx"}  # of bars, where lines are dashed so
+DASHES = tuple(_HATCHES)
 _MARKERS = "osD^vP*X"
 _INK, _LINES = "#1b1f24", "#d8dee4"  # on a page replaced by its own
 _POINTS = 200  # of a curve; more cannot be seen
@@ -295,12 +296,10 @@ def _rates(compared: Comparison, looks: Looks) -> Drawn:
             whole = sorted((lr, value) for (short, lr), value in tried.items() if not short)
             axes.plot(*_columns(whole), **{**look, "linewidth": 1.2, "markersize": 4})
             short = [(each.lr, each.value) for each in compared.rates if each.label == label and each.short]
-            axes.plot(
-                *_columns(short), **{**look, "linestyle": "", "markersize": 3.5, "alpha": 0.5, "fillstyle": "none"}
-            )
+            faint = {"linestyle": "", "markersize": 3.5, "alpha": 0.5, "fillstyle": "none"}
+            axes.plot(*_columns(short), **{**look, **faint})
         if compared.lower and (top := _focus(list(best_of.values()))) is not None:
-            least = min(best_of.values())
-            axes.set_ylim(least - 0.05 * (top - least), top)  # what diverged is above
+            axes.set_ylim((least := min(best_of.values())) - 0.05 * (top - least), top)  # what diverged is above
         axes.set_xscale("log")
         rates = sorted({each.lr for each in compared.rates})
         axes.set_xticks(rates if len(rates) <= 6 else axes.get_xticks())
@@ -329,8 +328,9 @@ def _bars(entries: Sequence[Entry], groups: Sequence[str], key: str, label: str,
             at = [n + (number - (len(known) - 1) / 2) * wide for n in range(len(groups))]
             heights = [entry.mean(value(group)) or 0.0 for group in groups]
             spreads = [statistics.stdev(v) if len(v := entry.values(value(group))) > 1 else 0.0 for group in groups]
-            style = {"width": wide * 0.92, "color": looks[entry.label]["color"]}
-            axes.bar(at, heights, yerr=spreads, error_kw={"elinewidth": 0.8, "ecolor": _INK}, **style)
+            look, error = looks[entry.label], {"elinewidth": 0.8, "ecolor": _INK}
+            for bar in axes.bar(at, heights, wide * 0.92, yerr=spreads, color=look["color"], error_kw=error):
+                bar.set(hatch=_HATCHES[look["linestyle"]], edgecolor=_INK, linewidth=0)
         axes.set_xticks(range(len(groups)), [one_line(group) for group in groups])
         axes.yaxis.set_major_formatter(_short)
         _labelled(axes, "", label, whole=False)
