@@ -66,7 +66,7 @@ ROOMS = {
     ),
     "data": (
         "src/lowrank/data/**/*.py",
-        """tests/units/test_data_*.py tests/units/test_images_data.py tests/units/test_medical_files.py
+        """tests/units/test_data_*.py tests/units/test_images_*.py tests/units/test_medical_files.py
         tests/units/test_volumes.py tests/units/test_examples.py tests/units/test_glue.py
         tests/units/test_hub.py tests/units/test_models_vision.py tests/runs/test_segmentation_runs.py
         tests/runs/test_text_runs.py tests/runs/test_finetune.py tests/runs/test_exports.py
