@@ -2,12 +2,16 @@
 
 import json
 import re
+from dataclasses import replace
 from html import escape
 from pathlib import Path
 
 import pytest
+from matplotlib.figure import Figure
 
 from lowrank.cli import main
+from lowrank.report import pictures
+from lowrank.report.comparison import find_comparisons
 from lowrank.report.results import FILE, Results, Row, Trial, find_experiments, read_results
 from lowrank.report.results_table import findings
 
@@ -122,3 +126,20 @@ def test_a_page_is_watched_until_it_is_stopped(tmp_path, monkeypatch):
     page = (tmp_path / "page.html").read_text()
     assert "And now?" in page
     assert 'http-equiv="refresh"' in page
+
+
+def test_committed_trials_are_drawn_within_what_did_not_diverge_and_bars_of_many_methods_are_told_apart():
+    (found,), _ = find_comparisons([Path(__file__).parents[2] / "results" / "heads-ranks-merge"])
+    looks = pictures.looks_of(found.entries)
+    rates = [*found.rates, replace(found.rates[0], value=17.0)]
+    axes = Figure().subplots()
+    pictures._rates(replace(found, rates=rates), looks)[0](axes)
+    low, high = axes.get_ylim()
+    best = {label: min(rate.value for rate in found.rates if rate.label == label) for label in looks}
+    assert all(low < value < high for value in best.values())
+    assert max(rate.value for rate in found.rates) < high < 4, "what diverged presses nothing together"
+    assert min(best.values()) - low < 0.06 * (high - low)
+    axes = Figure().subplots()
+    pictures._bars(found.entries, ["mlp"], "change", "", looks)[0](axes)
+    seen = {(bar.get_facecolor(), bar.get_hatch()) for bar in axes.patches}
+    assert len(seen) == len(axes.patches) == len(found.entries) > len(pictures.COLOURS)

@@ -284,7 +284,7 @@ def _quality(compared: Comparison, memory: Mapping[str, tuple[float, float, floa
 
 
 def _rates(compared: Comparison, looks: Looks) -> Drawn:
-    """Whole runs filled and joined in the order of their rates, the better where a rate was tried twice."""
+    """Whole runs filled and joined by rate, the better where one was tried twice; what diverged is out of sight."""
     sign = 1 if compared.lower else -1
     best_of: dict[tuple[str, bool, float], float] = {}
     for each in sorted(compared.rates, key=lambda each: sign * each.value):
@@ -296,13 +296,13 @@ def _rates(compared: Comparison, looks: Looks) -> Drawn:
             whole = sorted((lr, value) for (short, lr), value in tried.items() if not short)
             axes.plot(*_columns(whole), **{**look, "linewidth": 1.2, "markersize": 4})
             short = [(each.lr, each.value) for each in compared.rates if each.label == label and each.short]
-            faint = {"linestyle": "", "markersize": 3.5, "alpha": 0.5, "fillstyle": "none"}
-            axes.plot(*_columns(short), **{**look, **faint})
+            axes.plot(*_columns(short), **{**look, "linestyle": "", "markersize": 3.5, "alpha": 0.5}, fillstyle="none")
         if compared.lower and (top := _focus(list(best_of.values()))) is not None:
-            axes.set_ylim((least := min(best_of.values())) - 0.05 * (top - least), top)  # what diverged is above
+            least, most = min(best_of.values()), max(each.value for each in compared.rates)
+            axes.set_ylim(least - 0.05 * (top - least), min(top, most + 0.05 * (top - least)))
         axes.set_xscale("log")
-        rates = sorted({each.lr for each in compared.rates})
-        axes.set_xticks(rates if len(rates) <= 6 else axes.get_xticks())
+        if len(rates := sorted({each.lr for each in compared.rates})) <= 6:
+            axes.set_xticks(rates)
         axes.xaxis.set_major_formatter("{x:g}")
         axes.xaxis.set_minor_formatter("")
         _labelled(axes, "learning rate", compared.metric.replace("test ", "validation "), whole=False)
