@@ -38,8 +38,8 @@ def rows(file: Path, column: str | None, delimiter: str | None = None) -> Iterat
     if kind not in (".csv", ".tsv"):
         return _json_rows(file, column)
     delimiter, header = layout(file, column, delimiter)
-    chosen, _ = choose(file, header, column)
-    return (row[chosen] for row in _csv_rows(file, delimiter, header))
+    _, index = choose(file, header, column)
+    return (row[index] for row in _csv_rows(file, delimiter, header))
 
 
 def check_columns(file: Path, column: str | None, delimiter: str | None) -> None:
@@ -57,8 +57,8 @@ def check_columns(file: Path, column: str | None, delimiter: str | None) -> None
                 choose(file, list(row), column)
 
 
-def _csv_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[dict[str, str]]:
-    """The rows below the header, by its names."""
+def _csv_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[list[str]]:
+    """The rows below the header, each with as many cells."""
     lines = csv_lines(file, delimiter)
     next(lines, None)
     for line, row in lines:
@@ -68,7 +68,7 @@ def _csv_rows(file: Path, delimiter: str, header: Sequence[str]) -> Iterator[dic
                 f"({', '.join(map(repr, header))}); put a cell that holds {delimiter!r} or a line end into quotes, or "
                 "say what stands between cells: delimiter=…"
             )
-        yield dict(zip(header, row, strict=True))
+        yield row
 
 
 def layout(file: Path, column: str | None, delimiter: str | None) -> tuple[str, list[str]]:
@@ -108,8 +108,9 @@ def records(file: Path, delimiter: str | None = None) -> Iterator[tuple[str, dic
                 found = (row for batch in table.iter_batches(batch_size=256) for row in batch.to_pylist())
                 yield from ((f"{file}, row {number}", row) for number, row in enumerate(found, 1))
         elif kind_of(file) in (".csv", ".tsv"):
-            rows = _csv_rows(file, *layout(file, None, delimiter))
-            yield from ((f"{file}, row {number}", row) for number, row in enumerate(rows, 1))
+            delimiter, header = layout(file, None, delimiter)
+            for number, row in enumerate(_csv_rows(file, delimiter, header), 1):
+                yield f"{file}, row {number}", dict(zip(header, row, strict=True))
         else:
             for number, row in json_lines(file):
                 where = f"{file}, line {number}"
