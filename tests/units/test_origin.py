@@ -10,7 +10,7 @@ from tests.models import gpt2, mlp, vit
 from torch import Tensor, nn
 
 import lowrank
-from lowrank.infra.loaded_parameters import origin
+from lowrank.infra.loaded_parameters import mark_all_but_, origin
 from lowrank.methods import Method, Use
 from lowrank.optim import AdamW, Projected
 
@@ -48,6 +48,14 @@ def test_a_new_output_layer_on_a_loaded_body_trains(bias: str) -> None:
         nn.init.trunc_normal_(model.head.weight, std=0.02)
         nn.init.zeros_(model.head.bias)
     assert trained(lowrank.apply_(model, lowrank.methods.lora("fc1", rank=2))) == {"head.weight", "head.bias"}
+
+
+def test_what_is_new_is_named_whole_or_by_its_module() -> None:
+    model = nn.ModuleDict({name: nn.Linear(2, 2) for name in ("head", "head_dist", "fc")})
+    model["fc"].weight_scale = nn.Parameter(torch.ones(1))
+    loaded = origin(mark_all_but_(model, "head", "fc.weight")).loaded
+    names = [name for name, p in model.named_parameters() if id(p) in loaded]
+    assert names == ["head_dist.weight", "head_dist.bias", "fc.bias", "fc.weight_scale"]
 
 
 def test_marks_come_before_what_the_model_tells() -> None:

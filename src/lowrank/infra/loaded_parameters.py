@@ -34,9 +34,10 @@ def mark_loaded_(model: nn.Module, names: Iterable[str] | None = None) -> None:
 
 
 def mark_all_but_(model: M, *fresh: str) -> M:
-    """Mark as loaded every parameter whose name begins with none of ``fresh``, and return the model."""
+    """Mark as loaded every parameter but ``fresh`` ones, named alone or by their module, and return the model."""
+    of_modules = tuple(f"{name}." for name in fresh)
     names = [name for name, _ in model.named_parameters(remove_duplicate=False)]
-    mark_loaded_(model, [name for name in names if not name.startswith(fresh)])
+    mark_loaded_(model, [name for name in names if name not in fresh and not name.startswith(of_modules)])
     return model
 
 

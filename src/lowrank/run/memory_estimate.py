@@ -179,7 +179,7 @@ def _from_configuration(run: Run, data: Any) -> nn.Module:
     if args.get("weights") is None:
         return catalogue().make("model", run, data)
     made = catalogue().make("model", replace(run, model=Call(name=name, args={**args, "weights": None})), data)
-    return mark_all_but_(made, *getattr(made, "drawn", ("head",)))
+    return mark_all_but_(made, *getattr(made, "drawn", ("head", "head_dist")))
 
 
 def rhythm_of(session: Session) -> Rhythm:
