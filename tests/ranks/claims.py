@@ -221,10 +221,8 @@ def fragments_as_forecast(case: Case) -> None:
     """Merges every 3 steps, the first fragment a step after the last; averages every 6, in two halves. Each step sends
     what was forecast, the most of it less than all at once."""
     plan, ahead = _forecast(case)
-    expected, words = (
-        [ahead.synchronisation(step + 1) for step in range(len(case.sent))],
-        merge_words(plan, 2, loop=False),
-    )
+    expected = [ahead.synchronisation(step + 1) for step in range(len(case.sent))]
+    words = merge_words(plan, 2, loop=False)
     assert case.sent == [sent + words if sent else 0 for sent in expected]
     assert [sent > 0 for sent in case.sent[:6]] == [True, False, True, True, False, True]
     assert max(expected) == ahead.most < ahead.merge + ahead.average

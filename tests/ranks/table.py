@@ -249,14 +249,12 @@ ROWS = [
     merge("met", lte(rest="freeze"), halves, keeps_the_mean_model),
     merge("met-tokens", lte(rest="freeze", weigh="tokens"), thirds, moves_the_mean_model, rows=(8, 4)),
     merge("met-tokens-dense", lte(rest="freeze", weigh="tokens", **DENSE), thirds, rows=(8, 4)),
-    merge(
-        "met-steps", lte(rest="freeze", heads=3, weigh="steps"), halves
-    ),  # one head and two: each rank weighs the same
+    # one head and two: each rank weighs the same
+    merge("met-steps", lte(rest="freeze", heads=3, weigh="steps"), halves),
     merge("met-seconds", lte(rest="freeze", weigh="seconds"), weighs_between_the_ranks),
     merge("met-bfloat16", coded("bfloat16"), near(2**-7), keeps_the_mean_model, fewer("met", 3.5)),
-    merge(
-        "met-int8", coded("int8"), near(2 / 127), keeps_the_mean_model, fewer("met-bfloat16", 1.5)
-    ),  # and a scale each
+    # and a scale each
+    merge("met-int8", coded("int8"), near(2 / 127), keeps_the_mean_model, fewer("met-bfloat16", 1.5)),
     merge("met-int8-dense", coded("int8", **LARGER), near(1 / 127)),
     merge("met-2bit", coded("2bit"), keeps_the_mean_model, fewer("met-int8", 2)),
     merge("met-topk3", coded("topk3", weigh="tokens"), keeps_the_mean_model),

@@ -150,7 +150,11 @@ class Method:
                 f"rest_every={self.rest_every} has fewer steps than fragments={self.merge.fragments}, which are "
                 f"averaged one at a step: use at least {self.merge.fragments}"
             )
-        if self.merge is not None and self.merge.fragments > 1 and any(_shares_basis(use.rule) for use in self.rules):
+        if (
+            self.merge is not None
+            and self.merge.fragments > 1
+            and any(isinstance(use.rule, Projected) and use.rule.one_basis for use in self.rules)
+        ):
             raise ValueError(
                 f"fragments={self.merge.fragments} merge at different steps, and a basis that heads share "
                 "(one_basis=True) is refreshed for all at once: use fragments=1"
@@ -191,7 +195,3 @@ class Method:
     def splits(self) -> bool:
         """Whether some adapters have heads that split the batch, which several ranks divide between them."""
         return any(splits_batch(adapt.make) for adapt in self.adapt)
-
-
-def _shares_basis(rule: Rule | PairRule) -> bool:
-    return isinstance(rule, Projected) and rule.one_basis

@@ -200,7 +200,8 @@ class Assignment:
         layer = next((layer for layer in self.layers if layer.module.weight is p), None)
         if layer is not None:
             return rule.on_layer(transposed=is_conv1d(layer.module), parts=len(layer.parts) or 1)
-        layer = next((each for each in self.layers if names[0].startswith(f"{each.name}.adapters.{WHOLE}.")), None)
+        owner, within, _ = names[0].partition(f".adapters.{WHOLE}.")
+        layer = next((layer for layer in self.layers if layer.name == owner), None) if within else None
         if layer is not None and p.shape[-2:] == (layer.out_features, layer.in_features):  # changes of the whole matrix
             return rule.on_layer(transposed=False, parts=len(layer.parts) or 1)
         is_table = any(name.rpartition(".")[0] in self.tables for name in names)

@@ -169,8 +169,8 @@ def _verdict(found: Outlook) -> list[str]:
         ]
     enough = found.enough()
     if enough is not None:
-        moving = [part for part in found.parts if part.what.startswith(AVERAGE) and found.interval == "merge_every"]
-        rest = "".join(f", the rest averaged every {part.scales * enough}" for part in moving if part.scales)
+        follows = [p.scales for p in found.parts if p.scales and p.what.startswith(AVERAGE)]
+        rest = f", the rest averaged every {follows[0] * enough}" if follows and found.interval == "merge_every" else ""
         return [*lines, f"communication is at most {LITTLE:.0%} of a step from {found.interval}={enough} on{rest}"]
     fixed = " and ".join(part.what for part in found.parts if not part.scales)
     return [

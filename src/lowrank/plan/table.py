@@ -104,8 +104,8 @@ def notes_on_ranks(
             continue
         counts = [len(share(heads, place, count)) for place in range(count)]
         uneven = "" if len(set(counts)) == 1 else ", not evenly; in the mean every head weighs the same"
-        each = sorted({str(n) for n in counts})
-        parts = "+".join(map(str, counts)) if count <= 8 else f"{' or '.join(each)} each"
+        one_by_one, each = "+".join(map(str, counts)), " or ".join(map(str, sorted({*counts})))
+        parts = one_by_one if count <= 8 else f"{each} each"
         notes.append(f"{heads} heads are divided {parts} between the {member}s{uneven}")
     if size["own"]:
         every = f"merged every {method.merge.merge_every} steps" if method.merge else "never merged"

@@ -101,7 +101,7 @@ def heads_ranks_merge(*, size: Size = "small", preset: Preset = "as-meant") -> E
     return Experiment(
         name="heads-ranks-merge",
         question="Do several small heads match full training of a GPT, and do heads, rank and merge interval matter?",
-        contenders=contenders_of(base, {**others, **cells}, size, preset, published),
+        contenders=contenders_of(base, {**others, **cells}, size, preset, published=published),
         baseline="full",
         **about,
     )
@@ -129,7 +129,7 @@ def sequential_parallel(*, size: Size = "small", preset: Preset = "as-meant") ->
     return Experiment(
         name="sequential-parallel",
         question="Are several small updates better made one after the other, side by side, or both?",
-        contenders=contenders_of(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset),
         baseline="full",
         **about,
     )
@@ -154,7 +154,7 @@ def layers_replaced(*, size: Size = "small", preset: Preset = "as-meant") -> Exp
     return Experiment(
         name="layers-replaced",
         question="Which layers should a LoRA replace: attention, MLP, or all, where each trains as many numbers?",
-        contenders=contenders_of(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset),
         baseline="lora all-linear",
         **about,
     )
@@ -169,7 +169,7 @@ def adam_galore_memory(*, size: Size = "small", preset: Preset = "as-meant") -> 
     return Experiment(
         name="adam-galore-memory",
         question="How much memory do GaLore and 8-bit states save, and what do they cost in loss?",
-        contenders=contenders_of(base, methods, size, preset, {}),
+        contenders=contenders_of(base, methods, size, preset),
         baseline="full",
         **about_of(size, preset),
     )
@@ -188,7 +188,7 @@ def lte_galore(*, size: Size = "small", preset: Preset = "as-meant") -> Experime
     return Experiment(
         name="lte-galore",
         question="Are LTE and GaLore together better than either half?",
-        contenders=contenders_of(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset),
         baseline="galore",
         **about_of(size, preset),
     )
@@ -210,7 +210,7 @@ def local_training(*, size: Size = "small", preset: Preset = "as-meant") -> Expe
     return Experiment(
         name="local-training",
         question="What does it cost to talk every T steps alone, by whole weights or by heads of low rank?",
-        contenders=contenders_of(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset),
         baseline="full",
         **about_of(size, preset),
     )
@@ -242,7 +242,7 @@ def arena_llama(*, size: Size = "small", preset: Preset = "as-meant") -> Experim
     return Experiment(
         name="arena-llama",
         question="Which method trains a LLaMA best from scratch, under equal budgets?",
-        contenders=contenders_of(_llama(size), methods, size, preset, {}),
+        contenders=contenders_of(_llama(size), methods, size, preset),
         baseline="full",
         horizons=(0.5, 1.0),
         **about_of(size, preset),
@@ -298,7 +298,7 @@ def switching(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
         name="switching",
         question="Does an adaptive refresh of GaLore's subspace help, or only the exact SVD?",
         contenders=contenders_of(
-            _llama(size), {n: {"method": "galore", **own} for n, own in methods.items()}, size, preset, {}
+            _llama(size), {n: {"method": "galore", **own} for n, own in methods.items()}, size, preset
         ),
         baseline="power",
         **about_of(size, preset),
@@ -356,8 +356,7 @@ def _fine_tuned(methods: Mapping[str, Mapping[str, Any]], size: Size, preset: Pr
     base = _gpt(size)
     steps = 200 if size == "small" else 2000
     start = replace(override(base, {"method": "full"}), steps=steps, lr=3e-3, min_lr_ratio=0.0)
-    made = contenders_of(base, methods, size, preset, {}, space={"lr": _FINE_RATES})
-    return [replace(each, start=start) for each in made]
+    return contenders_of(base, methods, size, preset, space={"lr": _FINE_RATES}, start=start)
 
 
 def contenders_of(
@@ -365,25 +364,27 @@ def contenders_of(
     methods: Mapping[str, Mapping[str, Any]],
     size: Size,
     preset: Preset,
-    published: Mapping[str, Any],
     *,
+    published: Mapping[str, Any] | None = None,
     space: Mapping[str, Sequence[Setting]] | None = None,
+    start: Run | None = None,
 ) -> list[Contender]:
-    """A contender a method; what was published is not tuned."""
+    """A contender a method, begun from ``start``; as published nothing is tuned, and what was ``published`` is set."""
     wide = space or (_SPACE if size == "small" else _PAPER_SPACE)
     found = []
     for name, settings in methods.items():
         run = override(base, settings)
-        lacks = _LACKS.get(run.model.name, ()) + _LACKS.get(run.method.name, ())
         if run.per_layer:
             run = replace(run, max_grad_norm=None)
         if preset == "as-published":
             known = catalogue().signature("method", run.method.name).kinds
-            own = {n: v for n, v in published.items() if not n.startswith("method.") or n[7:] in known}
-            found.append(Contender(name=name, run=override(run, own)))
+            told = (published or {}).items()
+            own = {n: v for n, v in told if not n.startswith("method.") or n[7:] in known}
+            found.append(Contender(name=name, run=override(run, own), start=start))
         else:
+            lacks = _LACKS.get(run.model.name, ()) + _LACKS.get(run.method.name, ())
             own_space = {option: values for option, values in wide.items() if option not in lacks}
-            found.append(Contender(name=name, run=run, space=own_space))
+            found.append(Contender(name=name, run=run, space=own_space, start=start))
     return found
 
 

@@ -48,11 +48,10 @@ def vit_ranks(*, size: Size = "small", preset: Preset = "as-meant") -> Experimen
             "Four layers 64 wide, begun by 600 steps on scikit-learn's digits, 300 steps of 32 images of 28 pixels: "
             "it says nothing of a ViT-B that was pre-trained on natural images at 224 pixels."
         )
-    made = contenders_of(base, methods, size, preset, {}, space=space)
     return Experiment(
         name="vit-ranks",
         question="Does LoRA fine-tune a ViT better than full fine-tuning, in fewer steps, and does its rank matter?",
-        contenders=[replace(each, start=start) for each in made],
+        contenders=contenders_of(base, methods, size, preset, space=space, start=start),
         baseline=next(iter(methods)),
         **about,
     )
@@ -80,7 +79,7 @@ def tissue(*, size: Size = "small", preset: Preset = "as-meant") -> Experiment:
     return Experiment(
         name="tissue",
         question="Which method segments tissue best with a small ViT from scratch, and what does it train and hold?",
-        contenders=contenders_of(base, {n: {"method": n} for n in names}, size, preset, {}, space=space),
+        contenders=contenders_of(base, {n: {"method": n} for n in names}, size, preset, space=space),
         baseline="full",
         **about,
     )

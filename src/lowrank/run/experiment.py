@@ -260,7 +260,7 @@ def refuse_spaces(experiment: Experiment) -> None:
     from lowrank.run.memory_estimate import fake_session
 
     for each in experiment.contenders:
-        for end in (0, -1):
+        for end in (0, -1) if each.space else ():
             settings = {name: values[end] for name, values in each.space.items()}
             run = with_settings(each.run, settings, share=1.0, seed=experiment.tuning_seed)
             try:

@@ -16,7 +16,7 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
-from lowrank.data.text.tokenizers import SAVED, Slow, Tokenizer, check_tokenizer_spec, tokenizer_files
+from lowrank.data.text.tokenizers import SAVED, Slow, check_tokenizer_spec, tokenizer_files
 from lowrank.infra.extras import import_extra
 from lowrank.infra.hub import located
 
@@ -38,6 +38,7 @@ class PretrainedTokenizer(Slow):
     """A tokenizer of transformers as it is; ``backend`` is it."""
 
     kind = "pretrained"
+    subfolder = ""
 
     def __init__(self, backend: Any, spec: str):
         super().__init__(backend, spec)
@@ -46,10 +47,6 @@ class PretrainedTokenizer(Slow):
     @classmethod
     def from_folder(cls, folder: Path, saved: Mapping[str, Any]) -> PretrainedTokenizer:
         return cls(_load(str(folder)), saved["spec"])
-
-    def save(self, folder: Path) -> None:
-        Tokenizer.save(self, folder)
-        self.backend.save_pretrained(str(folder))
 
     @cached_property
     def digest(self) -> str:
